@@ -1,0 +1,31 @@
+# make env    the environment, .venv: made once, brought up to date when pyproject.toml changes
+# make demo   the demonstration
+# make test   format, lint, types, import rules and every test
+# make clean  removes what was built, but not .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env demo test lint clean
+
+env: .venv/.stamp
+
+.venv/.stamp: pyproject.toml scripts/make_env.py
+	@$(PYTHON) scripts/make_env.py
+
+demo: env
+	$(BIN)/ragkv demo
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p ragkv
+	$(BIN)/lint-imports
+
+test: env lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist out src/ragkv.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
