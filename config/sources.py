@@ -1,0 +1,154 @@
+"""Where settings come from, weakest first: defaults, a YAML file, `kv_connector_extra_config`, environment.
+
+The file is named by `config` in `kv_connector_extra_config` or by RAGKV_CONFIG, which is stronger.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ragkv.config.settings import Settings, format_size, keys, parse_size
+from ragkv.errors import ConfigError
+
+PREFIX = "RAGKV_"
+FILE_VARIABLE = "RAGKV_CONFIG"
+FILE_KEY = "config"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Validated settings, and for every dotted key the source that set it."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(key, value, origin) of every setting, in the order of the model."""
+        rows = []
+        for key in keys():
+            section, name = key.split(".")
+            value = getattr(getattr(self.settings, section), name)
+            text = format_size(value) if key in _SIZES else str(value)
+            rows.append((key, text, self.origins.get(key, "default")))
+        return rows
+
+
+_SIZES = {
+    key for key, field in keys().items() if any(getattr(m, "func", None) is parse_size for m in field.metadata)
+}
+
+
+def load(
+    extra: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Loaded:
+    """Settings from all sources. ConfigError: one text with every faulty key, its value, and what is allowed.
+
+    `file` stands in for the file that `extra` or the environment would name.
+    """
+    environ = os.environ if environ is None else environ
+    extra = dict(extra or {})
+    named = extra.pop(FILE_KEY, None)
+    path = file or environ.get(FILE_VARIABLE) or named
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if path is not None:
+        layers.append((str(path), read_file(path)))
+    layers.append(("kv_connector_extra_config", extra))
+    variables, faults = _from_environment(environ)
+    layers.append(("environment", variables))
+
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for section, values in layer.items():
+            if not isinstance(values, Mapping):
+                merged[section], origins[str(section)] = values, origin
+                continue
+            into = merged.setdefault(section, {})
+            if not isinstance(into, dict):
+                continue  # a weaker source put no mapping there: that fault is told below
+            for name, value in values.items():
+                into[name] = value
+                origins[f"{section}.{name}"] = _variable(section, name) if origin == "environment" else origin
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        faults += [_explain(each, origins) for each in error.errors()]
+    if faults:
+        raise ConfigError("ragkv: " + "; ".join(faults))
+    return Loaded(settings, origins)
+
+
+def read_file(path: object) -> Mapping[str, Any]:
+    """The mapping in a YAML file. ConfigError: not readable, not YAML, or not a mapping of sections."""
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"ragkv: {FILE_KEY} = {path!r}; allowed: the path of a YAML file")
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"ragkv: configuration file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
+        raise ConfigError(
+            f"ragkv: configuration file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(
+            f"ragkv: configuration file {path}: allowed: sections {', '.join(Settings.model_fields)}"
+        )
+    return data
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """RAGKV_SECTION_NAME variables, and what is wrong with those that name no setting."""
+    known = {_variable(*key.split(".")): key.split(".") for key in keys()}
+    found: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(PREFIX) or variable == FILE_VARIABLE:
+            continue
+        if variable not in known:
+            allowed = ", ".join([FILE_VARIABLE, *known])
+            faults.append(f"environment variable {variable} = {value!r} names no setting; allowed: {allowed}")
+            continue
+        section, name = known[variable]
+        found.setdefault(section, {})[name] = value
+    return found, faults
+
+
+def _variable(section: str, name: str) -> str:
+    return f"{PREFIX}{section}_{name}".upper()
+
+
+def _explain(error: Any, origins: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        section = key.rpartition(".")[0]
+        allowed = [each for each in keys() if each.startswith(f"{section}.")] if section else list(keys())
+        text = f"unknown key; allowed: {', '.join(allowed)}"
+    elif not text.startswith("allowed") and "allowed:" not in text:
+        text = f"allowed: {text.removeprefix('Input should be ')}"
+        if error["type"] == "model_type":
+            text = f"allowed: a mapping with {', '.join(k for k in keys() if k.startswith(key + '.'))}"
+    if not key:
+        return text
+    sources = dict.fromkeys(o for k, o in origins.items() if k == key or k.startswith(f"{key}."))
+    origin = f" (from {', '.join(sources)})" if sources else ""
+    return f"{key} = {error['input']!r}{origin}: {text}"
+
+
+def check_shared_memory(settings: Settings, free: int) -> None:
+    """ConfigError where the memory tier is larger than the `free` bytes that shared memory has."""
+    if settings.memory.capacity > free:
+        raise ConfigError(
+            f"ragkv: memory.capacity = {format_size(settings.memory.capacity)}: allowed: at most what shared "
+            f"memory has free, {format_size(free)} (containers: more with --ipc=host or --shm-size)"
+        )

@@ -1,0 +1,299 @@
+"""Settings: where they come from, which source is stronger, and what is said of those that cannot be."""
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from pydantic import ValidationError
+
+from ragkv.config import Loaded, Settings, check_shared_memory, load
+from ragkv.config.settings import UNITS, format_size, keys, parse_size
+from ragkv.errors import ConfigError, RagKVError
+
+GIB = 2**30
+EXTRA = "kv_connector_extra_config"
+
+# A new key is a conscious act: add it here, to the documentation and to the presets.
+PINNED = {
+    "memory.capacity": 4 * GIB,
+    "memory.page_tokens": 16,
+    "memory.policy": "lru",
+    "chunks.min_tokens": 32,
+    "chunks.average_tokens": 128,
+    "chunks.max_tokens": 256,
+    "transfer.staging": 64 * 2**20,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="ragkv.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def values(loaded):
+    return {key: getattr(getattr(loaded.settings, key.split(".")[0]), key.split(".")[1]) for key in keys()}
+
+
+def fault(extra=None, environ=None, file=None):
+    with pytest.raises(ConfigError) as caught:
+        load(extra, environ or {}, file)
+    text = str(caught.value)
+    assert text.startswith("ragkv: ") and "\n" not in text
+    return text
+
+
+def test_all_keys_and_defaults_are_pinned():
+    loaded = load({}, {})
+    assert values(loaded) == PINNED
+    assert list(keys()) == list(PINNED)
+    assert loaded.origins == {}
+    assert all(field.description for field in keys().values())
+    assert loaded.settings == Settings()
+
+
+def test_every_source_and_its_strength(write):
+    path = write(
+        "memory: {capacity: 1GiB, page_tokens: 8, policy: lfu}\n"
+        "chunks: {min_tokens: 20, average_tokens: 64}\n"
+        "transfer: {staging: 2MiB}\n"
+    )
+    loaded = load(
+        {"config": str(path), "memory": {"capacity": "2GiB", "page_tokens": 32}, "chunks": {"max_tokens": 512}},
+        {"RAGKV_MEMORY_CAPACITY": "3 GiB", "RAGKV_CHUNKS_MIN_TOKENS": "24", "PATH": "/bin"},
+    )
+    assert values(loaded) == {
+        "memory.capacity": 3 * GIB,
+        "memory.page_tokens": 32,
+        "memory.policy": "lfu",
+        "chunks.min_tokens": 24,
+        "chunks.average_tokens": 64,
+        "chunks.max_tokens": 512,
+        "transfer.staging": 2 * 2**20,
+    }
+    assert loaded.origins == {
+        "memory.capacity": "RAGKV_MEMORY_CAPACITY",
+        "memory.page_tokens": EXTRA,
+        "memory.policy": str(path),
+        "chunks.min_tokens": "RAGKV_CHUNKS_MIN_TOKENS",
+        "chunks.average_tokens": str(path),
+        "chunks.max_tokens": EXTRA,
+        "transfer.staging": str(path),
+    }
+
+
+@pytest.mark.parametrize("key", PINNED)
+def test_every_key_can_be_set_from_the_environment(key):
+    value = {"memory.policy": "lfu", "memory.page_tokens": "17"}.get(key, "200" if "chunks" in key else "1GiB")
+    extra = {"chunks": {"max_tokens": 300, "average_tokens": 250}} if key == "chunks.min_tokens" else {}
+    variable = f"RAGKV_{key}".upper().replace(".", "_")
+    loaded = load(extra, {variable: value})
+    assert str(values(loaded)[key]) == str(parse_size(value) if "GiB" in value else value)
+    assert loaded.origins[key] == variable
+
+
+def test_the_process_environment_is_the_default(monkeypatch):
+    monkeypatch.setenv("RAGKV_MEMORY_PAGE_TOKENS", "4")
+    assert load().settings.memory.page_tokens == 4
+    assert load({}, {}).settings.memory.page_tokens == 16
+
+
+def test_which_file_is_read(write):
+    named, variable, given_file = (
+        write(f"memory: {{page_tokens: {number}}}", f"{number}.yaml") for number in (1, 2, 3)
+    )
+    extra, environ = {"config": str(named)}, {"RAGKV_CONFIG": str(variable)}
+    assert load(extra, {}).settings.memory.page_tokens == 1
+    assert load({"config": named}, {}).settings.memory.page_tokens == 1
+    assert load(extra, environ).settings.memory.page_tokens == 2
+    assert load(extra, environ, given_file).settings.memory.page_tokens == 3
+    assert load(extra, environ, given_file).origins == {"memory.page_tokens": str(given_file)}
+    assert extra == {"config": str(named)}, "the caller's mapping stays as it is"
+
+
+def test_an_empty_file_says_nothing(write):
+    assert load({}, {}, write("# nothing yet\n")) == load({}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("memory: [", "is not YAML"),
+        (b"memory: \xff\xfe", "is not YAML"),
+        ("memory: {page_tokens: 2024-13-45}", "is not YAML"),
+        ("memory: !!python/object:os.system {}", "is not YAML"),
+        ("- memory", "allowed: sections memory, chunks, transfer"),
+        ("just words", "allowed: sections memory, chunks, transfer"),
+        ("1: {capacity: 2}", "allowed: sections memory, chunks, transfer"),
+    ],
+)
+def test_a_foreign_file_is_named(write, text, said):
+    path = write(text)
+    message = fault(file=path)
+    assert f"configuration file {path}" in message and said in message
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    assert fault(file=missing) == f"ragkv: configuration file {missing}: No such file or directory"
+    assert fault({"config": str(missing)}) == fault(environ={"RAGKV_CONFIG": str(missing)})
+    assert fault(file=tmp_path) == f"ragkv: configuration file {tmp_path}: Is a directory"
+    assert fault({"config": 5}) == "ragkv: config = 5; allowed: the path of a YAML file"
+
+
+def test_unknown_keys_are_refused_at_both_levels(write):
+    message = fault({"memroy": {"capacity": 1}, "chunks": {"size": 256}})
+    assert f"memroy = {{'capacity': 1}} (from {EXTRA}): unknown key; allowed: {', '.join(PINNED)}" in message
+    assert f"chunks.size = 256 (from {EXTRA}): unknown key; allowed: chunks.min_tokens, chunks.av" in message
+    path = write("memory: {Capacity: 1GiB}")
+    assert f"memory.Capacity = '1GiB' (from {path}): unknown key" in fault(file=path)
+
+
+def test_unknown_variables_are_refused():
+    message = fault(environ={"RAGKV_MEMORY_SIZE": "1", "RAGKV_": "2", "RAGKVX": "not ours"})
+    assert "RAGKV_MEMORY_SIZE = '1' names no setting" in message and "RAGKV_ = '2'" in message
+    assert "RAGKV_CONFIG, RAGKV_MEMORY_CAPACITY" in message and "RAGKVX" not in message
+
+
+@pytest.mark.parametrize("key", [key for key in PINNED if key.endswith("_tokens")])
+@pytest.mark.parametrize(
+    "value", [True, False, 64.0, 64.5, [64], {"a": 1}, None, "many", "", "64KiB", 0, -1, 10**9]
+)
+def test_wrong_counts_are_refused(key, value):
+    section, name = key.split(".")
+    message = fault({section: {name: value}})
+    assert f"{key} = {value!r} (from {EXTRA}): allowed: " in message
+
+
+@pytest.mark.parametrize("key", ["memory.capacity", "transfer.staging"])
+@pytest.mark.parametrize(
+    "value", [True, 1e9, [1], None, "", "GiB", "4G", "4 gibi", "-1GiB", "1e9", "1 2", "٤ parsecs"]
+)
+def test_wrong_sizes_are_refused(key, value):
+    section, name = key.split(".")
+    message = fault({section: {name: value}})
+    assert f"{key} = {value!r} (from {EXTRA}): allowed: a whole number of bytes, or" in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 1023 * 1024, "1MB"])
+def test_sizes_have_a_least_value(value):
+    assert "allowed: greater than or equal to 1048576" in fault({"memory": {"capacity": value}})
+
+
+@pytest.mark.parametrize("value", ["mru", "", "LRU", 5, None, ["lru"], {"lru": 1}])
+def test_wrong_policies_are_refused(value):
+    assert (
+        fault({"memory": {"policy": value}})
+        == f"ragkv: memory.policy = {value!r} (from {EXTRA}): allowed: lfu, lru"
+    )
+
+
+@pytest.mark.parametrize("value", [5, None, "4GiB", ["capacity"]])
+def test_a_section_is_a_mapping(value, write):
+    said = "allowed: a mapping with memory.capacity, memory.page_tokens, memory.policy"
+    assert fault({"memory": value}) == f"ragkv: memory = {value!r} (from {EXTRA}): {said}"
+    path = write("memory: 5")
+    assert said in fault({"memory": {"policy": "lfu"}}, file=path), "a stronger source must not hide it"
+
+
+@pytest.mark.parametrize("extra", [{1: 2}, {1: {2: 3}}, {"memory": {1: 2}}])
+def test_a_key_is_a_text(extra):
+    assert "allowed: " in fault(extra)
+
+
+@pytest.mark.parametrize("chunks", [(128, 128, 256), (200, 128, 256), (32, 257, 256), (32, 128, 127)])
+def test_chunk_sizes_ascend(chunks):
+    extra = dict(zip(("min_tokens", "average_tokens", "max_tokens"), chunks, strict=True))
+    message = fault({"chunks": extra})
+    assert "/".join(map(str, chunks)) in message and "allowed: min_tokens < average_tokens <= max" in message
+
+
+def test_chunk_sizes_are_compared_across_sources(write):
+    path = write("chunks: {min_tokens: 100}")
+    message = fault({}, {"RAGKV_CHUNKS_AVERAGE_TOKENS": "64"}, path)
+    assert f"(from {path}, RAGKV_CHUNKS_AVERAGE_TOKENS): 100/64/256" in message
+
+
+def test_a_page_is_no_larger_than_a_chunk():
+    assert load({"memory": {"page_tokens": 256}}, {}).settings.memory.page_tokens == 256
+    message = fault({"memory": {"page_tokens": 257}})
+    assert "memory.page_tokens = 257; allowed: at most chunks.max_tokens = 256" in message
+
+
+def test_one_error_names_all_faults(write):
+    path = write("memory: {capacity: much}\ncolour: blue")
+    message = fault({"chunks": {"min_tokens": True}}, {"RAGKV_TRANSFER_STAGING": "x", "RAGKV_NONSENSE": "1"}, path)
+    for part in (
+        f"memory.capacity = 'much' (from {path})",
+        f"colour = 'blue' (from {path})",
+        f"chunks.min_tokens = True (from {EXTRA})",
+        "transfer.staging = 'x' (from RAGKV_TRANSFER_STAGING)",
+        "RAGKV_NONSENSE = '1'",
+    ):
+        assert part in message
+
+
+def test_what_was_faulty_but_overruled_is_no_fault(write):
+    path = write("memory: {capacity: much}")
+    assert load({"memory": {"capacity": "1GiB"}}, {}, path).settings.memory.capacity == GIB
+
+
+def test_config_error_is_a_value_error_of_ours():
+    assert issubclass(ConfigError, RagKVError) and issubclass(ConfigError, ValueError)
+
+
+def test_settings_are_frozen():
+    loaded = load({}, {})
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.settings.memory.capacity = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.settings.memory = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.settings = None
+
+
+def test_rows_show_every_setting_with_its_origin():
+    loaded = load({"memory": {"capacity": "1.5GiB"}}, {"RAGKV_MEMORY_POLICY": "lfu"})
+    assert isinstance(loaded, Loaded)
+    assert loaded.rows() == [
+        ("memory.capacity", "1536MiB", EXTRA),
+        ("memory.page_tokens", "16", "default"),
+        ("memory.policy", "lfu", "RAGKV_MEMORY_POLICY"),
+        ("chunks.min_tokens", "32", "default"),
+        ("chunks.average_tokens", "128", "default"),
+        ("chunks.max_tokens", "256", "default"),
+        ("transfer.staging", "64MiB", "default"),
+    ]
+
+
+def test_shared_memory_must_have_room():
+    made = load({}, {}).settings
+    check_shared_memory(made, 4 * GIB)
+    with pytest.raises(ConfigError, match=r"memory.capacity = 4GiB: allowed: at most .* 4194303KiB"):
+        check_shared_memory(made, 4 * GIB - 1024)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**70) | st.integers(0, 2**30).map(lambda n: n * 2**20))
+def test_sizes_survive_the_round_trip(size):
+    assert parse_size(format_size(size)) == size
+    assert parse_size(size) == parse_size(str(size)) == size
+
+
+@given(st.integers(0, 10**6), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " ", "  "]))
+def test_sizes_are_read_in_any_case_and_spacing(number, unit, space):
+    for text in (f"{number}{space}{unit}", f" {number}{space}{unit.lower()} ", f"{number}.0{space}{unit.upper()}"):
+        assert parse_size(text) == number * UNITS[unit]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0.5KiB", 512), ("1.5 GB", 1_500_000_000), ("2TiB", 2**41), ("9007199254740993", 2**53 + 1), ("0B", 0)],
+)
+def test_sizes_are_exact(text, size):
+    assert parse_size(text) == size
