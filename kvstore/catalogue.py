@@ -1,0 +1,211 @@
+"""What is where: a tree of chunks, found by chain key, or by the tokens that a prompt shares with a child."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
+
+
+class Chunk:
+    """KV of `tokens` (int32 bytes) behind the chunks from `parent` up. Compared by identity.
+
+    `pages`: int32 bytes, the pages that hold it, in order. `ready`: its bytes have been written; before that
+    nobody may read them. `children`: None, one chunk, or a list sorted by tokens (most chunks have one).
+    """
+
+    __slots__ = ("children", "key", "pages", "parent", "pins", "ready", "tokens")
+
+    def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
+        self.key = key
+        self.parent = parent
+        self.tokens = tokens
+        self.pages = b""
+        self.ready = False
+        self.pins = 0
+        self.children: Chunk | list[Chunk] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens) // TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A stored prefix of a prompt: whole chunks, of which the last may match with its first tokens only.
+
+    `whole_tail`: the last chunk, where all its tokens match but the prompt is cut elsewhere: mostly an open
+    tail that the prompt goes on behind.
+    """
+
+    chunks: tuple[Chunk, ...]
+    length: int
+    whole_tail: Chunk | None = None
+
+    def __bool__(self) -> bool:
+        return self.length > 0
+
+
+class Catalogue:
+    """All chunks of all namespaces. A namespace's root is a chunk without tokens or pages."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[bytes, Chunk] = {}
+        self._roots: dict[bytes, Chunk] = {}
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def root(self, namespace: bytes) -> Chunk:
+        """The root of a namespace. It is kept as long as a chunk stands behind it."""
+        root = self._roots.get(namespace)
+        return Chunk(namespace, None, b"") if root is None else root
+
+    def get(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
+        """The chunk of that key, if it stands behind `parent` and holds just these tokens."""
+        chunk = self._chunks.get(key)
+        if chunk is None or chunk.parent is not parent or chunk.tokens != tokens:
+            return None
+        return chunk
+
+    def match(self, root: Chunk, chain: TokenChain, limit: int) -> Match:
+        """The longest prefix of `chain`, at most `limit` tokens, that stands ready behind `root`.
+
+        First along the chain's own cuts; from where these are not stored, always to the child that shares the
+        most. So the longest, except behind a child that is itself the beginning of its sibling.
+        """
+        raw = chain.tokens.tobytes()
+        chunks: list[Chunk] = []
+        parent, start = root, 0
+        for end, key in zip(chain.ends, chain.keys, strict=True):
+            if start >= limit:
+                break
+            chunk = self.get(key, parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * end])
+            if chunk is None or not chunk.ready:
+                break
+            chunks.append(chunk)
+            parent, start = chunk, end
+        tail = None
+        while start < limit:
+            child, shared = self.longest_shared(parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * limit])
+            if child is None:
+                break
+            chunks.append(child)
+            parent, start = child, start + shared
+            tail = child if shared == len(child) else None
+            if tail is None:
+                break
+        return Match(tuple(chunks), min(start, limit), tail)
+
+    def longest_shared(self, parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
+        """The ready child of `parent` that shares the most first tokens with `tokens`, and how many.
+
+        In a list sorted by bytes, what shares the longest prefix stands beside the place of insertion.
+        """
+        children = parent.children
+        if children is None:
+            return None, 0
+        if isinstance(children, Chunk):
+            near = [children]
+        else:
+            place = bisect.bisect_left(children, tokens, key=_tokens)
+            after = (children[index] for index in range(place, len(children)))
+            before = (children[index] for index in range(place - 1, -1, -1))
+            near = [c for side in (after, before) for c in islice(filter(_ready, side), 1)]
+        best, most = None, 0
+        for child in near:
+            shared = shared_tokens(child.tokens, tokens) if child.ready else 0
+            if shared > most:
+                best, most = child, shared
+        return best, most
+
+    def insert(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
+        """Enter a chunk, without pages and not ready; None where the key is taken.
+
+        By `get` that chunk holds other tokens, or stands elsewhere: a collision of hashes.
+        """
+        if key in self._chunks:
+            return None
+        chunk = self._chunks[key] = Chunk(key, parent, tokens)
+        if parent.parent is None:
+            self._roots[parent.key] = parent
+        siblings = parent.children
+        if siblings is None:
+            parent.children = chunk
+        elif isinstance(siblings, Chunk):
+            parent.children = sorted((siblings, chunk), key=_tokens)
+        else:
+            bisect.insort(siblings, chunk, key=_tokens)
+        return chunk
+
+    def remove(self, chunk: Chunk) -> None:
+        """Take out a chunk that has no children. KeyError: not in the catalogue."""
+        if chunk.children is not None:
+            raise ValueError("catalogue: a chunk with children cannot be removed")
+        if self._chunks.get(chunk.key) is not chunk:
+            raise KeyError(chunk.key)
+        del self._chunks[chunk.key]
+        parent = chunk.parent
+        assert parent is not None
+        siblings = parent.children
+        if isinstance(siblings, list):
+            del siblings[_index(siblings, chunk)]
+            if len(siblings) == 1:
+                parent.children = siblings[0]
+        else:
+            parent.children = None
+        if parent.parent is None and parent.children is None:
+            self._roots.pop(parent.key, None)
+
+    def everything(self) -> list[Chunk]:
+        """All chunks, parents before their children."""
+        return list(self._chunks.values())
+
+    def clear(self) -> None:
+        """Forget everything; chunks that others still hold stand in no tree any more."""
+        self._chunks.clear()
+        self._roots.clear()
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return self._chunks.get(chunk.key) is chunk
+
+
+def shared_tokens(a: bytes, b: bytes) -> int:
+    """How many first tokens two token strings share."""
+    if a == b[: len(a)]:
+        return len(a) // TOKEN_BYTES
+    size = min(len(a), len(b)) // TOKEN_BYTES
+    differ = _array(a)[:size] != _array(b)[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
+def rows(chunks: Sequence[Chunk], page_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64."""
+    parts = []
+    for chunk in chunks:
+        pages = np.frombuffer(chunk.pages, dtype=np.int32).astype(np.int64)
+        grid = pages[:, None] * page_tokens + np.arange(page_tokens)
+        parts.append(grid.reshape(-1)[: len(chunk)])
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _tokens(chunk: Chunk) -> bytes:
+    return chunk.tokens
+
+
+def _ready(chunk: Chunk) -> bool:
+    return chunk.ready
+
+
+def _array(tokens: bytes) -> Tokens:
+    return np.frombuffer(tokens, dtype="<i4")
+
+
+def _index(siblings: list[Chunk], chunk: Chunk) -> int:
+    place = bisect.bisect_left(siblings, chunk.tokens, key=_tokens)
+    while siblings[place] is not chunk:
+        place += 1
+    return place

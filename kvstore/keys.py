@@ -1,0 +1,50 @@
+"""Names of what is kept: namespaces, chain keys, and tokens as bytes.
+
+All hashes are xxh3-128 over bytes laid out here, so they are equal on every machine and in every process.
+xxh3 is fast, not collision-resistant: whoever looks a key up compares the tokens too.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+KEY_BYTES = 16
+TOKEN_BYTES = 4
+FORMAT_VERSION = 1
+
+Tokens = npt.NDArray[np.int32]
+
+
+def namespace(identity: Mapping[str, Any]) -> bytes:
+    """16-byte name of a space in which equal tokens mean equal KV.
+
+    `identity` holds everything that KV depends on beside the tokens (model, weights, dtype, geometry,
+    adapter, tenant); values are None, bool, int, float, str, bytes, or lists and string-keyed maps of these.
+    The order of keys does not matter. TypeError: a value that has no stable bytes.
+    """
+    packed = msgpack.packb([FORMAT_VERSION, _sorted(dict(identity))], unicode_errors="surrogatepass")
+    return xxhash.xxh3_128_digest(packed)
+
+
+def chain_key(parent: bytes, tokens: bytes) -> bytes:
+    """Key of a chunk behind `parent` (a chain key, or a namespace for the first chunk)."""
+    return xxhash.xxh3_128_digest(parent + tokens)
+
+
+def as_tokens(ids: Sequence[int]) -> Tokens:
+    """Token ids as a little-endian int32 array of shape [len(ids)]."""
+    return np.fromiter(ids, dtype="<i4", count=len(ids))
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"namespace: keys must be strings, got {list(value)}")
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_sorted(each) for each in value]
+    return value

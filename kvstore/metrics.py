@@ -1,0 +1,114 @@
+"""Every metric that ragkv exports, and a recorder that knows nothing of Prometheus.
+
+Names carry their unit and counters end in `_total`. `METRICS` is the one list: the recorder refuses names and
+labels that are not in it, and the exporter registers just what it holds.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+SEPARATOR = "\x1f"
+
+LOOKED_UP_TOKENS = "ragkv_lookup_tokens_total"
+HIT_TOKENS = "ragkv_hit_tokens_total"
+STORED_TOKENS = "ragkv_stored_tokens_total"
+LOOKUPS = "ragkv_lookups_total"
+USED_BYTES = "ragkv_used_bytes"
+USED_PAGES = "ragkv_used_pages"
+CAPACITY_BYTES = "ragkv_capacity_bytes"
+CHUNKS = "ragkv_stored_chunks"
+EVICTED_CHUNKS = "ragkv_evicted_chunks_total"
+REFUSED_CHUNKS = "ragkv_refused_chunks_total"
+LOAD_SECONDS = "ragkv_load_seconds"
+STORE_SECONDS = "ragkv_store_seconds"
+ERRORS = "ragkv_errors_total"
+
+MEMORY = "memory"
+CAPACITY, RESET, SUPERSEDED, ABANDONED = "capacity", "reset", "superseded", "abandoned"
+NO_ROOM, COLLISION = "no_room", "collision"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Kind, help text and label names of one metric."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS: dict[str, Metric] = {
+    each.name: each
+    for each in (
+        Metric(LOOKED_UP_TOKENS, "counter", "Prompt tokens that were looked up, beyond the engine's own hits."),
+        Metric(HIT_TOKENS, "counter", "Prompt tokens served from ragkv, by tier.", ("tier",)),
+        Metric(STORED_TOKENS, "counter", "Tokens whose KV was stored."),
+        Metric(LOOKUPS, "counter", "Requests looked up, by result (hit, miss).", ("result",)),
+        Metric(USED_BYTES, "gauge", "Bytes in use, by tier.", ("tier",)),
+        Metric(USED_PAGES, "gauge", "Pages in use, by tier.", ("tier",)),
+        Metric(CAPACITY_BYTES, "gauge", "Byte budget, by tier.", ("tier",)),
+        Metric(CHUNKS, "gauge", "Chunks stored, by tier.", ("tier",)),
+        Metric(EVICTED_CHUNKS, "counter", "Chunks that left, by reason.", ("reason",)),
+        Metric(REFUSED_CHUNKS, "counter", "Chunks that were not stored, by reason.", ("reason",)),
+        Metric(LOAD_SECONDS, "histogram", "Time a worker spent on one step's loads."),
+        Metric(STORE_SECONDS, "histogram", "Time a worker spent on one step's stores."),
+        Metric(ERRORS, "counter", "Faults that were caught and treated as a miss, by kind.", ("kind",)),
+    )
+}
+
+
+class Metrics:
+    """Collects between two `drain` calls. Gauges keep their last value and are sent when they change."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, float] = {}
+        self._gauges: dict[str, float] = {}
+        self._sent: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {}
+
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        key = _key(name, "counter", labels)
+        self._counters[key] = self._counters.get(key, 0) + value
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._gauges[_key(name, "gauge", labels)] = value
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        self._seconds.setdefault(_key(name, "histogram", labels), []).append(seconds)
+
+    def drain(self) -> dict[str, Any]:
+        """What came since the last call, of plain types: {} when nothing did. See `merge` for its shape."""
+        changed = {key: value for key, value in self._gauges.items() if self._sent.get(key) != value}
+        self._sent.update(changed)
+        data = {"counters": self._counters, "gauges": changed, "seconds": self._seconds}
+        self._counters, self._seconds = {}, {}
+        return {part: values for part, values in data.items() if values}
+
+
+def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add one drained record to another: counters add up, gauges replace, observations append."""
+    counters = into.setdefault("counters", {})
+    for key, value in more.get("counters", {}).items():
+        counters[key] = counters.get(key, 0) + value
+    into.setdefault("gauges", {}).update(more.get("gauges", {}))
+    seconds = into.setdefault("seconds", {})
+    for key, values in more.get("seconds", {}).items():
+        seconds.setdefault(key, []).extend(values)
+
+
+def split(key: str) -> tuple[str, list[str]]:
+    """Name and label values (in the order of `Metric.labels`) of a recorded key."""
+    name, *values = key.split(SEPARATOR)
+    return name, values
+
+
+def _key(name: str, kind: str, labels: dict[str, str]) -> str:
+    metric = METRICS[name]
+    if metric.kind != kind or labels.keys() != set(metric.labels):
+        raise ValueError(f"metric {name}: a {metric.kind} with labels {metric.labels}, used as {kind}, {labels}")
+    return SEPARATOR.join((name, *(labels[label] for label in metric.labels)))
