@@ -1,0 +1,235 @@
+"""`RagKVConnector`: what vLLM sees. It holds one of two sides, and lets nothing out but answers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
+from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
+from ragkv.connectors.vllm.plugin import check_settings
+from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
+from ragkv.connectors.vllm.scheduler import SchedulerSide
+from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
+from ragkv.connectors.vllm.worker import WorkerSide
+from ragkv.errors import LayoutError, RagKVError
+from ragkv.kvstore.chunking import Chunker
+from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.segment import Segment, sweep
+from ragkv.policies import make_policy
+
+NO_TOKENS = (0, False)
+
+
+class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
+    """Exact reuse of KV from host memory. Where the engine cannot be served it stands aside, and says why."""
+
+    requires_kv_delivery = False  # a cache: a store that is dropped is a later miss
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"  # a failed load is a miss
+        self._settings = check_settings(vllm_config.kv_transfer_config).settings
+        self._metrics = Metrics()
+        self.faults = Faults(self._metrics)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._segment: Segment | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._open_scheduler_side()
+        else:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
+
+    # --- scheduler side ---
+
+    def _open_scheduler_side(self) -> None:
+        try:
+            self._scheduler = self._make_scheduler_side()
+        except RagKVError as error:
+            self._stand_aside(str(error))
+
+    def _make_scheduler_side(self) -> SchedulerSide:
+        config, memory = self._vllm_config, self._settings.memory
+        shape = examine(config, self._kv_cache_config)
+        page_bytes = shape.page_bytes(memory.page_tokens)
+        pages, least = (
+            memory.capacity // page_bytes,
+            -(-self._settings.chunks.max_tokens // memory.page_tokens),
+        )
+        if pages < least:
+            raise LayoutError(
+                f"memory.capacity = {memory.capacity} holds {pages} pages of {page_bytes} bytes; "
+                f"one chunk of chunks.max_tokens needs {least}"
+            )
+        sweep()
+        self._segment = Segment(config.kv_transfer_config.engine_id, pages * page_bytes)
+        tier = MemoryTier(pages, make_policy(memory.policy))
+        sizes = self._settings.chunks
+        return SchedulerSide(
+            Hierarchy(tier, memory.page_tokens, page_bytes, self._metrics),
+            Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
+            Namespaces(engine_identity(config, shape)).of,
+            shape.geometry.block_tokens,
+            shape.ranks,
+            self._metrics,
+            self.faults,
+        )
+
+    def _stand_aside(self, why: str) -> None:
+        logger.warning("ragkv: this engine runs without KV reuse: %s", why)
+        self._scheduler = None
+        self._close_segment()
+
+    def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
+        """All workers' word, once at start: one that cannot prove the cache's layout stops all reuse."""
+        refusals = [each.refusal for each in metadata.values() if isinstance(each, Handshake) and each.refusal]
+        if refusals and self._scheduler is not None:
+            self._stand_aside(refusals[0])
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
+        """The same, as newer versions of vLLM call it."""
+        self.set_xfer_handshake_metadata(metadata)
+
+    @guarded(gives(NO_TOKENS))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens that can be loaded in the step that takes the request up."""
+        if self._scheduler is None:
+            return NO_TOKENS
+        return self._scheduler.lookup(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """The request was taken up, and `num_external_tokens` must be loaded before its forward."""
+        if self._scheduler is not None:
+            self._allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def _not_allocated(self, request: Any, blocks: list[int], external: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.disappoint(request, blocks, external)
+
+    @guarded(_not_allocated)
+    def _allocated(self, request: Any, blocks: list[int], external: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks, external)
+
+    def _orders_so_far(self, _scheduler_output: Any) -> StepOrders:
+        """After a fault: the loads, which vLLM counts on; the books of the requests may be wrong now."""
+        if self._scheduler is None:
+            return StepOrders()
+        self._scheduler.distrust()
+        return self._scheduler.take_orders()
+
+    @guarded(_orders_so_far)
+    def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
+        """This step's orders."""
+        return StepOrders() if self._scheduler is None else self._scheduler.orders(scheduler_output)
+
+    @guarded(gives(None))
+    def update_connector_output(self, connector_output: Any) -> None:
+        """The workers' report on what was ordered."""
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(report, StepReport):
+            self._scheduler.report(report)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
+        held: bool = self.request_finished_all_groups(request, (block_ids,))[0]
+        return held, None
+
+    @guarded(gives((False, None)))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request ended; True keeps its blocks until its last tokens are stored."""
+        if self._scheduler is None:
+            return False, None
+        return self._scheduler.finished(request, list(block_ids[0])), None
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """All tokens come from host memory."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
+
+    @guarded(gives(False))
+    def reset_cache(self) -> bool:
+        """Forget all KV."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # --- worker side ---
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Prove the caches' layout."""
+        assert self._worker is not None
+        self._worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> Handshake | None:
+        """Whether this worker can take part."""
+        return None if self._worker is None else self._worker.handshake()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Load before the forward."""
+        if self._worker is not None and isinstance(self._connector_metadata, StepOrders):
+            self._worker.load(self._connector_metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads are ordered before the forward as a whole."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to do by layer: stores follow the forward as a whole."""
+
+    def wait_for_save(self) -> None:
+        """Store after the forward."""
+        if self._worker is not None and isinstance(self._connector_metadata, StepOrders):
+            self._worker.store(self._connector_metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose last store is done."""
+        return (None if self._worker is None else self._worker.take_finished() or None), None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that vLLM must compute itself."""
+        return set() if self._worker is None else self._worker.take_invalid_blocks()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        """Jobs that ended."""
+        return None if self._worker is None else self._worker.take_report()
+
+    # --- both ---
+
+    def get_kv_connector_stats(self) -> RagKVStats | None:
+        """Metrics since the last call."""
+        data = self._metrics.drain()
+        return RagKVStats(data=data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RagKVStats:
+        """A record that came from another process."""
+        return RagKVStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> RagKVPromMetrics:
+        """ragkv's metrics, in vLLM's registry."""
+        return RagKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Unmap shared memory; the scheduler side, or the last worker, removes it."""
+        if self._worker is not None:
+            self._worker.close()
+        self._scheduler = None
+        self._close_segment()
+
+    def _close_segment(self) -> None:
+        if self._segment is not None:
+            self._segment.close(unlink=True)
+            self._segment = None

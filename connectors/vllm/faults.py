@@ -1,0 +1,64 @@
+"""The connector's border: what goes wrong inside becomes a miss, counted, and logged once with its cause."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.metrics import Metrics
+
+logger = logging.getLogger("vllm.ragkv")  # below vLLM's logger, so that its settings hold
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Faults:
+    """Counts by kind; the first of a kind and type is logged with its traceback, the others only counted."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._seen: set[tuple[str, str]] = set()
+
+    def note(self, kind: str, cause: BaseException | str) -> None:
+        """Count a fault of that kind, and say so once."""
+        self._metrics.count(m.ERRORS, kind=kind)
+        name = type(cause).__name__  # never the text: requests choose it
+        if (kind, name) not in self._seen:
+            self._seen.add((kind, name))
+            trace = None if isinstance(cause, str) else cause
+            logger.warning("ragkv: %s: %s; treated as a miss, logged once", kind, cause, exc_info=trace)
+
+
+class Bordered(Protocol):
+    """Whoever has guarded methods keeps its faults here."""
+
+    faults: Faults
+
+
+S = TypeVar("S", bound=Bordered)
+
+
+def guarded(
+    fallback: Callable[..., R],
+) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
+    """Let no exception out of a method: note it, and return what `fallback` gives for the same arguments."""
+
+    def wrap(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+        @functools.wraps(method)
+        def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:  # the border: a fault of ours must not fail a request
+                self.faults.note(method.__name__, error)
+                return fallback(self, *args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+def gives(value: Any) -> Callable[..., Any]:
+    """A fallback that always gives `value`."""
+    return lambda *_, **__: value

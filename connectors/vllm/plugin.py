@@ -1,0 +1,40 @@
+"""Registration by name, and the early look at the settings."""
+
+import functools
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+from ragkv.config import Loaded, check_shared_memory, load
+from ragkv.connectors.vllm import NAME
+from ragkv.kvstore.segment import available_bytes, segment_path, sweep
+
+
+def install() -> None:
+    """Register the connector. Safe to call twice (plugins may be loaded more than once a process).
+
+    vLLM first shows a connector its settings when the weights are loaded, minutes too late for a typing
+    error. Every path to an engine asks the factory for the connector's class before that, so the settings are
+    checked there, once, and ConfigError stops the start.
+    """
+    if NAME in KVConnectorFactory._registry:
+        return
+    KVConnectorFactory.register_connector(NAME, "ragkv.connectors.vllm.connector", NAME)
+    find_class = KVConnectorFactory.get_connector_class
+
+    @functools.wraps(find_class)
+    def checked(kv_transfer_config: Any) -> Any:
+        if kv_transfer_config.kv_connector == NAME:
+            check_settings(kv_transfer_config)
+        return find_class(kv_transfer_config)
+
+    KVConnectorFactory.get_connector_class = checked
+
+
+def check_settings(kv_transfer_config: Any) -> Loaded:
+    """The settings of an engine to be. ConfigError: they cannot be, or not on this machine."""
+    loaded = load(kv_transfer_config.kv_connector_extra_config)
+    if not segment_path(kv_transfer_config.engine_id).exists():
+        sweep()
+        check_shared_memory(loaded.settings, available_bytes())
+    return loaded

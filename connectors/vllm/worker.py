@@ -1,0 +1,154 @@
+"""The worker side: moves bytes between the engine's paged cache and the memory tier, as ordered."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ragkv.config import Settings
+from ragkv.connectors.vllm.faults import Faults, logger
+from ragkv.connectors.vllm.identity import examine
+from ragkv.connectors.vllm.layout import RAW, probe
+from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.transfer import Mover, Ticket, Tier, make_mover, pin_memory
+from ragkv.errors import RagKVError
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.segment import Segment
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job whose copy may still be under way."""
+
+    job: Job
+    ticket: Ticket
+
+
+class WorkerSide:
+    """One worker's hands. Made before the caches exist; `register` proves their layout or gives up reuse."""
+
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, settings: Settings, metrics: Metrics, faults: Faults
+    ) -> None:
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._settings, self._metrics, self._faults = settings, metrics, faults
+        self._refusal: str | None = "the engine's caches were never registered"
+        self._mover: Mover | None = None
+        self._segment: Segment | None = None
+        self._running: list[_Running] = []
+        self._report = StepReport()
+        self._finished: set[str] = set()
+        self._invalid: set[int] = set()
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """Prove the layout of the engine's caches and open the memory tier."""
+        try:
+            self._mover = self._connect(caches)
+            self._refusal = None
+        except RagKVError as error:
+            self._refusal = str(error)
+        except Exception as error:  # an unknown backend may fail in any way while it is probed
+            self._refusal = f"{type(error).__name__} while its layout was probed: {error}"
+            logger.debug("ragkv: the probe failed", exc_info=error)
+
+    def handshake(self) -> Handshake:
+        """What the scheduler side must know of this worker."""
+        return Handshake(self._refusal)
+
+    def load(self, orders: StepOrders) -> None:
+        """Carry out a step's loads. A load that fails is reported by its blocks, and vLLM computes them."""
+        self._not_loaded(orders.invalid_blocks)
+        if orders.loads:
+            self._carry_out(orders.loads, m.LOAD_SECONDS, orders.block_tokens)
+
+    def store(self, orders: StepOrders) -> None:
+        """Carry out a step's stores, after its forward."""
+        if orders.stores:
+            self._carry_out(orders.stores, m.STORE_SECONDS, None)
+        self._collect()
+
+    def take_report(self) -> StepReport | None:
+        """Jobs that ended since the last call."""
+        report, self._report = self._report, StepReport()
+        return report if report.done or report.tainted else None
+
+    def take_finished(self) -> set[str]:
+        """Requests whose blocks vLLM may free now."""
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Blocks that should have been loaded and were not."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def close(self) -> None:
+        """Let the memory tier go."""
+        self._mover = None
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+    def _connect(self, caches: dict[str, torch.Tensor]) -> Mover:
+        shape = examine(self._vllm_config, self._kv_cache_config)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        ours = {name: caches[name] for name in shape.layers}
+        blocks = self._kv_cache_config.num_blocks
+        found = probe(layers, ours, shape.geometry, blocks, self._vllm_config.model_config.dtype)
+        page_tokens = self._settings.memory.page_tokens
+        pages = self._settings.memory.capacity // shape.page_bytes(page_tokens)
+        engine = self._vllm_config.kv_transfer_config.engine_id
+        self._segment = Segment(engine, pages * shape.page_bytes(page_tokens))
+        elements = torch.frombuffer(self._segment.buffer, dtype=RAW[shape.geometry.itemsize])
+        device = next(iter(ours.values())).device
+        if device.type == "cuda" and not pin_memory(elements):
+            logger.warning("ragkv: shared memory could not be pinned; copies will be slower")
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        tier = Tier(elements, shape.geometry, page_tokens, shape.ranks, get_tensor_model_parallel_rank())
+        return make_mover(found, tier, self._settings.transfer.staging, device)
+
+    def _carry_out(self, jobs: list[Job], clock: str, block_tokens: int | None) -> None:
+        """Move all jobs of a step at once. `block_tokens` is given for loads."""
+        started = time.perf_counter()
+        try:
+            if self._mover is None:
+                raise RagKVError("orders without a memory tier")
+            rows = torch.cat([torch.from_numpy(job.rows) for job in jobs])
+            slots = torch.cat([torch.from_numpy(job.slots) for job in jobs])
+            move = self._mover.store if block_tokens is None else self._mover.load
+            ticket = move(rows, slots)
+        except Exception as error:  # whatever it is: these jobs failed, and are reported so
+            self._faults.note("store" if block_tokens is None else "load", error)
+            for job in jobs:
+                self._end(job, failed=True)
+                if block_tokens is not None:
+                    self._not_loaded(set((job.slots // block_tokens).tolist()))
+            return
+        self._running.extend(_Running(job, ticket) for job in jobs)
+        self._collect()
+        self._metrics.observe(clock, time.perf_counter() - started)
+
+    def _not_loaded(self, blocks: set[int]) -> None:
+        """The forward will run on blocks that lack what was promised: whatever it computes is not to be kept."""
+        self._invalid |= blocks
+        self._report.tainted |= bool(blocks)
+
+    def _collect(self) -> None:
+        """Note the jobs whose copies have ended."""
+        still = []
+        for running in self._running:
+            if running.ticket.query():
+                self._end(running.job, failed=False)
+            else:
+                still.append(running)
+        self._running = still
+
+    def _end(self, job: Job, *, failed: bool) -> None:
+        self._report.done[job.id] = 1
+        if failed:
+            self._report.failed.add(job.id)
+        if job.finishes is not None:
+            self._finished.add(job.finishes)

@@ -1,0 +1,152 @@
+"""Copies between cache and tier, against a plain Python model of both."""
+
+import pytest
+import torch
+
+from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache
+from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, make_mover
+
+LAYERS, HEADS, DIM, BLOCK, BLOCKS, PAGE, PAGES = 3, 2, 4, 8, 6, 5, 9
+CPU = torch.device("cpu")
+SHAPE = (BLOCK, 2, HEADS, DIM)
+
+
+def strided(layer, itemsize):
+    """[tokens, 2, heads, dim] inside a block as it comes; all layers of a block side by side."""
+    return torch.arange(BLOCK * 2 * HEADS * DIM).view(SHAPE) + layer * BLOCK * 2 * HEADS * DIM
+
+
+def tangled(layer, itemsize):
+    """A permutation that no strides tell."""
+    order = torch.randperm(BLOCK * 2 * HEADS * DIM, generator=torch.Generator().manual_seed(3))
+    return order.view(SHAPE) + layer * BLOCK * 2 * HEADS * DIM
+
+
+class World:
+    """One rank's cache, and the tier that all ranks share, as tensors and as a dictionary of elements."""
+
+    def __init__(self, places, itemsize, ranks, rank, segment=None, seed=0):
+        self.chance = torch.Generator().manual_seed(seed + rank)
+        self.geometry = Geometry(LAYERS, HEADS, DIM, itemsize, BLOCK)
+        self.ranks, self.rank, self.itemsize, self.places = ranks, rank, itemsize, places
+        size = BLOCK * 2 * HEADS * DIM
+        self.storage = self.noise(BLOCKS * LAYERS * size)
+        whole = self.storage.view(BLOCKS, LAYERS * size)
+        self.caches = [
+            LayerCache(whole[:, layer * size : (layer + 1) * size], BLOCK, places(layer, itemsize))
+            for layer in range(LAYERS)
+        ]
+        shape = (PAGES, ranks, LAYERS, 2, PAGE, HEADS, DIM)
+        self.segment = self.noise(torch.Size(shape).numel()) if segment is None else segment
+        self.pages = self.segment.view(shape)
+        self.tier = Tier(self.segment, self.geometry, PAGE, ranks, rank)
+
+    def noise(self, count):
+        raw = RAW[self.itemsize]
+        low, high = (0, 256) if self.itemsize == 1 else (torch.iinfo(raw).min, torch.iinfo(raw).max)
+        return torch.randint(low, high, (count,), generator=self.chance, dtype=torch.int64).to(raw)
+
+    def mover(self, kind):
+        if kind == "direct":
+            return DirectMover(self.caches, self.tier)
+        pages = int(kind.removeprefix("staged"))  # pages in half the staging buffer
+        return StagedMover(self.caches, self.tier, 2 * pages * PAGE * self.geometry.token_bytes, CPU)
+
+    def in_cache(self, slot):
+        """A slot's elements [layers, 2, heads, dim], found without the code under test."""
+        first = slot // BLOCK * LAYERS * BLOCK * 2 * HEADS * DIM
+        return torch.stack([self.storage[first + self.places(layer, 0)[slot % BLOCK]] for layer in range(LAYERS)])
+
+    def in_tier(self, row):
+        return self.pages[row // PAGE, self.rank, :, :, row % PAGE]
+
+    def some(self, tokens):
+        """`tokens` random rows and slots, each no more than once."""
+        rows = torch.randperm(PAGES * PAGE, generator=self.chance)[:tokens]
+        slots = torch.randperm(BLOCKS * BLOCK, generator=self.chance)[:tokens]
+        return rows, slots
+
+
+MOVERS = ["direct", "staged1", "staged2", "staged99"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("places", [strided, tangled], ids=["strided", "table"])
+@pytest.mark.parametrize("mover", MOVERS)
+def test_store_and_load_copy_just_what_was_addressed(mover, places, itemsize, ranks):
+    segment = None
+    for rank in range(ranks):
+        world = World(places, itemsize, ranks, rank, segment, seed=itemsize)
+        segment = world.segment
+        copies = world.mover(mover)
+        for tokens in (1, 7, 30):
+            rows, slots = world.some(tokens)
+            cache, tier = world.storage.clone(), world.segment.clone()
+            assert copies.store(rows, slots).query()
+            assert torch.equal(world.storage, cache), "a store wrote the cache"
+            for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+                assert torch.equal(world.in_tier(row), world.in_cache(slot))
+            untouched = torch.ones(PAGES, ranks, dtype=torch.bool)
+            untouched[rows // PAGE, rank] = False
+            assert torch.equal(world.pages[untouched], tier.view_as(world.pages)[untouched])
+
+            rows, slots = world.some(tokens)
+            expected = world.storage.clone()
+            before = {slot: world.in_cache(slot).clone() for slot in range(BLOCKS * BLOCK)}
+            tier = world.segment.clone()
+            assert copies.load(rows, slots).query()
+            assert torch.equal(world.segment, tier), "a load wrote the tier"
+            loaded = dict(zip(slots.tolist(), rows.tolist(), strict=True))
+            for slot in before:
+                want = world.in_tier(loaded[slot]) if slot in loaded else before[slot]
+                assert torch.equal(world.in_cache(slot), want)
+            assert not torch.equal(world.storage, expected)
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_ranks_share_pages_and_not_bytes(mover):
+    first = World(strided, 2, 2, 0)
+    second = World(strided, 2, 2, 1, first.segment)
+    rows, slots = first.some(20)
+    pages = rows.unique() // PAGE
+    others = first.pages[pages, 1].clone()
+    first.mover(mover).store(rows, slots)
+    assert torch.equal(first.pages[pages, 1], others)
+    mine = first.pages[pages, 0].clone()
+    second.mover(mover).store(rows, slots)
+    assert torch.equal(first.pages[pages, 0], mine)
+    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+        assert torch.equal(first.in_tier(row), first.in_cache(slot))
+        assert torch.equal(second.in_tier(row), second.in_cache(slot))
+        assert not torch.equal(first.in_tier(row), second.in_tier(row))
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_one_row_may_be_loaded_into_many_slots(mover):
+    world = World(strided, 2, 1, 0)
+    rows, slots = torch.tensor([7, 7, 12, 7]), torch.tensor([40, 3, 0, 17])
+    world.mover(mover).load(rows, slots)
+    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+        assert torch.equal(world.in_cache(slot), world.in_tier(row))
+
+
+@pytest.mark.parametrize("mover", ["direct", "staged1"])
+def test_a_row_outside_the_tier_is_an_error(mover):
+    world = World(strided, 2, 1, 0)
+    with pytest.raises((IndexError, RuntimeError)):
+        world.mover(mover).load(torch.tensor([PAGES * PAGE]), torch.tensor([0]))
+
+
+def test_nothing_to_copy():
+    world = World(strided, 2, 1, 0)
+    none = torch.empty(0, dtype=torch.int64)
+    before = world.storage.clone(), world.segment.clone()
+    for mover in ("direct", "staged1"):
+        assert world.mover(mover).store(none, none).query() and world.mover(mover).load(none, none).query()
+    assert torch.equal(world.storage, before[0]) and torch.equal(world.segment, before[1])
+
+
+def test_the_cpu_needs_no_staging():
+    world = World(strided, 2, 1, 0)
+    assert isinstance(make_mover(world.caches, world.tier, 1, CPU), DirectMover)
