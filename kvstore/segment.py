@@ -70,6 +70,19 @@ class Segment:
                 text = f"{size} bytes do not fit into {folder}, which has {available_bytes(folder)} free"
             raise SegmentError(f"shared memory: {text}") from error
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: equal in two processes if they map the same memory."""
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
+
+    def unlink(self) -> None:
+        """Remove the name, once all who shall map the segment have done so. From then on the kernel frees the
+        memory when the last of them ends, however it ends."""
+        with contextlib.suppress(OSError):
+            if _lies_at(self.path, self._descriptor):
+                self.path.unlink()
+
     def close(self, *, unlink: bool = False) -> None:
         """Unmap; remove the file if told to, or if no one else holds it. Safe to call twice.
 

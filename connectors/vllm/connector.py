@@ -39,7 +39,9 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._settings = check_settings(vllm_config.kv_transfer_config).settings
         self._metrics = Metrics()
         self.faults = Faults(self._metrics)
-        self._scheduler: SchedulerSide | None = None
+        self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
+        self._proposed: SchedulerSide | None = None
+        self._workers = 0
         self._worker: WorkerSide | None = None
         self._segment: Segment | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -51,7 +53,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _open_scheduler_side(self) -> None:
         try:
-            self._scheduler = self._make_scheduler_side()
+            self._proposed = self._make_scheduler_side()
         except RagKVError as error:
             self._stand_aside(str(error))
 
@@ -69,6 +71,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
                 f"one chunk of chunks.max_tokens needs {least}"
             )
         sweep()
+        self._workers = shape.ranks
         self._segment = Segment(config.kv_transfer_config.engine_id, pages * page_bytes)
         tier = MemoryTier(pages, make_policy(memory.policy))
         sizes = self._settings.chunks
@@ -84,14 +87,25 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _stand_aside(self, why: str) -> None:
         logger.warning("ragkv: this engine runs without KV reuse: %s", why)
-        self._scheduler = None
+        self._scheduler = self._proposed = None
         self._close_segment()
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
-        """All workers' word, once at start: one that cannot prove the cache's layout stops all reuse."""
-        refusals = [each.refusal for each in metadata.values() if isinstance(each, Handshake) and each.refusal]
-        if refusals and self._scheduler is not None:
+        """All workers' word, once at start. Reuse begins here: when each has proven the layout of its cache,
+        and maps the very segment that this side maps. Its name is needed no more then."""
+        if self._proposed is None or self._segment is None:
+            return
+        hands = [each for each in metadata.values() if isinstance(each, Handshake)]
+        refusals = [hand.refusal for hand in hands if hand.refusal]
+        if len(hands) != self._workers:
+            refusals.append(f"{len(hands)} of {self._workers} workers answered")
+        if any(hand.segment != self._segment.identity for hand in hands):
+            refusals.append("a worker maps another segment of shared memory")
+        if refusals:
             self._stand_aside(refusals[0])
+        else:
+            self._scheduler, self._proposed = self._proposed, None
+            self._segment.unlink()
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         """The same, as newer versions of vLLM call it."""
@@ -226,7 +240,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Unmap shared memory; the scheduler side, or the last worker, removes it."""
         if self._worker is not None:
             self._worker.close()
-        self._scheduler = None
+        self._scheduler = self._proposed = None
         self._close_segment()
 
     def _close_segment(self) -> None:

@@ -7,7 +7,9 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from ragkv.config import Loaded, check_shared_memory, load
 from ragkv.connectors.vllm import NAME
-from ragkv.kvstore.segment import available_bytes, segment_path, sweep
+from ragkv.kvstore.segment import available_bytes, sweep
+
+ROOM_CHECKED = "_ragkv_room_checked"
 
 
 def install() -> None:
@@ -32,9 +34,14 @@ def install() -> None:
 
 
 def check_settings(kv_transfer_config: Any) -> Loaded:
-    """The settings of an engine to be. ConfigError: they cannot be, or not on this machine."""
+    """The settings of an engine to be. ConfigError: they cannot be, or not on this machine.
+
+    Room in shared memory is looked at once: the mark on the configuration goes with it into every process of
+    the engine, where the room may be taken already, by the engine itself.
+    """
     loaded = load(kv_transfer_config.kv_connector_extra_config)
-    if not segment_path(kv_transfer_config.engine_id).exists():
+    if not getattr(kv_transfer_config, ROOM_CHECKED, False):
         sweep()
         check_shared_memory(loaded.settings, available_bytes())
+        object.__setattr__(kv_transfer_config, ROOM_CHECKED, True)
     return loaded

@@ -62,6 +62,8 @@ class StepReport(KVConnectorWorkerMetadata):
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker to the scheduler side, once at start: why this worker cannot take part, or None."""
+    """A worker to the scheduler side, once at start: why this worker cannot take part, or None, and which
+    segment it maps (device and inode)."""
 
     refusal: str | None
+    segment: tuple[int, int] | None = None

@@ -145,7 +145,10 @@ class SchedulerSide:
             under_way.failed |= job in report.failed
             if under_way.workers <= 0:
                 del self._under_way[job]
-                self._settle(under_way)
+                try:
+                    self._settle(under_way)
+                except Exception as error:  # one job's trouble must not lose the others
+                    self._faults.note("settle", error)
 
     def distrust(self) -> None:
         """Some KV was promised and never came, so what was computed since may be wrong: keep none of it.

@@ -55,7 +55,7 @@ class WorkerSide:
 
     def handshake(self) -> Handshake:
         """What the scheduler side must know of this worker."""
-        return Handshake(self._refusal)
+        return Handshake(self._refusal, None if self._segment is None else self._segment.identity)
 
     def load(self, orders: StepOrders) -> None:
         """Carry out a step's loads. A load that fails is reported by its blocks, and vLLM computes them."""
@@ -140,8 +140,13 @@ class WorkerSide:
         """Note the jobs whose copies have ended."""
         still = []
         for running in self._running:
-            if running.ticket.query():
-                self._end(running.job, failed=False)
+            try:
+                ended, failed = running.ticket.query(), False
+            except Exception as error:  # the device reports what went wrong since the copy was ordered
+                self._faults.note("copy", error)
+                ended = failed = True
+            if ended:
+                self._end(running.job, failed=failed)
             else:
                 still.append(running)
         self._running = still

@@ -544,11 +544,14 @@ def test_more_memory_than_the_machine_has_stops_the_start(monkeypatch):
     assert plugin.check_settings(transfer(memory={"capacity": "1MiB"})).settings.memory.capacity == 2**20
 
 
-def test_an_engine_whose_segment_is_there_needs_no_more_room(monkeypatch, tmp_path):
+def test_room_is_looked_at_once_for_all_processes_of_an_engine(monkeypatch):
+    config = transfer(memory={"capacity": "2MiB"})
+    plugin.check_settings(config)
     monkeypatch.setattr(plugin, "available_bytes", lambda: 0)
-    (tmp_path / "there").touch()
-    monkeypatch.setattr(plugin, "segment_path", lambda name: tmp_path / "there")
-    assert plugin.check_settings(transfer(memory={"capacity": "2MiB"})).settings.memory.capacity == 2**21
+    elsewhere = pickle.loads(pickle.dumps(config))
+    assert plugin.check_settings(elsewhere).settings.memory.capacity == 2**21
+    with pytest.raises(ConfigError, match=r"memory\.capacity"):
+        plugin.check_settings(transfer(memory={"capacity": "2MiB"}))
 
 
 def test_install_is_safe_to_repeat_and_checks_what_vllm_asks_for(monkeypatch):

@@ -141,12 +141,11 @@ class Engine:
                 break
             (resumed if request.preempted else new).append(request)
         for request in runners:
-            if request.num_computed_tokens < request.num_tokens:
+            if request.num_computed_tokens < request.num_tokens and self._grow(request, request.num_tokens):
                 cached.append(request)
         for request in [*new, *resumed, *cached]:
             count = min(budget, request.num_tokens - request.num_computed_tokens)
             scheduled[request.request_id] = count
-            self._grow(request, request.num_computed_tokens + count)
         self._forward(new, resumed, cached, scheduled, sample)
         if deliver:
             self.deliver()
@@ -214,11 +213,16 @@ class Engine:
         return True
 
     def _grow(self, request, tokens):
-        while len(request.blocks) * BLOCK < tokens:
-            block = self.free.pop(0)
+        """Blocks for so many tokens, full of rubbish; False where there are not enough."""
+        more = -(-tokens // BLOCK) - len(request.blocks)
+        if more > len(self.free):
+            return False
+        for block in self.free[: max(more, 0)]:
             request.blocks.append(block)
             for worker in range(len(self.workers)):
                 self._cache(worker)[block * BLOCK : (block + 1) * BLOCK] = -3
+        del self.free[: max(more, 0)]
+        return True
 
     def _forward(self, new, resumed, cached, scheduled, sample):
         told = {id(r): getattr(r, "told", 0) for r in cached}
@@ -786,42 +790,60 @@ def test_what_cannot_be_named_is_left_alone(engine, features):
 # --- everything together ---
 
 
+PROMPTS = st.builds(
+    lambda seed, length, tail, more: text(seed, 90)[:length] + text(10 + tail, more),
+    seed=st.integers(0, 1),
+    length=st.sampled_from([1, 17, 40, 40, 70, 90, 90]),
+    tail=st.integers(0, 1),
+    more=st.sampled_from([0, 0, 5, 50]),
+)
+WORLD = st.sampled_from([0, 0, 0, 1])
+FAILS = st.sampled_from([(), (), (), ("load",), ("store",), ("load", "store")])
+
+
 class Machine(RuleBasedStateMachine):
     """All of it, interleaved. Loads are checked inside the engine."""
 
     def __init__(self):
         super().__init__()
-        self.engine = Engine(pages=48, blocks=70, workers=2)
+        self.engine = Engine(pages=64, blocks=120, workers=2)
 
-    @rule(
-        seed=st.integers(0, 1),
-        length=st.integers(1, 90),
-        tail=st.integers(0, 3),
-        more=st.integers(0, 50),
-        world=st.integers(0, 1),
-    )
-    def arrives(self, seed, length, tail, more, world):
+    def request(self, prompt, world):
+        return self.engine.request(prompt, world=world, cache_salt=f"{world}" if world else None)
+
+    @rule(prompt=PROMPTS, world=WORLD)
+    def arrives(self, prompt, world):
         if len(self.engine.waiting) < 4:
-            prompt = text(seed, 90)[:length] + text(10 + tail, more)
-            self.engine.request(prompt, world=world, cache_salt=f"{world}" if world else None)
+            self.request(prompt, world)
+
+    @rule(prompt=PROMPTS, world=WORLD, budget=st.sampled_from([40, 200]), fails=FAILS, worker=st.integers(0, 1))
+    def is_served(self, prompt, world, budget, fails, worker):
+        """A request from arrival to end; what fails, fails in its first step."""
+        request = self.request(prompt, world)
+        self.engine.fail(*fails, worker=worker)
+        for _ in range(8):
+            self.engine.step(budget=budget)
+            self.engine.fail(worker=worker)
+            if request.num_tokens > len(prompt):
+                break
+        self.engine.finish(request)
 
     @rule(
         budget=st.sampled_from([1, 9, 40, 200]),
         local=st.sampled_from([0, 0, 8, 32]),
         admit=st.booleans(),
         deliver=st.booleans(),
-        answer=st.integers(0, 2),
+        answer=st.integers(0, 1),
+        fails=FAILS,
+        worker=st.integers(0, 1),
     )
-    def steps(self, budget, local, admit, deliver, answer):
+    def steps(self, budget, local, admit, deliver, answer, fails, worker):
         locals_ = {request.request_id: local for request in self.engine.waiting}
-        if sum(-(-(r.num_tokens + 1) // BLOCK) for r in self.engine.running) < 50 <= len(self.engine.free) + 50:
-            self.engine.step(
-                admit=admit and len(self.engine.running) < 3,
-                budget=budget,
-                local=locals_,
-                sample=text(20 + answer, 60),
-                deliver=deliver,
-            )
+        self.engine.fail(*fails, worker=worker)
+        if len(self.engine.free) > 8:
+            sample = text(20 + answer, 60)
+            self.engine.step(admit=admit, budget=budget, local=locals_, sample=sample, deliver=deliver)
+        self.engine.fail(worker=worker)
 
     @precondition(lambda self: self.engine.running)
     @rule(which=st.integers(0, 9))
@@ -839,21 +861,16 @@ class Machine(RuleBasedStateMachine):
     def reports(self, worker):
         self.engine.deliver(worker)
 
-    @rule(worker=st.integers(0, 1), kinds=st.sampled_from([(), (), ("load",), ("store",), ("load", "store")]))
-    def fails(self, worker, kinds):
-        self.engine.fail(*kinds, worker=worker)
-
-    @rule()
-    def resets(self):
-        self.engine.side.reset()
+    @rule(really=st.integers(0, 5))
+    def resets(self, really):
+        if not really:
+            self.engine.side.reset()
 
     @invariant()
     def whole(self):
         self.engine.hierarchy.check_integrity()
 
     def teardown(self):
-        self.engine.fail(worker=0)
-        self.engine.fail(worker=1)
         for request in self.engine.running + self.engine.waiting:
             self.engine.finish(request)
         self.engine.settle()

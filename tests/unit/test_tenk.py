@@ -1,0 +1,240 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from ragkv.benchmarks.tenk import MIN_QUESTIONS, Filing, Question, generate_filing, load_filings
+
+REAL_FILINGS = Path(__file__).parents[2] / ".." / "shared" / "data" / "filings"
+GOLDEN_SHA256 = "67f691d939676ad976199e77e4a46ba268b2034a53b99cad2d8e4aad7f779d25"
+SEEDS = range(8)
+
+
+def sha256(filing: Filing) -> str:
+    return hashlib.sha256(filing.text.encode()).hexdigest()
+
+
+def table(filing: Filing, title: str) -> dict[str, list[int]]:
+    """A table's rows by label, newest year first, with amounts per share in cents."""
+    (block,) = [block for block in filing.text.split("\n\n") if block.startswith(title)]
+    rows = {}
+    for line in block.splitlines()[2:]:
+        cells = line[52:].replace("$", "").replace(",", "").replace("(", "-").replace(")", "").split()
+        rows[line[:52].strip()] = [int(cell.replace(".", "")) for cell in cells]
+    return rows
+
+
+def add(*columns: list[int]) -> list[int]:
+    return [sum(cells) for cells in zip(*columns, strict=True)]
+
+
+def subtract(column: list[int], *others: list[int]) -> list[int]:
+    return [cell - other for cell, other in zip(column, add(*others), strict=True)]
+
+
+def test_text_is_pinned() -> None:
+    assert sha256(generate_filing(seed=7, words=2000)) == GOLDEN_SHA256
+
+
+def test_text_does_not_depend_on_the_process() -> None:
+    code = (
+        "import hashlib; from ragkv.benchmarks.tenk import generate_filing as g;"
+        "print(hashlib.sha256(g(3, 1500).text.encode()).hexdigest())"
+    )
+    sums = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for hash_seed in ("1", "2")
+    }
+    assert sums == {sha256(generate_filing(3, 1500))}
+
+
+def test_different_seeds_give_different_companies_and_numbers() -> None:
+    filings = [generate_filing(seed, 500) for seed in range(50)]
+    assert len({filing.name for filing in filings}) == 50
+    assert len({filing.text for filing in filings}) == 50
+    assert len({filing.questions[0].answer for filing in filings}) > 45
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_income_statement_adds_up(seed: int) -> None:
+    filing = generate_filing(seed)
+    rows = table(filing, "CONSOLIDATED STATEMENTS OF INCOME")
+    assert rows["Gross profit"] == subtract(rows["Net sales"], rows["Cost of sales"])
+    expenses = rows["Selling, general and administrative"], rows["Research and development"]
+    assert rows["Operating income"] == subtract(rows["Gross profit"], *expenses)
+    assert rows["Income before income taxes"] == subtract(rows["Operating income"], rows["Interest expense"])
+    taxes = rows["Provision for income taxes"]
+    assert rows["Net income"] == subtract(rows["Income before income taxes"], taxes)
+    per_share = rows["Diluted earnings per share, in dollars"]
+    for cents, net, shares in zip(
+        per_share, rows["Net income"], rows["Weighted average diluted shares"], strict=True
+    ):
+        assert cents == 100 * net // shares > 0
+    segments = table(filing, "NET SALES BY SEGMENT")
+    assert segments.pop("Total net sales") == rows["Net sales"] == add(*segments.values())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_balance_sheet_balances(seed: int) -> None:
+    rows = table(generate_filing(seed), "CONSOLIDATED BALANCE SHEETS")
+    assets = list(rows).index("Total assets")
+    values = list(rows.values())
+    assert rows["Total assets"] == add(*values[:assets]) == rows["Total liabilities and equity"]
+    assert rows["Total liabilities"] == add(*values[assets + 1 : list(rows).index("Total liabilities")])
+    equity = rows["Total shareholders' equity"]
+    assert equity == add(rows["Common stock and paid-in capital"], rows["Retained earnings, less treasury stock"])
+    assert rows["Total assets"] == add(rows["Total liabilities"], equity)
+    assert min(map(min, values)) > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cash_flows_tie_to_the_balance_sheet(seed: int) -> None:
+    filing = generate_filing(seed)
+    rows = table(filing, "CONSOLIDATED STATEMENTS OF CASH FLOWS")
+    labels, values = list(rows), list(rows.values())
+    operations = labels.index("Net cash provided by operating activities")
+    change = labels.index("Net change in cash")
+    assert values[operations] == add(*values[:operations])
+    assert values[change] == add(*values[operations:change])
+    closing, opening = rows["Cash at end of year"], rows["Cash at beginning of year"]
+    assert closing == add(opening, values[change])
+    assert opening[:2] == closing[1:]
+    balance = table(filing, "CONSOLIDATED BALANCE SHEETS")
+    assert balance["Cash and cash equivalents"] == closing[:2]
+    newest, prior = balance["Inventories"]
+    assert rows["Change in inventories"][0] == prior - newest
+
+
+@pytest.mark.parametrize("words", [300, 2000])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_answers_occur_in_the_text(seed: int, words: int) -> None:
+    filing = generate_filing(seed, words)
+    assert len({question.text for question in filing.questions}) >= MIN_QUESTIONS
+    for question in filing.questions:
+        assert question.answer
+        assert question.answer in filing.text
+
+
+def test_answers_are_those_of_the_statements() -> None:
+    filing = generate_filing(5, 2000)
+    answers = {question.text.split(" in fiscal")[0]: question.answer for question in filing.questions}
+    income = table(filing, "CONSOLIDATED STATEMENTS OF INCOME")
+    cash = table(filing, "CONSOLIDATED STATEMENTS OF CASH FLOWS")
+    segments = table(filing, "NET SALES BY SEGMENT")
+    del segments["Total net sales"]
+    assert answers["What were net sales"] == f"{income['Net sales'][0]:,}"
+    spent = -cash["Additions to property, plant and equipment"][0]
+    assert answers["What was capital expenditure"] == f"{spent:,}"
+    largest = max(segments, key=lambda name: segments[name][0])
+    assert answers["Which segment had the largest net sales"] == largest
+
+
+@pytest.mark.parametrize("words", [300, 500, 2000, 10_000, 50_000])
+def test_length_is_about_what_was_asked_for(words: int) -> None:
+    filing = generate_filing(1, words)
+    assert 0.75 * words <= len(filing.text.split()) <= 1.25 * words
+    assert table(filing, "CONSOLIDATED STATEMENTS OF INCOME")["Net sales"]
+
+
+@pytest.mark.parametrize("words", [10_000, 50_000])
+def test_no_long_paragraph_is_repeated(words: int) -> None:
+    paragraphs = Counter(p for p in generate_filing(2, words).text.split("\n\n") if len(p) > 40)
+    assert len(paragraphs) > words // 100
+    assert paragraphs.most_common(1)[0][1] == 1
+
+
+def test_items_stand_in_order() -> None:
+    blocks = generate_filing(0, 5000).text.split("\n\n")
+    headings = [block for block in blocks if block.startswith(("PART ", "Item "))]
+    wanted = [
+        "PART I",
+        "Item 1.",
+        "Item 1A.",
+        "Item 2.",
+        "Item 3.",
+        "PART II",
+        "Item 5.",
+        "Item 7.",
+        "Item 7A.",
+    ]
+    wanted += ["Item 8.", "PART III", "Item 10.", "PART IV", "Item 15."]
+    assert [block.split(".")[0] + "." * ("." in block) for block in headings] == wanted
+    assert all(len(one) > 0 and one != other for one, other in pairwise(blocks))
+    assert "{" not in "".join(blocks)
+
+
+def write_questions(folder: Path, *lines: str) -> None:
+    (folder / "questions.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def test_filings_load_in_order_with_generic_questions(tmp_path: Path) -> None:
+    (tmp_path / "B_2023_10K.txt").write_text("the second", "utf-8")
+    (tmp_path / "A_2023_10K.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "notes.md").write_text("not a filing", "utf-8")
+    first, second = load_filings(tmp_path)
+    assert (first.name, first.text) == ("A_2023_10K", "caf\N{REPLACEMENT CHARACTER}")
+    assert (second.name, second.text) == ("B_2023_10K", "the second")
+    assert len(set(first.questions)) == MIN_QUESTIONS
+    assert {question.answer for question in first.questions} == {""}
+    assert not any("{" in question.text for question in first.questions)
+
+
+def test_questions_of_a_filing_come_first_and_are_all_kept(tmp_path: Path) -> None:
+    for name in ("A", "B"):
+        (tmp_path / f"{name}.txt").write_text(name, "utf-8")
+    asked = [Question(f"Question\u2028{i}?", f"answer {i}") for i in range(MIN_QUESTIONS + 2)]
+    lines = [{"filing": "A", "question": q.text, "answer": q.answer, "id": 1} for q in asked]
+    lines.append({"filing": "B", "question": "Who?", "answer": "B"})
+    write_questions(tmp_path, *(json.dumps(line, ensure_ascii=False) for line in lines))
+    first, second = load_filings(tmp_path)
+    assert first.questions == tuple(asked)
+    assert second.questions[0] == Question("Who?", "B")
+    assert len(second.questions) == MIN_QUESTIONS
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '"text"',
+        '{"filing": "A", "question": "?"}',
+        '{"filing": "A", "question": "?", "answer": 1}',
+    ],
+)
+def test_malformed_question_names_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "A.txt").write_text("A", "utf-8")
+    write_questions(tmp_path, '{"filing": "A", "question": "Who?", "answer": "A"}', line)
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: expected a JSON object") as error:
+        load_filings(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_folder_without_filings_is_named(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a folder with at least one filing") as error:
+        load_filings(tmp_path / folder)
+    assert str(tmp_path / folder) in str(error.value)
+
+
+def test_real_filings() -> None:
+    if not REAL_FILINGS.is_dir():
+        pytest.skip(f"no real filings at {REAL_FILINGS.resolve()}")
+    filings = load_filings(REAL_FILINGS)
+    assert [filing.name for filing in filings] == sorted(path.stem for path in REAL_FILINGS.glob("*.txt"))
+    for filing in filings:
+        assert len(filing.text.split()) > 10_000
+        assert len(set(filing.questions)) >= MIN_QUESTIONS
+        assert any(question.answer for question in filing.questions)
