@@ -1,0 +1,241 @@
+"""A real vLLM engine in a process of its own, so that two can stand side by side, each with its own metrics.
+
+The engine's chatter goes to a log file. Times are vLLM's own: from the arrival of a request to its first token.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ragkv.errors import RagKVError
+
+START_SECONDS = 600
+EVICT_TRIES = 200
+SOURCES = "vllm:prompt_tokens_cached_by_source"
+
+
+class EngineError(RagKVError):
+    """An engine did not start, or died."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer. `hit_tokens`: prompt tokens that were not computed, by source, for the whole batch."""
+
+    ttft_s: float
+    tokens: tuple[int, ...]
+    text: str
+    cached_tokens: int
+    hit_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to start an engine. `ragkv`: its `kv_connector_extra_config`, or None for plain vLLM; `llm`: more
+    arguments for `vllm.LLM`; `environment`: more variables."""
+
+    model: Path
+    ragkv: Mapping[str, Any] | None = None
+    dtype: str = "auto"
+    max_model_len: int = 8192
+    llm: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engine:
+    """Starts at once; use as a context manager, or `close` it. EngineError shows the end of the log."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        handle, log = tempfile.mkstemp(prefix="ragkv-engine-", suffix=".log")
+        os.close(handle)
+        self.log = Path(log)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(options, log, theirs))
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def wait(self) -> "Engine":
+        """Until the engine answers."""
+        if not self._ready:
+            self._receive(START_SECONDS)
+            self._ready = True
+        return self
+
+    def ask(self, prompts: Sequence[Sequence[int]], max_tokens: int = 1, **sampling: Any) -> list[Answer]:
+        """Greedy answers to prompts of token ids, all in one batch."""
+        answers: list[Answer] = self.call(_ask, [list(prompt) for prompt in prompts], max_tokens, sampling)
+        return answers
+
+    def evict(self, *, ragkv_too: bool = False) -> None:
+        """Empty vLLM's own prefix cache, as a busy server would; on demand, ragkv's too."""
+        self.call(_evict, ragkv_too)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics: name and labels (`name{label="value"}`, vLLM's own labels left out)."""
+        found: dict[str, float] = self.call(_metrics)
+        return found
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(llm, *args)`, run beside the engine; it and its arguments must be picklable."""
+        self.wait()
+        self._pipe.send((function, args))
+        return self._receive(None)
+
+    def close(self) -> None:
+        """Stop the engine, and remove the log."""
+        if self._process.is_alive():
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)
+            self._process.join(60)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        self._pipe.close()
+        self.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that holds the engine's front end."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def _receive(self, seconds: float | None) -> Any:
+        try:
+            if not self._pipe.poll(seconds):
+                raise EngineError(f"the engine did not start in {seconds} s; its log: {self.log}")
+            good, value = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            good, value = False, "the engine's process died"
+        if not good:
+            last = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+            raise EngineError(f"{value}\n{last}")
+        return value
+
+
+def _serve(options: EngineOptions, log: str, pipe: Connection) -> None:
+    """The engine's process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(descriptor, "w", buffering=1, closefd=False)  # noqa: SIM115
+    cores = sorted(os.sched_getaffinity(0))
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    os.environ.update({k: v for k, v in defaults.items() if k not in os.environ} | dict(options.environment))
+    try:
+        llm = _start(options)
+    except Exception as error:  # shown by the parent, with the end of the log
+        traceback.print_exc()
+        pipe.send((False, f"the engine did not start: {type(error).__name__}: {error}"))
+        return
+    try:
+        pipe.send((True, None))
+        while (job := pipe.recv()) is not None:
+            function, args = job
+            pipe.send(_try(function, llm, args))
+    except (EOFError, OSError):
+        pass  # the parent is gone
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _try(function: Callable[..., Any], llm: Any, args: tuple[Any, ...]) -> tuple[bool, Any]:
+    try:
+        return True, function(llm, *args)
+    except Exception as error:  # shown by the parent, with the end of the log
+        traceback.print_exc()
+        return False, f"{type(error).__name__}: {error}"
+
+
+def _start(options: EngineOptions) -> Any:
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        "seed": 0,
+        **options.llm,
+    }
+    if options.ragkv is not None:
+        arguments["kv_transfer_config"] = {
+            "kv_connector": "RagKVConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": dict(options.ragkv),
+        }
+    return LLM(**arguments)
+
+
+def _ask(llm: Any, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]) -> list[Answer]:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    extra = {name: sampling.pop(name) for name in ("lora_request",) if name in sampling}
+    salt = sampling.pop("cache_salt", None)
+    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, **sampling)
+    before = _by_source(llm)
+    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    for each in inputs:
+        if salt is not None:
+            each["cache_salt"] = salt
+    outputs = llm.generate(inputs, parameters, use_tqdm=False, **extra)
+    after = _by_source(llm)
+    hits = {source: after[source] - before.get(source, 0) for source in after}
+    hits = {source: count for source, count in hits.items() if count}
+    return [
+        Answer(
+            output.metrics.first_token_latency,
+            tuple(output.outputs[0].token_ids),
+            output.outputs[0].text,
+            output.num_cached_tokens or 0,
+            hits,
+        )
+        for output in outputs
+    ]
+
+
+def _by_source(llm: Any) -> dict[str, int]:
+    found = [metric for metric in llm.get_metrics() if metric.name == SOURCES]
+    return {metric.labels["source"]: int(metric.value) for metric in found}
+
+
+def _evict(llm: Any, ragkv_too: bool) -> None:
+    """vLLM declines while blocks are in use: for a step or two after a request, until its last store is done."""
+    for _ in range(EVICT_TRIES):
+        if llm.reset_prefix_cache(reset_connector=ragkv_too):
+            return
+    raise EngineError("vLLM did not empty its prefix cache")
+
+
+def _metrics(llm: Any) -> dict[str, float]:
+    from prometheus_client import REGISTRY
+
+    found = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            own = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            labels = ",".join(f'{key}="{value}"' for key, value in own.items())
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found

