@@ -1,0 +1,185 @@
+"""An engine's life: metrics, memory, shared memory, tensor parallelism, and the one line for `vllm serve`."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from engine_tools import anonymous_bytes, children, mapped_segments, segments, wait_until_gone
+from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.model import random_llama
+from ragkv.kvstore.metrics import METRICS
+
+TRANSFER = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
+
+
+def test_metrics_tell_what_happened(ragkv, filings):
+    def reading():
+        return ragkv.metrics()
+
+    prompt = filings[0][:500]
+    before = reading()
+    ragkv.ask([prompt])
+    ragkv.evict()
+    ragkv.ask([prompt])
+    after = reading()
+
+    def grown(name):
+        return after[name] - before.get(name, 0)
+
+    assert grown("ragkv_lookup_tokens_total") == 1000
+    assert grown('ragkv_lookups_total{result="hit"}') == grown('ragkv_lookups_total{result="miss"}') == 1
+    assert grown('ragkv_hit_tokens_total{tier="memory"}') == 499
+    assert grown("ragkv_stored_tokens_total") == 500
+    assert grown("ragkv_load_seconds_count") == 1 and grown("ragkv_load_seconds_sum") > 0
+    assert grown("ragkv_store_seconds_count") >= 1
+    assert after['ragkv_used_bytes{tier="memory"}'] >= 500 * 46080  # float32: 30 layers, K and V, 3 heads of 64
+    assert after['ragkv_used_pages{tier="memory"}'] >= 500 / 16
+
+
+def test_memory_is_flat_over_many_short_requests(small, filings):
+    """Half of 2,000 are new, with a full tier, and half hit. Prompts are of one length, since oneDNN keeps
+    memory for every new number of tokens in a step, in plain vLLM too."""
+    fresh = [[1000 + n, *filings[0][:20]] for n in range(1000)]
+    known = [[40_000 + n % 12, *filings[0][:20]] for n in range(1000)]
+
+    def ask(prompts):
+        small.ask(prompts)
+        small.evict()
+
+    ask(fresh[:200])
+    ask(known[:200])
+    settled, before = anonymous_bytes(small.pid), small.metrics()
+    for prompts in (fresh[200:], known[200:]):
+        for start in range(0, len(prompts), 200):
+            ask(prompts[start : start + 200])
+    after = small.metrics()
+    assert anonymous_bytes(small.pid) - settled < 16 * 2**20
+    for name, least in (
+        ('ragkv_evicted_chunks_total{reason="capacity"}', 700),
+        ('ragkv_lookups_total{result="hit"}', 500),
+    ):
+        assert after[name] - before[name] > least
+
+
+def test_two_workers_share_one_segment_and_a_kill_leaves_nothing(shared_ragkv, tmp_path_factory, filings):
+    """Tensor parallel 2, on a random-weight model whose heads divide."""
+    llama = random_llama(tmp_path_factory.mktemp("llama") / "model")
+    prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
+    with Engine(EngineOptions(llama, None, "float32", 2048)) as alone:
+        wanted = [answer.tokens for answer in alone.ask(prompts, 12)]
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    parallel = EngineOptions(
+        llama,
+        {"memory": {"capacity": "64MiB"}},
+        "float32",
+        2048,
+        llm=two,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    others = segments()
+    with Engine(parallel) as engine:
+        assert [answer.tokens for answer in engine.ask(prompts, 12)] == wanted
+        everyone = [engine.pid, *children(engine.pid)]
+        maps = [mapped_segments(pid) for pid in everyone]
+        assert len(set().union(*maps)) == 1 and sum(map(bool, maps)) == 3, "both workers and the scheduler"
+        engine.evict()
+        warm = engine.ask(prompts, 12)
+        assert [answer.tokens for answer in warm] == wanted
+        assert [answer.cached_tokens for answer in warm] == [len(prompt) - 1 for prompt in prompts]
+        for pid in everyone:
+            os.kill(pid, signal.SIGKILL)
+        wait_until_gone(everyone)
+    assert segments() == others
+    assert mapped_segments(*children(shared_ragkv.pid)), "the other engine keeps its memory"
+    assert len(shared_ragkv.ask([filings[0][:300]], 4)) == 1
+
+
+@contextlib.contextmanager
+def serving(model, log):
+    """vLLM's server with the README's argument; gives its address, and stops it.
+
+    What `vllm serve` runs is run as a module: in vllm-cpu 0.32 the command `vllm` looks for a distribution of
+    its own name and fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *("--kv-transfer-config", json.dumps(TRANSFER)),
+        *("--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
+    ]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                assert process.poll() is None, log.read_text()[-3000:]
+                os.sched_yield()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def answers(address):
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_the_one_line_for_vllm_serve(filings, model, tmp_path):
+    before = segments()
+    body = {"model": str(model), "prompt": filings[0][:600], "max_tokens": 4, "temperature": 0}
+    texts = []
+    with serving(model, tmp_path / "serve.log") as address:
+        for _ in range(2):
+            posted = urllib.request.Request(
+                f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(posted, timeout=120) as answer:
+                texts.append(json.load(answer)["choices"][0]["text"])
+        with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+            page = answer.read().decode()
+    assert segments() == before, "a server that was told to stop leaves nothing in shared memory"
+    assert texts[0] and texts[0] == texts[1]
+    typed = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE ragkv_")}
+    assert typed >= METRICS.keys()
+    stored = [line for line in page.splitlines() if line.startswith("ragkv_stored_tokens_total{")]
+    assert float(stored[0].split()[-1]) >= 600
+
+
+@pytest.mark.parametrize(
+    ("extra", "environment", "words"),
+    [
+        ({"memory": {"capacity": "lots"}}, {}, ("memory.capacity", "'lots'", "GiB")),
+        ({"capacity": "1GiB"}, {}, ("capacity", "unknown key", "memory.capacity")),
+        ({"memory": {"capacity": "900TiB"}}, {}, ("memory.capacity", "900TiB", "has free")),
+        ({}, {"RAGKV_MEMORY_PAGE_TOKENS": "1000"}, ("memory.page_tokens", "1000", "chunks.max_tokens")),
+    ],
+)
+def test_bad_settings_stop_the_start_before_the_weights(model, extra, environment, words):
+    program = (
+        "import json, sys\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "EngineArgs(model=sys.argv[1], kv_transfer_config=json.loads(sys.argv[2])).create_engine_config()\n"
+    )
+    transfer = json.dumps({**TRANSFER, "kv_connector_extra_config": extra})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model), transfer],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-6:]
+    assert any(all(word in line for word in words) for line in last), last

@@ -1,0 +1,180 @@
+"""What the engine tests share: prompts, and functions that run beside an engine or inside its workers."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from ragkv.benchmarks.tenk import generate_filing, load_filings
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_FILINGS = ROOT.parent / "shared" / "data" / "filings"
+BLOCK = 128
+QUESTIONS = ("\n\nWhat were net sales?", "\n\nWho runs the company?", "\n\nName one risk.")
+
+
+def filing_tokens(tokenizer, seed, words=3000):
+    """A generated filing as token ids; every third one real, where the real ones lie beside the checkout."""
+    if seed % 3 == 2 and REAL_FILINGS.is_dir():
+        filings = load_filings(REAL_FILINGS)
+        text = filings[seed % len(filings)].text[20_000:60_000]
+    else:
+        text = generate_filing(seed, words).text
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def segments():
+    """Names of ragkv's segments in shared memory."""
+    return {path.name for path in Path("/dev/shm").glob("ragkv-*")}
+
+
+def mapped_segments(*pids):
+    """Inodes of the segments that some processes map, by name or after the name is gone."""
+    found = set()
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "/dev/shm/ragkv-" in line:
+                found.add(line.split()[4])
+    return found
+
+
+def children(pid):
+    """All living descendants of a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found += [int(folder.name), *children(int(folder.name))]
+    return found
+
+
+def anonymous_bytes(pid):
+    """Resident memory of a process and its descendants that no file or shared memory backs."""
+    total = 0
+    for each in (pid, *children(pid)):
+        for line in Path(f"/proc/{each}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def wait_until_gone(pids, seconds=60):
+    """Until none of the processes runs (a zombie does not)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        alive = [pid for pid in pids if _runs(pid)]
+        if not alive:
+            return
+        os.sched_yield()
+    raise AssertionError(f"still running: {alive}")
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# --- run beside the engine: function(llm, ...) ---
+
+
+def in_workers(llm, function, *args):
+    return llm.collective_rpc(function, args=args)
+
+
+def abort_after(llm, prompt, steps, max_tokens):
+    """Start a request, let it run for some steps, and abort it; the number of tokens it had given."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    engine.add_request(
+        "doomed", {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=max_tokens)
+    )
+    given = 0
+    for _ in range(steps):
+        given += sum(len(output.outputs[0].token_ids) for output in engine.step())
+    engine.abort_request(["doomed"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return given
+
+
+def ask_with_params(llm, prompt, max_tokens, params):
+    """One greedy answer with `kv_transfer_params`."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"kv_transfer_params": params})
+    output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+    return tuple(output.outputs[0].token_ids), output.num_cached_tokens
+
+
+# --- run inside a worker: function(worker, ...) ---
+
+
+def _mover():
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker._mover
+
+
+def cpu_kv(cache, slots):
+    """K and V of some slots, read by hand: on the CPU's `vec` kernels K stands transposed in each block's
+    first half of a head, V row-major in the second."""
+    blocks, heads, tokens, double = cache.shape
+    dim = double // 2
+    flat = cache.reshape(blocks, heads, tokens * double)
+    keys = flat[..., : dim * tokens].reshape(blocks, heads, dim, tokens).permute(0, 3, 1, 2)
+    values = flat[..., dim * tokens :].reshape(blocks, heads, tokens, dim).permute(0, 2, 1, 3)
+    at = slots // tokens, slots % tokens
+    return keys[at].clone(), values[at].clone()
+
+
+def watch_copies(worker):
+    """From now on compare every copy, layer by layer and bit by bit, with what the tier and the cache hold."""
+    mover = _mover()
+    caches = worker.model_runner.kv_caches
+    log = worker.ragkv_log = {"load": [], "store": [], "layers": len(caches), "isa": None}
+    tier = mover._tier
+    pages = tier.rows.view(-1, len(caches), 2, tier.page_tokens, tier.geometry.heads, tier.geometry.head_dim)
+
+    def watch(kind, move):
+        def moved(rows, slots):
+            ticket = move(rows, slots)
+            page, offset = rows // tier.page_tokens, rows % tier.page_tokens
+            equal = 0
+            for layer, cache in enumerate(caches):
+                for half, seen in enumerate(cpu_kv(cache, slots)):
+                    stored = pages[page, layer, half, offset]
+                    equal += torch.equal(seen.view(stored.dtype), stored)
+            log[kind].append((len(rows), equal, bool(pages[page].any())))
+            return ticket
+
+        return moved
+
+    mover.load, mover.store = watch("load", mover.load), watch("store", mover.store)
+
+
+def copies_seen(worker):
+    """What `watch_copies` has seen; ends the watch."""
+    mover = _mover()
+    del mover.load, mover.store
+    return worker.ragkv_log
+
+
+def break_copies(worker, kind, times):
+    """Let the next `times` loads or stores fail."""
+    mover = _mover()
+    left = [times]
+
+    def broken(rows, slots):
+        left[0] -= 1
+        if not left[0]:
+            delattr(mover, kind)
+        raise OSError("injected")
+
+    setattr(mover, kind, broken)
