@@ -52,15 +52,17 @@ def sweep(folder: Path = FOLDER) -> list[str]:
 
 class Segment:
     """`size` bytes shared under `name`. Who finds nobody there makes it anew, of zeros; its memory is
-    reserved at once, so that a full /dev/shm is an error here and not a bus error later."""
+    reserved at once, so that a full /dev/shm is an error here and not a bus error later. `populate` maps its
+    pages at once too, for who will touch them all (a fault a page costs more than the copy into it)."""
 
-    def __init__(self, name: str, size: int, folder: Path = FOLDER) -> None:
+    def __init__(self, name: str, size: int, folder: Path = FOLDER, *, populate: bool = False) -> None:
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
         self.path = segment_path(name, folder)
         self.size = size
         try:
             self._descriptor = _join(self.path, size)
             try:
-                self.buffer = mmap.mmap(self._descriptor, size)
+                self.buffer = mmap.mmap(self._descriptor, size, flags=flags)
             except BaseException:
                 _leave(self.path, self._descriptor)
                 raise

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ragkv.benchmarks.tenk import generate_filing, load_filings
+from ragkv.connectors.vllm.layout import RAW
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_FILINGS = ROOT.parent / "shared" / "data" / "filings"
@@ -140,7 +141,8 @@ def watch_copies(worker):
     caches = worker.model_runner.kv_caches
     log = worker.ragkv_log = {"load": [], "store": [], "layers": len(caches), "isa": None}
     tier = mover._tier
-    pages = tier.rows.view(-1, len(caches), 2, tier.page_tokens, tier.geometry.heads, tier.geometry.head_dim)
+    raw = tier.rows.view(RAW[tier.geometry.itemsize])
+    pages = raw.view(-1, len(caches), 2, tier.page_tokens, tier.geometry.heads, tier.geometry.head_dim)
 
     def watch(kind, move):
         def moved(rows, slots):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from ragkv.connectors.vllm.layout import Geometry, LayerCache, Views
+from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Views, widened
 
 
 class Ticket(Protocol):
@@ -40,7 +40,8 @@ class Tier:
         self.geometry, self.page_tokens = geometry, page_tokens
         self.page_rows = 2 * geometry.layers * page_tokens
         self._ranks, self._rank = ranks, rank
-        self.rows = elements.view(-1, geometry.heads * geometry.head_dim)
+        rows = elements.view(-1, geometry.heads * geometry.head_dim)
+        self.rows = widened(rows)  # the wider the elements, the fewer there are to copy
 
     def first_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Where the first layer's K of each row stands in `self.rows`."""
@@ -174,7 +175,7 @@ def scatter(
 ) -> None:
     """Write all layers of the tokens at `first` in `source` [rows, elements] to `slots`."""
     for cache, found, kind, index in _steps(caches, tier, first, slots):
-        raw = source.index_select(0, index)
+        raw = source.index_select(0, index).view(RAW[tier.geometry.itemsize])
         cache.write(found, kind, raw.view(-1, tier.geometry.heads, tier.geometry.head_dim))
 
 
@@ -183,11 +184,13 @@ def gather(
 ) -> None:
     """Write all layers of the tokens in `slots` to `target` [rows, elements], from `first` on."""
     for cache, found, kind, index in _steps(caches, tier, first, slots):
-        target[index] = cache.read(found, kind).flatten(1)
+        target.index_copy_(0, index, cache.read(found, kind).flatten(1).view(target.dtype))
 
 
 def _steps(caches: Sequence[LayerCache], tier: Tier, first: torch.Tensor, slots: torch.Tensor) -> Any:
-    """For every layer, K and V: (cache, found slots, kind, rows), in the order of a page."""
+    """For every layer, K and V: (cache, found slots, kind, rows), in the order of a page; nothing for no slots."""
+    if not len(slots):
+        return
     found: Views = caches[0].find(slots)
     for number, cache in enumerate(caches):
         for kind in (0, 1):

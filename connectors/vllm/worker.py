@@ -100,7 +100,7 @@ class WorkerSide:
         page_tokens = self._settings.memory.page_tokens
         pages = self._settings.memory.capacity // shape.page_bytes(page_tokens)
         engine = self._vllm_config.kv_transfer_config.engine_id
-        self._segment = Segment(engine, pages * shape.page_bytes(page_tokens))
+        self._segment = Segment(engine, pages * shape.page_bytes(page_tokens), populate=True)
         elements = torch.frombuffer(self._segment.buffer, dtype=RAW[shape.geometry.itemsize])
         device = next(iter(ours.values())).device
         if device.type == "cuda" and not pin_memory(elements):

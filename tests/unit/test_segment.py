@@ -219,7 +219,7 @@ def test_too_little_shared_memory_names_both_sizes():
 
 
 def test_what_cannot_be_mapped_is_removed(tmp_path, monkeypatch):
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(segment_module.mmap, "mmap", no_memory)
