@@ -17,6 +17,7 @@ from ragkv.errors import SegmentError
 
 FOLDER = Path("/dev/shm")
 PREFIX = "ragkv-"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def available_bytes(folder: Path = FOLDER) -> int:
@@ -73,10 +74,11 @@ class Segment:
             raise SegmentError(f"shared memory: {text}") from error
 
     @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode: equal in two processes if they map the same memory."""
+    def identity(self) -> tuple[str, int, int]:
+        """Boot id, device and inode: equal in two processes only if they map the same memory (on two machines
+        device and inode may well be equal)."""
         found = os.fstat(self._descriptor)
-        return found.st_dev, found.st_ino
+        return BOOT_ID.read_text().strip(), found.st_dev, found.st_ino
 
     def unlink(self) -> None:
         """Remove the name, once all who shall map the segment have done so. From then on the kernel frees the

@@ -63,7 +63,7 @@ class StepReport(KVConnectorWorkerMetadata):
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
     """A worker to the scheduler side, once at start: why this worker cannot take part, or None, and which
-    segment it maps (device and inode)."""
+    segment it maps (`Segment.identity`)."""
 
     refusal: str | None
-    segment: tuple[int, int] | None = None
+    segment: tuple[str, int, int] | None = None

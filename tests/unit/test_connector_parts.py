@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttent
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm import NAME, plugin
+from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.faults import Faults, gives, guarded
 from ragkv.connectors.vllm.hints import named_boundaries
 from ragkv.connectors.vllm.identity import (
@@ -30,6 +31,7 @@ from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError, LayoutError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import METRICS, Metrics
+from ragkv.kvstore.segment import Segment
 
 # --- hints ---
 
@@ -566,3 +568,35 @@ def test_install_is_safe_to_repeat_and_checks_what_vllm_asks_for(monkeypatch):
     with pytest.raises(ConfigError, match="lfu, lru"):
         KVConnectorFactory.get_connector_class(transfer(memory={"policy": "mru"}))
     assert KVConnectorFactory.get_connector_class(transfer(memory={"capacity": "1MiB"})).__name__ == NAME
+
+
+@pytest.fixture
+def newborn(tmp_path):
+    """A connector's scheduler side that has not heard of its two workers yet."""
+    made = RagKVConnector.__new__(RagKVConnector)
+    made._scheduler, made._proposed, made._workers = None, object(), 2
+    made._segment = Segment("engine", 4096, tmp_path)
+    yield made
+    made._close_segment()
+
+
+def test_reuse_begins_when_all_workers_map_the_same_memory(newborn):
+    segment, side = newborn._segment, newborn._proposed
+    assert newborn.get_num_new_matched_tokens(None, 0) == (0, False)
+    newborn.set_xfer_handshake_metadata_pp_aware({(0, rank): Handshake(None, segment.identity) for rank in (0, 1)})
+    assert newborn._scheduler is side and newborn._segment is segment
+    assert not segment.path.exists(), "nobody needs the name any more"
+
+
+@pytest.mark.parametrize("fault", ["one is missing", "one refuses", "one maps another", "one maps none"])
+def test_no_reuse_where_one_worker_is_in_doubt(newborn, fault):
+    path, good = newborn._segment.path, Handshake(None, newborn._segment.identity)
+    other = {
+        "one refuses": {1: Handshake("its layout is unknown", newborn._segment.identity)},
+        "one maps another": {1: Handshake(None, ("elsewhere", 1, 2))},
+        "one maps none": {1: Handshake(None, None)},
+    }.get(fault, {})
+    newborn.set_xfer_handshake_metadata({0: good, **other})
+    assert newborn._scheduler is None and newborn._proposed is None
+    assert newborn.get_num_new_matched_tokens(None, 0) == (0, False)
+    assert not path.exists()

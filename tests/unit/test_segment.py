@@ -281,3 +281,19 @@ def test_of_two_sizes_at_once_one_wins(tmp_path, holder):
     won = [SIZE * (1 + number % 2) == size for number in range(4)]
     assert [answer == "open" for answer in answers] == won
     assert all("bytes, not" in answer for answer, win in zip(answers, won, strict=True) if not win)
+
+
+def test_two_maps_of_one_segment_are_known_as_one(tmp_path):
+    first, second, other = (Segment(name, SIZE, tmp_path) for name in ("engine", "engine", "other"))
+    assert first.identity == second.identity != other.identity
+    first.unlink()
+    first.unlink()
+    assert files(tmp_path) == [other.path.name]
+    first.buffer[:5] = b"still"
+    assert second.buffer[:5] == b"still"
+    later = Segment("engine", SIZE, tmp_path)
+    assert later.identity != first.identity
+    first.close(), second.close()
+    assert later.path.name in files(tmp_path), "closing takes no other segment's name"
+    later.close(), other.close()
+    assert files(tmp_path) == []
