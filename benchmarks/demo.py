@@ -29,6 +29,7 @@ from ragkv.benchmarks.report import (
 from ragkv.benchmarks.tenk import Filing, generate_filing, load_filings
 
 FILINGS, TURNS, ANSWER_TOKENS = 2, 4, 32
+MOST_CHARACTERS = 12  # a token; more of a long filing need not be looked at
 SYSTEM = "You are a financial analyst. Answer questions about the filing below, briefly and only from its text."
 
 
@@ -62,7 +63,8 @@ class Conversation:
     def __init__(self, filing: Filing, tokenizer: Any, context_tokens: int) -> None:
         self.filing = filing
         self._tokenizer = tokenizer
-        ids = tokenizer.encode(filing.text, add_special_tokens=False)[:context_tokens]
+        text = filing.text[: context_tokens * MOST_CHARACTERS]
+        ids = tokenizer.encode(text, add_special_tokens=False)[:context_tokens]
         context = tokenizer.decode(ids)
         self._messages = [{"role": "system", "content": f"{SYSTEM}\n\n{context}"}]
         self._turn = 0
