@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-KEY_BYTES = 16
 TOKEN_BYTES = 4
 FORMAT_VERSION = 1
 

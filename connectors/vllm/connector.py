@@ -22,7 +22,7 @@ from ragkv.kvstore.chunking import Chunker
 from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.memory import MemoryTier
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.segment import Segment, sweep
+from ragkv.kvstore.segment import Segment
 from ragkv.policies import make_policy
 
 NO_TOKENS = (0, False)
@@ -70,7 +70,6 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
                 f"memory.capacity = {memory.capacity} holds {pages} pages of {page_bytes} bytes; "
                 f"one chunk of chunks.max_tokens needs {least}"
             )
-        sweep()
         self._workers = shape.ranks
         self._segment = Segment(config.kv_transfer_config.engine_id, pages * page_bytes)
         tier = MemoryTier(pages, make_policy(memory.policy))
