@@ -14,12 +14,24 @@ from ragkv.policies.contract import EvictionPolicy, K
 class Node(Generic[K]):
     """One tracked key. `before`/`after` link it into a `Ring` while it is not held."""
 
-    __slots__ = ("after", "before", "bucket", "children", "held_children", "key", "parent", "pins", "weight")
+    __slots__ = (
+        "after",
+        "before",
+        "bucket",
+        "children",
+        "cost",
+        "held_children",
+        "key",
+        "parent",
+        "pins",
+        "weight",
+    )
 
-    def __init__(self, key: K, parent: "Node[K] | None", weight: int) -> None:
+    def __init__(self, key: K, parent: "Node[K] | None", weight: int, cost: float = 1.0) -> None:
         self.key = key
         self.parent = parent
         self.weight = weight
+        self.cost = cost
         self.pins = 0
         self.children = 0
         self.held_children = 0
@@ -87,13 +99,15 @@ class ChainPolicy(EvictionPolicy[K]):
     def _forget(self, node: Node[K]) -> None:
         """Drop what `_use` keeps for a node."""
 
-    def insert(self, key: K, parent: K | None = None, weight: int = 1) -> None:
+    def insert(self, key: K, parent: K | None = None, weight: int = 1, cost: float = 1.0) -> None:
         if key in self._nodes:
             raise ValueError(f"insert: {key!r} is tracked already")
         if weight < 1:
             raise ValueError(f"insert: weight {weight} of {key!r} is below 1")
+        if not cost > 0:
+            raise ValueError(f"insert: cost {cost} of {key!r} is not above 0")
         above = None if parent is None else self._nodes[parent]
-        node = Node(key, above, weight)
+        node = Node(key, above, weight, cost)
         if above is not None:
             above.children += 1
         self._nodes[key] = node

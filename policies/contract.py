@@ -20,8 +20,10 @@ class EvictionPolicy(ABC, Generic[K]):
     """
 
     @abstractmethod
-    def insert(self, key: K, parent: K | None = None, weight: int = 1) -> None:
-        """Track `key`, as just used. KeyError: unknown parent. ValueError: known key, or weight below 1."""
+    def insert(self, key: K, parent: K | None = None, weight: int = 1, cost: float = 1.0) -> None:
+        """Track `key`, as just used. `cost`: what it would take to make its value anew (seconds, or any unit that
+        is the same for all keys); most policies pass it over. KeyError: unknown parent. ValueError: known key,
+        weight below 1, or cost not above 0."""
 
     @abstractmethod
     def touch(self, key: K) -> None:

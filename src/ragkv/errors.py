@@ -3,7 +3,9 @@
     RagKVError
     ├── ConfigError      (also a ValueError)  a setting that cannot be: names key, value and what is allowed
     ├── LayoutError      the engine's cache layout cannot be proven, or is of a kind that is not supported
-    └── SegmentError     shared memory cannot be had or does not fit
+    ├── SegmentError     shared memory cannot be had or does not fit
+    ├── PayloadError     bytes that are not a whole, unharmed payload of this version
+    └── StoreError       a storage backend cannot answer: gone, full, slow, refusing
 
 Misses, full tiers and refused stores are results, not errors.
 """
@@ -23,3 +25,20 @@ class LayoutError(RagKVError):
 
 class SegmentError(RagKVError):
     """The shared segment cannot be made or opened."""
+
+
+class PayloadError(RagKVError):
+    """Bytes that are not a whole, unharmed payload of this version. `reason`: one word for the metrics."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class StoreError(RagKVError):
+    """A storage backend could not answer. `reason`: one word for the metrics ("timeout", "full", "refused",
+    "gone", "closed", "io")."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
