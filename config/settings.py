@@ -1,12 +1,14 @@
 """Every setting of ragkv: one frozen model, in sections. Read at the edges, passed down."""
 
+import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ragkv.policies import POLICIES
+from ragkv.policies import ADMISSIONS, POLICIES
 
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -51,19 +53,93 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def one_of(names: Mapping[str, object]) -> Any:
+    """A validator that lets the names of a registry through."""
+
+    def known(name: object) -> object:
+        if name not in sorted(names):
+            raise ValueError(f"allowed: {', '.join(sorted(names))}")
+        return name
+
+    return BeforeValidator(known)
+
+
+def refuse_nonsense(value: object) -> object:
+    """`true` is no number of seconds, and neither are nan and inf."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("allowed: a number of seconds")
+    return value
+
+
+Policy = Annotated[str, one_of(POLICIES)]
+Admission = Annotated[str, one_of(ADMISSIONS)]
+Seconds = Annotated[float, BeforeValidator(refuse_nonsense)]
+Write = Literal["through", "back"]
+
+
 class MemorySettings(Section):
     """The memory tier."""
 
     capacity: Size = Field(default=parse_size("4GiB"), ge=2**20, description="shared memory to use")
     page_tokens: Count = Field(default=16, ge=1, le=1024, description="tokens a page")
-    policy: str = Field(default="lru", description="eviction policy")
+    policy: Policy = Field(default="lru", description="eviction policy")
+    admission: Admission = Field(default="always", description="what is worth keeping")
 
-    @field_validator("policy", mode="before")
+
+class DeviceSettings(Section):
+    """The device tier: hot chunks in the accelerator's own memory. Off at capacity 0."""
+
+    capacity: Size = Field(default=0, ge=0, description="accelerator memory to use, of each worker")
+    policy: Policy = Field(default="lru", description="eviction policy")
+    after: Count = Field(default=2, ge=1, le=1000, description="copied at this hit")
+
+
+class DiskSettings(Section):
+    """The disk tier. Off without a path."""
+
+    path: str | None = Field(default=None, min_length=1, description="a folder; engines may share it")
+    capacity: Size = Field(default=parse_size("64GiB"), ge=2**20, description="bytes to use there")
+    policy: Policy = Field(default="lru", description="eviction policy")
+    admission: Admission = Field(default="always", description="what is worth writing")
+    write: Write = Field(default="through", description="when stored, or when memory evicts")
+    fsync: bool = Field(default=False, description="outlive a power failure too")
+    shared: bool = Field(default=False, description="look for what other engines wrote meanwhile")
+
+    @field_validator("path")
     @classmethod
-    def _known_policy(cls, name: object) -> object:
-        if name not in sorted(POLICIES):
-            raise ValueError(f"allowed: {', '.join(sorted(POLICIES))}")
-        return name
+    def _absolute(cls, path: str | None) -> str | None:
+        if path is not None and not path.startswith(("/", "~/")):
+            raise ValueError("allowed: an absolute path of a folder")
+        return path
+
+
+class RedisSettings(Section):
+    """The Redis tier. Off without a URL."""
+
+    url: str | None = Field(default=None, min_length=1, description="server, Sentinel or Cluster")
+    prefix: str = Field(default="ragkv", min_length=1, max_length=64, description="of every key")
+    ttl: Seconds = Field(default=0.0, ge=0, le=3e9, description="seconds that a value is kept unused; 0: for ever")
+    timeout: Seconds = Field(default=1.0, gt=0, le=60, description="seconds for one operation")
+    max_value: Size = Field(default=parse_size("64MiB"), ge=2**10, le=2**29, description="larger chunks stay out")
+    admission: Admission = Field(default="always", description="what is worth writing")
+    write: Write = Field(default="through", description="when stored, or when memory evicts")
+
+
+class PlacementSettings(Section):
+    """Between the tiers."""
+
+    deadline: Seconds = Field(default=2.0, ge=0, le=60, description="seconds a request waits for lower tiers")
+    queue: Size = Field(
+        default=parse_size("256MiB"), ge=2**20, description="bytes that wait to be written, a tier"
+    )
+    gate: bool = Field(default=True, description="load only what is quicker to load than to compute")
+    flush: Seconds = Field(default=5.0, ge=0, le=600, description="seconds for writing down at the end")
+
+
+class TraceSettings(Section):
+    """A record of what is asked, without text, for `ragkv simulate`."""
+
+    file: str | None = Field(default=None, min_length=1, description="append to this file")
 
 
 class ChunkSettings(Section):
@@ -93,8 +169,13 @@ class Settings(Section):
     """All of it."""
 
     memory: MemorySettings = MemorySettings()
+    device: DeviceSettings = DeviceSettings()
+    disk: DiskSettings = DiskSettings()
+    redis: RedisSettings = RedisSettings()
+    placement: PlacementSettings = PlacementSettings()
     chunks: ChunkSettings = ChunkSettings()
     transfer: TransferSettings = TransferSettings()
+    trace: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")
     def _page_fits_chunk(self) -> "Settings":

@@ -4,6 +4,7 @@ The file is named by `config` in `kv_connector_extra_config` or by RAGKV_CONFIG,
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,17 @@ class Loaded:
         for key in keys():
             section, name = key.split(".")
             value = getattr(getattr(self.settings, section), name)
-            text = format_size(value) if key in _SIZES else str(value)
+            text = format_size(value) if key in _SIZES else hide_password(str(value))
             rows.append((key, text, self.origins.get(key, "default")))
         return rows
 
 
+def hide_password(text: str) -> str:
+    """A text, without the passwords of the URLs in it."""
+    return _PASSWORD.sub(r"\1***@", text)
+
+
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]*@")
 _SIZES = {
     key for key, field in keys().items() if any(getattr(m, "func", None) is parse_size for m in field.metadata)
 }
@@ -81,7 +88,7 @@ def load(
     except ValidationError as error:
         faults += [_explain(each, origins) for each in error.errors()]
     if faults:
-        raise ConfigError("ragkv: " + "; ".join(faults))
+        raise ConfigError(hide_password("ragkv: " + "; ".join(faults)))
     return Loaded(settings, origins)
 
 

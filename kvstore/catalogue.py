@@ -16,9 +16,14 @@ class Chunk:
 
     `pages`: int32 bytes, the pages that hold it, in order. `ready`: its bytes have been written; before that
     nobody may read them. `children`: None, one chunk, or a list sorted by tokens (most chunks have one).
+    `open`: an open tail, whose end is not a cut. `below`: a bit for each lower tier that has been given it.
+    `device`: as `pages`, in the device tier. `hits`: uses, as long as it is in memory.
     """
 
-    __slots__ = ("children", "key", "pages", "parent", "pins", "ready", "tokens")
+    __slots__ = (
+        *("below", "children", "device", "hits", "key", "open"),
+        *("pages", "parent", "pins", "ready", "tokens"),
+    )
 
     def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
         self.key = key
@@ -26,6 +31,10 @@ class Chunk:
         self.tokens = tokens
         self.pages = b""
         self.ready = False
+        self.open = False
+        self.below = 0
+        self.device = b""
+        self.hits = 0
         self.pins = 0
         self.children: Chunk | list[Chunk] | None = None
 
@@ -182,14 +191,36 @@ def shared_tokens(a: bytes, b: bytes) -> int:
     return int(differ.argmax()) if differ.any() else size
 
 
-def rows(chunks: Sequence[Chunk], page_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64."""
+def rows(
+    chunks: Sequence[Chunk], page_tokens: int, *, device: bool = False
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64. `device`:
+    in the device tier."""
     parts = []
     for chunk in chunks:
-        pages = np.frombuffer(chunk.pages, dtype=np.int32).astype(np.int64)
+        pages = np.frombuffer(chunk.device if device else chunk.pages, dtype=np.int32).astype(np.int64)
         grid = pages[:, None] * page_tokens + np.arange(page_tokens)
         parts.append(grid.reshape(-1)[: len(chunk)])
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def origin(chunk: Chunk) -> tuple[bytes, int]:
+    """The namespace of a chunk, and the position of its first token."""
+    position, above = 0, chunk.parent
+    while above is not None and above.parent is not None:
+        position += len(above)
+        above = above.parent
+    return above.key if above is not None else b"", position
+
+
+def descendants(chunk: Chunk) -> list[Chunk]:
+    """A chunk and all that stands behind it, parents before their children."""
+    found = [chunk]
+    for each in found:
+        children = each.children
+        if children is not None:
+            found += [children] if isinstance(children, Chunk) else children
+    return found
 
 
 def _tokens(chunk: Chunk) -> bytes:

@@ -1,35 +1,66 @@
-"""The store as the engine's scheduler sees it: match a prompt, reserve room, commit, evict, reset.
+"""Memory as the engine's scheduler sees it: match a prompt, reserve room, commit, evict, expire, reset.
 
-One writer: everything here runs on the scheduler's thread. Today there is one tier, memory. The others will
-stand behind it, and `match` will still answer from memory alone.
+One writer: everything here runs on the scheduler's thread. `match` answers from memory alone; what lower tiers
+hold is brought here first (`ragkv.kvstore.placement`).
 """
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Catalogue, Chunk, Match
+from ragkv.kvstore.catalogue import Catalogue, Chunk, Match, descendants
 from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.holds import Holds
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
-from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.metrics import Metrics
+from ragkv.policies.admission import AdmissionPolicy, Always
 
 
 class Hierarchy:
-    """Catalogue and tiers, kept in step. `page_tokens`: tokens a page; `page_bytes`: bytes a page."""
+    """Catalogue and paged tiers, kept in step. `page_tokens`: tokens a page; `page_bytes`: bytes a page;
+    `attention_tokens`: at this position a token's attention costs as much as its other work (infinity: never).
 
-    def __init__(self, memory: MemoryTier, page_tokens: int, page_bytes: int, metrics: Metrics) -> None:
+    `evicting` is called with every chunk that memory evicts for room, while its pages still hold its bytes.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        page_tokens: int,
+        page_bytes: int,
+        metrics: Metrics,
+        admission: AdmissionPolicy | None = None,
+        device: DeviceTier | None = None,
+        attention_tokens: float = float("inf"),
+    ) -> None:
         self.page_tokens, self.page_bytes = page_tokens, page_bytes
+        self.device = device
+        self.evicting: Callable[[Chunk], None] | None = None
         self._catalogue = Catalogue()
         self._memory = memory
         self._metrics = metrics
+        self._admission = admission or Always()
+        self._attention_tokens = attention_tokens
         self.version = 0  # of what `match` would answer
         self._pins = 0
-        self._doomed: list[Chunk] = []  # reset while pinned, parents first: each goes once nothing holds it
+        self._doomed: list[Chunk] = []  # dropped while pinned, parents first: each goes once nothing holds it
+        self.holds = Holds(memory.pages, self.pin, self.unpin)
         self._report()
 
     def __len__(self) -> int:
         return len(self._catalogue)
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk in self._catalogue
+
+    def root(self, namespace: bytes) -> Chunk:
+        """The root of a namespace; it is kept as long as a chunk stands behind it."""
+        return self._catalogue.root(namespace)
+
+    def get(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
+        """The chunk of that key, ready or not, if it stands behind `parent` and holds just these tokens."""
+        return self._catalogue.get(key, parent, tokens)
 
     def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
@@ -55,9 +86,13 @@ class Hierarchy:
             if chunk is None:
                 if index == whole and self._catalogue.longest_shared(parent, tokens)[1] == end - start:
                     break  # a longer child holds the open tail
-                chunk = self._reserve_chunk(key, parent, tokens)
+                if not self._admission.admit(key, self._pages(tokens), self.cost(tokens, start)):
+                    self._metrics.count(m.REFUSED_CHUNKS, reason=m.ADMISSION)
+                    break
+                chunk = self.reserve_chunk(key, parent, tokens, start)
                 if chunk is None:
                     break
+                chunk.open = index == whole
                 new.append((start, chunk))
             elif not chunk.ready and not chunk.pins:  # its writer gave up: write it anew
                 self.pin([chunk])
@@ -66,11 +101,40 @@ class Hierarchy:
         self._report()
         return new
 
+    def reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes, position: int) -> Chunk | None:
+        """Room for one chunk behind `parent`, pinned and not ready; None, and counted, where there is none.
+        `position`: of its first token."""
+        chunk = self._catalogue.insert(key, parent, tokens)
+        if chunk is None:
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.COLLISION)
+            return None
+        pages = self._pages(tokens)
+        behind = [parent] if parent.pages else []
+        self.pin(behind)  # the victims must not be what the new chunk stands on
+        victims = self._memory.make_room(pages)
+        for victim in victims or ():
+            if self.evicting is not None and victim.ready:
+                self.evicting(victim)
+            self._catalogue.remove(victim)
+            self._left(victim)
+        if victims:
+            self.version += 1
+            self._metrics.count(m.EVICTED_CHUNKS, len(victims), tier=m.MEMORY, reason=m.CAPACITY)
+        if victims is None:
+            self._catalogue.remove(chunk)
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
+            chunk = None
+        else:
+            chunk.pages = self._memory.take(pages)
+            self._memory.add(chunk, self.cost(tokens, position))
+            self.pin([chunk])
+        self.unpin(behind)
+        return chunk
+
     def commit(self, chunk: Chunk) -> None:
         """The bytes of a reserved chunk are written: from now on it matches."""
         chunk.ready = True
         self.version += 1
-        self._metrics.count(m.STORED_TOKENS, len(chunk))
         self.unpin([chunk])
 
     def abandon(self, chunk: Chunk) -> None:
@@ -98,53 +162,82 @@ class Hierarchy:
             self._drop_doomed()
             self._report()
 
-    def touch(self, match: Match) -> None:
-        """Note that a match was used."""
+    def touch(self, match: Match) -> list[Chunk]:
+        """Note that a match was used; the chunks that are to be copied to the device tier now."""
         self._memory.touch(match.chunks)
+        for chunk in match.chunks:
+            chunk.hits += 1
+        if self.device is None:
+            return []
+        whole = sum(map(len, match.chunks)) == match.length  # else the engine holds only some of the last
+        due = self.device.used_now(match.chunks if whole else match.chunks[:-1])
+        self._report()
+        return due
+
+    def tick(self, now: float) -> None:
+        """Let go of pins whose time is over, and of chunks that must be kept no longer, with all behind them."""
+        over = [chunk for chunk in self.holds.due(now) if chunk in self._catalogue]
+        for chunk in over:
+            self.forget(chunk, m.EXPIRED)
+
+    def forget(self, chunk: Chunk, reason: str) -> None:
+        """Drop a chunk and all that stands behind it. What is pinned keeps its pages until it is unpinned, but
+        never matches."""
+        if chunk not in self._catalogue:
+            return
+        gone = descendants(chunk)
+        for each in reversed(gone):
+            self._catalogue.remove(each)
+        self._doom(gone, reason)
 
     def reset(self) -> None:
-        """Forget everything. What is pinned keeps its pages until it is unpinned, but never matches."""
-        self._doomed += self._catalogue.everything()
+        """Forget everything, as `forget` does."""
+        gone = self._catalogue.everything()
         self._catalogue.clear()
-        self.version += 1
-        self._drop_doomed()
-        self._report()
+        self._doom(gone, m.RESET)
+        self.holds.forget()
+
+    def everything(self) -> list[Chunk]:
+        """All chunks that match, parents before their children."""
+        return [chunk for chunk in self._catalogue.everything() if chunk.ready]
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where catalogue and tier disagree."""
+        """Raise AssertionError where catalogue and tiers disagree."""
         self._memory.check_integrity()
+        self.holds.check_integrity()
         chunks = self._catalogue.everything() + self._doomed
         owned = [page for chunk in chunks for page in memoryview(chunk.pages).cast("i")]
         assert len(owned) == len(set(owned)) == self._memory.used, "pages and chunks disagree"
         assert self._pins == sum(chunk.pins for chunk in chunks), "pins and chunks disagree"
+        if self.device is not None:
+            self.device.check_integrity()
+            copied = [page for chunk in chunks for page in memoryview(chunk.device).cast("i")]
+            assert len(copied) == len(set(copied)) == self.device.used, "device pages and chunks disagree"
 
-    def _reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
-        chunk = self._catalogue.insert(key, parent, tokens)
-        if chunk is None:
-            self._metrics.count(m.REFUSED_CHUNKS, reason=m.COLLISION)
-            return None
-        pages = -(-len(tokens) // (TOKEN_BYTES * self.page_tokens))
-        behind = [parent] if parent.pages else []
-        self.pin(behind)  # the victims must not be what the new chunk stands on
-        victims = self._memory.make_room(pages)
-        for victim in victims or ():
-            self._catalogue.remove(victim)
-        if victims:
-            self.version += 1
-            self._metrics.count(m.EVICTED_CHUNKS, len(victims), reason=m.CAPACITY)
-        if victims is None:
-            self._catalogue.remove(chunk)
-            self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
-            chunk = None
-        else:
-            chunk.pages = self._memory.take(pages)
-            self._memory.add(chunk)
-            self.pin([chunk])
-        self.unpin(behind)
-        return chunk
+    def _pages(self, tokens: bytes) -> int:
+        return -(-len(tokens) // (TOKEN_BYTES * self.page_tokens))
+
+    def cost(self, tokens: bytes, position: int) -> float:
+        """Work to compute a chunk: of a token, 1 and what it attends to (Kaplan et al. 2020, "Scaling Laws for
+        Neural Language Models", section 2.1)."""
+        return len(tokens) / TOKEN_BYTES * (1.0 + position / self._attention_tokens)
+
+    def _doom(self, gone: list[Chunk], reason: str) -> None:
+        if gone:
+            self._metrics.count(m.EVICTED_CHUNKS, len(gone), tier=m.MEMORY, reason=reason)
+        self._doomed = gone + self._doomed  # before what may have stood behind them
+        self.version += 1
+        self._drop_doomed()
+        self._report()
+
+    def _left(self, chunk: Chunk) -> None:
+        """A chunk's pages are not its own any more."""
+        self.holds.left(chunk)
+        if self.device is not None and self.device.drop(chunk):
+            self._metrics.count(m.EVICTED_CHUNKS, tier=m.DEVICE, reason=m.SUPERSEDED)
 
     def _drop_doomed(self) -> None:
-        """Let go of what a reset left, where no pin holds it or a chunk behind it."""
+        """Let go of what was dropped while pinned, where no pin holds it or a chunk behind it any more."""
         kept: list[Chunk] = []
         held: set[Chunk | None] = set()
         for chunk in reversed(self._doomed):
@@ -153,16 +246,16 @@ class Hierarchy:
                 kept.append(chunk)
             else:
                 self._memory.drop(chunk)
-        if len(kept) < len(self._doomed):
-            self._metrics.count(m.EVICTED_CHUNKS, len(self._doomed) - len(kept), reason=m.RESET)
+                self._left(chunk)
         self._doomed = kept[::-1]
 
     def _drop_leaf(self, chunk: Chunk, reason: str) -> None:
         if chunk in self._catalogue and not chunk.pins and not chunk.children:
             self._catalogue.remove(chunk)
             self._memory.drop(chunk)
+            self._left(chunk)
             self.version += 1
-            self._metrics.count(m.EVICTED_CHUNKS, reason=reason)
+            self._metrics.count(m.EVICTED_CHUNKS, tier=m.MEMORY, reason=reason)
             self._report()
 
     def _report(self) -> None:
@@ -171,3 +264,9 @@ class Hierarchy:
         self._metrics.gauge(m.USED_BYTES, used * self.page_bytes, tier=m.MEMORY)
         self._metrics.gauge(m.CAPACITY_BYTES, self._memory.pages * self.page_bytes, tier=m.MEMORY)
         self._metrics.gauge(m.CHUNKS, len(self._catalogue), tier=m.MEMORY)
+        self._metrics.gauge(m.PINNED_BYTES, self.holds.pages * self.page_bytes)
+        if self.device is not None:
+            self._metrics.gauge(m.USED_PAGES, self.device.used, tier=m.DEVICE)
+            self._metrics.gauge(m.USED_BYTES, self.device.used * self.page_bytes, tier=m.DEVICE)
+            self._metrics.gauge(m.CAPACITY_BYTES, self.device.pages * self.page_bytes, tier=m.DEVICE)
+            self._metrics.gauge(m.CHUNKS, len(self.device), tier=m.DEVICE)

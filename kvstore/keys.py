@@ -34,6 +34,11 @@ def chain_key(parent: bytes, tokens: bytes) -> bytes:
     return xxhash.xxh3_128_digest(parent + tokens)
 
 
+def content_key(namespace: bytes, tokens: bytes) -> bytes:
+    """Key of tokens wherever they stand."""
+    return xxhash.xxh3_128_digest(b"content" + namespace + tokens)
+
+
 def as_tokens(ids: Sequence[int]) -> Tokens:
     """Token ids as a little-endian int32 array of shape [len(ids)]."""
     return np.fromiter(ids, dtype="<i4", count=len(ids))

@@ -1,4 +1,4 @@
-"""The memory tier's accounting: pages of shared memory, a budget, a policy, pins. No bytes pass through."""
+"""Accounting of the two paged tiers, memory and device: pages, a budget, a policy, pins. No bytes pass through."""
 
 from collections.abc import Sequence
 
@@ -8,44 +8,76 @@ from ragkv.kvstore.catalogue import Chunk
 from ragkv.policies import EvictionPolicy
 
 
-class MemoryTier:
-    """`pages` pages; a chunk owns whole pages alone. The budget is the pages: there are never more in use."""
+class PagePool:
+    """`pages` pages; the budget is the pages: there are never more in use."""
 
-    def __init__(self, pages: int, policy: EvictionPolicy[Chunk]) -> None:
+    def __init__(self, pages: int) -> None:
         self.pages = pages
         self._free = list(range(pages - 1, -1, -1))  # from the end: lowest first, so that copies run together
-        self._policy = policy
 
     @property
     def used(self) -> int:
         """Pages in use."""
         return self.pages - len(self._free)
 
-    def make_room(self, pages: int) -> list[Chunk] | None:
-        """Evict until `pages` pages are free; the victims, or None (and no change) where that cannot be."""
-        victims = self._policy.evict(pages - len(self._free))
-        for chunk in victims or ():
-            self._give_back(chunk)
-        return victims
+    @property
+    def free(self) -> int:
+        """Pages not in use."""
+        return len(self._free)
 
     def take(self, pages: int) -> bytes:
-        """`pages` free pages as int32 bytes. IndexError: fewer are free (call `make_room` first)."""
+        """`pages` free pages as int32 bytes. IndexError: fewer are free."""
         if pages > len(self._free):
-            raise IndexError(f"memory tier: {pages} pages asked for, {len(self._free)} free")
+            raise IndexError(f"pages: {pages} asked for, {len(self._free)} free")
         cut = len(self._free) - pages
         taken = self._free[cut:][::-1]
         del self._free[cut:]
         return np.array(taken, dtype=np.int32).tobytes()
 
-    def add(self, chunk: Chunk) -> None:
+    def give_back(self, pages: bytes) -> None:
+        """Take back what `take` gave."""
+        self._free.extend(np.frombuffer(pages, dtype=np.int32)[::-1].tolist())
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where a page is free twice, or is none."""
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert all(0 <= page < self.pages for page in self._free)
+
+
+class MemoryTier:
+    """A chunk owns whole pages alone. It goes before its parent does."""
+
+    def __init__(self, pages: int, policy: EvictionPolicy[Chunk]) -> None:
+        self.pages = pages
+        self._pool = PagePool(pages)
+        self._policy = policy
+
+    @property
+    def used(self) -> int:
+        """Pages in use."""
+        return self._pool.used
+
+    def make_room(self, pages: int) -> list[Chunk] | None:
+        """Evict until `pages` pages are free; the victims, or None (and no change) where that cannot be. What
+        their pages hold is lost with the next `take`."""
+        victims = self._policy.evict(pages - self._pool.free)
+        for chunk in victims or ():
+            self._pool.give_back(chunk.pages)
+        return victims
+
+    def take(self, pages: int) -> bytes:
+        """`pages` free pages as int32 bytes. IndexError: fewer are free (call `make_room` first)."""
+        return self._pool.take(pages)
+
+    def add(self, chunk: Chunk, cost: float = 1.0) -> None:
         """Put a chunk that owns taken pages under the policy."""
         parent = chunk.parent if chunk.parent is not None and chunk.parent.pages else None
-        self._policy.insert(chunk, parent, len(chunk.pages) // 4)
+        self._policy.insert(chunk, parent, len(chunk.pages) // 4, cost)
 
     def drop(self, chunk: Chunk) -> None:
         """Forget a chunk and free its pages, pinned or not."""
         self._policy.remove(chunk)
-        self._give_back(chunk)
+        self._pool.give_back(chunk.pages)
 
     def touch(self, chunks: Sequence[Chunk]) -> None:
         """Note a use of a chain, root first."""
@@ -65,8 +97,76 @@ class MemoryTier:
     def check_integrity(self) -> None:
         """Raise AssertionError where pages or policy contradict themselves."""
         self._policy.check_integrity()
-        assert len(set(self._free)) == len(self._free), "a page is free twice"
-        assert all(0 <= page < self.pages for page in self._free)
+        self._pool.check_integrity()
 
-    def _give_back(self, chunk: Chunk) -> None:
-        self._free.extend(np.frombuffer(chunk.pages, dtype=np.int32)[::-1].tolist())
+
+class DeviceTier:
+    """Copies of chunks that are hit often, in pages of the accelerator's memory; each is in memory too. A chunk is
+    copied at its `after`-th use. Copies are written and read in the order of the steps, so pages may be given to
+    another chunk while a step still reads them; a copy is read only once a worker has said that it was made."""
+
+    def __init__(self, pages: int, policy: EvictionPolicy[Chunk], after: int) -> None:
+        self.pages, self._after = pages, after
+        self._pool = PagePool(pages)
+        self._policy = policy
+        self._made: set[Chunk] = set()
+
+    @property
+    def used(self) -> int:
+        """Pages in use."""
+        return self._pool.used
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk in self._made
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def used_now(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Note a use of a chain, root first; the chunks that have been given pages now and are to be copied."""
+        due = []
+        for chunk in reversed(chunks):  # the root counts as used last
+            if chunk.device:
+                self._policy.touch(chunk)
+            elif chunk.hits >= self._after:
+                due.append(chunk)
+        return [chunk for chunk in reversed(due) if self._give_pages(chunk)]
+
+    def made(self, chunk: Chunk, pages: bytes, *, well: bool) -> None:
+        """The copy that was ordered into `pages` is made, or failed."""
+        if not chunk.device or chunk.device != pages:
+            return  # dropped meanwhile
+        if well:
+            self._made.add(chunk)
+        else:
+            self.drop(chunk)
+
+    def drop(self, chunk: Chunk) -> bool:
+        """Forget a copy; whether there was one."""
+        if not chunk.device:
+            return False
+        self._policy.remove(chunk)
+        self._release(chunk)
+        return True
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where pages or policy contradict themselves."""
+        self._policy.check_integrity()
+        self._pool.check_integrity()
+        assert all(chunk.device for chunk in self._made)
+
+    def _give_pages(self, chunk: Chunk) -> bool:
+        pages = len(chunk.pages) // 4
+        victims = self._policy.evict(pages - self._pool.free)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._release(victim)
+        chunk.device = self._pool.take(pages)
+        self._policy.insert(chunk, None, pages)
+        return True
+
+    def _release(self, chunk: Chunk) -> None:
+        self._pool.give_back(chunk.device)
+        chunk.device = b""
+        self._made.discard(chunk)

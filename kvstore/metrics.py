@@ -23,10 +23,25 @@ REFUSED_CHUNKS = "ragkv_refused_chunks_total"
 LOAD_SECONDS = "ragkv_load_seconds"
 STORE_SECONDS = "ragkv_store_seconds"
 ERRORS = "ragkv_errors_total"
+PROMOTED_TOKENS = "ragkv_promoted_tokens_total"
+WAITS = "ragkv_waits_total"
+WAIT_SECONDS = "ragkv_wait_seconds"
+GATE_DECISIONS = "ragkv_gate_decisions_total"
+PINNED_BYTES = "ragkv_pinned_bytes"
+TIER_STATE = "ragkv_tier_state"
+TIER_ERRORS = "ragkv_tier_errors_total"
+READ_BYTES = "ragkv_tier_read_bytes_total"
+READ_SECONDS = "ragkv_tier_read_seconds"
+WRITTEN_BYTES = "ragkv_tier_written_bytes_total"
+WRITE_SECONDS = "ragkv_tier_write_seconds"
+QUEUED_BYTES = "ragkv_tier_queued_bytes"
+UNWRITTEN_CHUNKS = "ragkv_tier_unwritten_chunks_total"
+REJECTED_PAYLOADS = "ragkv_tier_rejected_payloads_total"
 
-MEMORY = "memory"
-CAPACITY, RESET, SUPERSEDED, ABANDONED = "capacity", "reset", "superseded", "abandoned"
-NO_ROOM, COLLISION = "no_room", "collision"
+MEMORY, DEVICE, DISK, REDIS = "memory", "device", "disk", "redis"
+CAPACITY, RESET, SUPERSEDED, ABANDONED, EXPIRED = "capacity", "reset", "superseded", "abandoned", "expired"
+NO_ROOM, COLLISION, ADMISSION = "no_room", "collision", "admission"
+RESTING, THROTTLED = "resting", "throttled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +65,65 @@ METRICS: dict[str, Metric] = {
         Metric(USED_PAGES, "gauge", "Pages in use, by tier.", ("tier",)),
         Metric(CAPACITY_BYTES, "gauge", "Byte budget, by tier.", ("tier",)),
         Metric(CHUNKS, "gauge", "Chunks stored, by tier.", ("tier",)),
-        Metric(EVICTED_CHUNKS, "counter", "Chunks that left, by reason.", ("reason",)),
-        Metric(REFUSED_CHUNKS, "counter", "Chunks that were not stored, by reason.", ("reason",)),
+        Metric(
+            EVICTED_CHUNKS,
+            "counter",
+            "Chunks that left, by tier and reason (capacity, reset, superseded, abandoned, expired).",
+            ("tier", "reason"),
+        ),
+        Metric(
+            REFUSED_CHUNKS,
+            "counter",
+            "Chunks that memory did not take, by reason (no_room, collision, admission).",
+            ("reason",),
+        ),
         Metric(LOAD_SECONDS, "histogram", "Time a worker spent on one step's loads."),
         Metric(STORE_SECONDS, "histogram", "Time a worker spent on one step's stores."),
         Metric(ERRORS, "counter", "Faults that were caught and treated as a miss, by kind.", ("kind",)),
+        Metric(PROMOTED_TOKENS, "counter", "Tokens brought into memory, by the tier they came from.", ("tier",)),
+        Metric(
+            WAITS,
+            "counter",
+            "Requests that waited for lower tiers, by outcome (loaded, missed, declined, deadline).",
+            ("result",),
+        ),
+        Metric(WAIT_SECONDS, "histogram", "Time that requests waited for lower tiers."),
+        Metric(
+            GATE_DECISIONS,
+            "counter",
+            "Loads judged against prefill, by slowest tier and decision (load, decline).",
+            ("tier", "decision"),
+        ),
+        Metric(PINNED_BYTES, "gauge", "Bytes in memory that owners have pinned."),
+        Metric(
+            TIER_STATE,
+            "gauge",
+            "Breaker of a lower tier, by side (read, write): 0 in use, 1 on trial, 2 at rest.",
+            ("tier", "side"),
+        ),
+        Metric(
+            TIER_ERRORS,
+            "counter",
+            "Operations that a lower tier could not do, by reason (timeout, gone, full, refused, io, …).",
+            ("tier", "reason"),
+        ),
+        Metric(READ_BYTES, "counter", "Bytes read from a lower tier.", ("tier",)),
+        Metric(READ_SECONDS, "histogram", "Time of one batch read from a lower tier.", ("tier",)),
+        Metric(WRITTEN_BYTES, "counter", "Bytes written to a lower tier.", ("tier",)),
+        Metric(WRITE_SECONDS, "histogram", "Time of one write to a lower tier.", ("tier",)),
+        Metric(QUEUED_BYTES, "gauge", "Bytes that wait to be written to a lower tier.", ("tier",)),
+        Metric(
+            UNWRITTEN_CHUNKS,
+            "counter",
+            "Chunks that a lower tier did not take, by reason (resting, throttled, admission, no_room).",
+            ("tier", "reason"),
+        ),
+        Metric(
+            REJECTED_PAYLOADS,
+            "counter",
+            "Payloads that proved bad when read, and were never served, by reason.",
+            ("tier", "reason"),
+        ),
     )
 }
 

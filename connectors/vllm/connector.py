@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from ragkv.connectors.vllm.compose import make_placement, make_recorder, memory_pages, page_shape
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
 from ragkv.connectors.vllm.plugin import check_settings
@@ -17,13 +18,11 @@ from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
 from ragkv.connectors.vllm.worker import WorkerSide
-from ragkv.errors import LayoutError, RagKVError
+from ragkv.errors import RagKVError
+from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.memory import MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
-from ragkv.policies import make_policy
 
 NO_TOKENS = (0, False)
 
@@ -58,34 +57,31 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._stand_aside(str(error))
 
     def _make_scheduler_side(self) -> SchedulerSide:
-        config, memory = self._vllm_config, self._settings.memory
+        config, settings = self._vllm_config, self._settings
         shape = examine(config, self._kv_cache_config)
-        page_bytes = shape.page_bytes(memory.page_tokens)
-        pages, least = (
-            memory.capacity // page_bytes,
-            -(-self._settings.chunks.max_tokens // memory.page_tokens),
-        )
-        if pages < least:
-            raise LayoutError(
-                f"memory.capacity = {memory.capacity} holds {pages} pages of {page_bytes} bytes; "
-                f"one chunk of chunks.max_tokens needs {least}"
-            )
+        page = page_shape(settings, shape)
         self._workers = shape.ranks
-        self._segment = Segment(config.kv_transfer_config.engine_id, pages * page_bytes)
-        tier = MemoryTier(pages, make_policy(memory.policy))
-        sizes = self._settings.chunks
+        size = memory_pages(settings, page) * page.page_bytes
+        self._segment = Segment(config.kv_transfer_config.engine_id, size)
+        self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
+        hidden = config.model_config.get_hidden_size()
+        sizes = settings.chunks
         return SchedulerSide(
-            Hierarchy(tier, memory.page_tokens, page_bytes, self._metrics),
+            make_placement(settings, page, self._segment.buffer, hidden, self._metrics, self.faults),
             Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
-            Namespaces(engine_identity(config, shape)).of,
+            self._namespaces.of,
             shape.geometry.block_tokens,
             shape.ranks,
             self._metrics,
             self.faults,
+            make_recorder(settings, self.faults),
         )
 
     def _stand_aside(self, why: str) -> None:
         logger.warning("ragkv: this engine runs without KV reuse: %s", why)
+        for side in (self._scheduler, self._proposed):
+            if side is not None:
+                side.close(0.0)
         self._scheduler = self._proposed = None
         self._close_segment()
 
@@ -111,8 +107,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.set_xfer_handshake_metadata(metadata)
 
     @guarded(gives(NO_TOKENS))
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens that can be loaded in the step that takes the request up."""
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded in the step that takes the request up; None: ask again in the next."""
         if self._scheduler is None:
             return NO_TOKENS
         return self._scheduler.lookup(request, num_computed_tokens), False
@@ -165,16 +161,27 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.finished(request, list(block_ids[0])), None
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
-        """All tokens come from host memory."""
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+        """How many of the tokens came from where; what was brought up for this request counts as its source's."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource as Source
 
-        return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
+        if not num_external_tokens:
+            return {}
+        names = {m.DEVICE: Source.DEVICE, m.DISK: Source.DISK, m.REDIS: Source.EXTERNAL_UNSPECIFIED}
+        found = self._scheduler.sources(request) if self._scheduler is not None else {}
+        if sum(found.values()) != num_external_tokens:
+            return {Source.HOST: num_external_tokens}
+        sources: dict[Any, int] = {}
+        for tier, tokens in found.items():
+            source = names.get(tier, Source.HOST)
+            sources[source] = sources.get(source, 0) + tokens
+        return sources
 
     @guarded(gives(False))
     def reset_cache(self) -> bool:
         """Forget all KV."""
         if self._scheduler is not None:
             self._scheduler.reset()
+            self._namespaces.renew()
         return True
 
     # --- worker side ---
@@ -187,6 +194,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> Handshake | None:
         """Whether this worker can take part."""
         return None if self._worker is None else self._worker.handshake()
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, StepOrders):
+            self._worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load before the forward."""
@@ -239,6 +252,9 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Unmap shared memory; the scheduler side, or the last worker, removes it."""
         if self._worker is not None:
             self._worker.close()
+        for side in (self._scheduler, self._proposed):
+            if side is not None and not side.close(self._settings.placement.flush):
+                logger.warning("ragkv: not all was written to the lower tiers within placement.flush")
         self._scheduler = self._proposed = None
         self._close_segment()
 

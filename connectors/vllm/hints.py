@@ -1,35 +1,106 @@
 """Hints of a request: `kv_transfer_params["ragkv"]`, all optional, never a reason to fail.
 
-    {"ragkv": {"documents": [{"id": "10-K 2023", "start": 12, "end": 3012}]}}
+    {"ragkv": {"documents": [{"id": "10-K 2023", "start": 12, "end": 3012}],
+               "pin": {"owner": "desk 7", "seconds": 3600, "documents": ["10-K 2023"]},
+               "unpin": {"owner": "desk 6"}, "ttl": 86400, "priority": 1}}
 
-`start` and `end` are token positions in the prompt; chunks end at both, so that a document is cut alike in
-every prompt that names it.
+`documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
+that names it. `pin`: keep in memory, for an owner and so many seconds, the prompt up to the end of the last of
+these documents, or all of it where none is named; `unpin` takes all of an owner's pins back. `ttl`: keep what this
+request adds no longer than so many seconds, in any tier. `priority`: 0 to 9; what has less goes first.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
 from reprlib import repr as short
 from typing import Any
 
 KEY = "ragkv"
-ALLOWED = frozenset({"documents"})
+ALLOWED = ("documents", "pin", "priority", "ttl", "unpin")
+LONGEST = 3e9  # seconds; a century
+HIGHEST = 9
 
 
-def named_boundaries(params: Any) -> tuple[list[int], str | None]:
-    """Positions, ascending, at which chunks must end, and what is wrong with the hints, if anything."""
-    hints = params.get(KEY) if isinstance(params, dict) else None
-    if hints is None:
-        return [], None
-    if not isinstance(hints, dict):
-        return [], f"{KEY} = {short(hints)}; allowed: a mapping with {', '.join(sorted(ALLOWED))}"
-    problem = None
-    if unknown := sorted(str(key) for key in hints.keys() - ALLOWED):
-        problem = f"{KEY}.{short(unknown[0])} is unknown; allowed: {', '.join(sorted(ALLOWED))}"
-    spans = hints.get("documents", [])
-    if not isinstance(spans, list) or not all(_is_span(span) for span in spans):
-        return (
-            [],
-            f"{KEY}.documents = {short(spans)}; allowed: a list of maps with start < end, token positions",
-        )
-    return sorted({span[edge] for span in spans for edge in ("start", "end")} - {0}), problem
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """`end`: up to which token; None for all of the prompt."""
+
+    owner: str
+    seconds: float
+    end: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """`boundaries`: positions, ascending, at which chunks must end."""
+
+    boundaries: tuple[int, ...] = ()
+    pin: Pin | None = None
+    unpin: str | None = None
+    ttl: float | None = None
+    priority: int = 0
+
+
+NO_HINTS = Hints()
+
+
+def read_hints(params: Any) -> tuple[Hints, str | None]:
+    """The hints that hold, and what is wrong with the others, if anything."""
+    given = params.get(KEY) if isinstance(params, dict) else None
+    if given is None:
+        return NO_HINTS, None
+    if not isinstance(given, dict):
+        return NO_HINTS, f"{KEY} = {short(given)}; allowed: a mapping with {', '.join(ALLOWED)}"
+    reader = _Reader(given)
+    spans = reader.documents()
+    hints = Hints(
+        boundaries=tuple(sorted({edge for span in spans for edge in (span["start"], span["end"])} - {0})),
+        pin=reader.pin(spans),
+        unpin=reader.unpin(),
+        ttl=reader.checked("ttl", _is_time, "seconds, above 0"),
+        priority=reader.checked("priority", _is_priority, f"a whole number from 0 to {HIGHEST}") or 0,
+    )
+    return hints, reader.problem
+
+
+class _Reader:
+    """Takes a mapping apart, and keeps the first problem."""
+
+    def __init__(self, given: Mapping[Any, Any]) -> None:
+        self._given = given
+        self.problem: str | None = None
+        if unknown := sorted(str(key) for key in given.keys() - set(ALLOWED)):
+            self.problem = f"{KEY}.{short(unknown[0])} is unknown; allowed: {', '.join(ALLOWED)}"
+
+    def checked(self, name: str, good: Any, allowed: str) -> Any:
+        """A value that is good, or None."""
+        value = self._given.get(name)
+        if value is None or good(value):
+            return value
+        self.problem = self.problem or f"{KEY}.{name} = {short(value)}; allowed: {allowed}"
+        return None
+
+    def documents(self) -> list[dict[str, Any]]:
+        allowed = "a list of maps with start < end, token positions"
+        return self.checked("documents", _are_spans, allowed) or []
+
+    def pin(self, spans: list[dict[str, Any]]) -> Pin | None:
+        allowed = "a map with owner (a text), seconds (above 0) and perhaps documents (a list of ids named above)"
+        ends = {span["id"]: span["end"] for span in spans if isinstance(span.get("id"), str)}
+        found = self.checked("pin", lambda pin: _is_pin(pin, ends), allowed)
+        if found is None:
+            return None
+        named = found.get("documents")
+        return Pin(found["owner"], float(found["seconds"]), max(ends[each] for each in named) if named else None)
+
+    def unpin(self) -> str | None:
+        found = self.checked("unpin", lambda value: _has_owner(value) and len(value) == 1, "a map with owner")
+        return None if found is None else str(found["owner"])
+
+
+def _are_spans(spans: Any) -> bool:
+    return isinstance(spans, list) and all(_is_span(span) for span in spans)
 
 
 def _is_span(span: Any) -> bool:
@@ -37,3 +108,26 @@ def _is_span(span: Any) -> bool:
         return False
     start, end = span.get("start"), span.get("end")
     return type(start) is int and type(end) is int and 0 <= start < end
+
+
+def _has_owner(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("owner"), str) and 0 < len(value["owner"]) <= 200
+
+
+def _is_pin(pin: Any, ends: Mapping[str, int]) -> bool:
+    if not _has_owner(pin) or not pin.keys() <= {"owner", "seconds", "documents"}:
+        return False
+    named = pin.get("documents", [])
+    return _is_time(pin.get("seconds")) and isinstance(named, list) and all(_is_id(each, ends) for each in named)
+
+
+def _is_id(name: Any, ends: Mapping[str, int]) -> bool:
+    return isinstance(name, str) and name in ends
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value) and 0 < value <= LONGEST
+
+
+def _is_priority(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= HIGHEST

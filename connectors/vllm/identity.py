@@ -18,6 +18,7 @@ from ragkv.kvstore.keys import namespace
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 SAMPLE_BYTES = 1 << 16
+NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version"})
 _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁": " "})
 
 
@@ -64,12 +65,16 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     return Shape(geometry, layers, spec.dtype, parallel.tensor_parallel_size)
 
 
-def engine_identity(vllm_config: Any, shape: Shape) -> bytes:
-    """16 bytes that name all that an engine's KV depends on beside the request."""
+def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
+    """16 bytes that name all that an engine's KV depends on beside the request, and how its bytes are laid out.
+
+    The same for one model in two folders, or on two machines: weights are known by their bytes.
+    """
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in NOT_THE_MODEL}
     return namespace(
         {
-            "model": json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str),
+            "model": json.dumps(config, sort_keys=True, default=str),
             "weights": weights_fingerprint(model.model, str(model.revision), model.seed),
             "load_format": str(vllm_config.load_config.load_format),
             "quantization": str(model.quantization),
@@ -79,6 +84,8 @@ def engine_identity(vllm_config: Any, shape: Shape) -> bytes:
             "heads": shape.geometry.heads * shape.ranks,
             "head_dim": shape.geometry.head_dim,
             "layers": shape.geometry.layers,
+            "ranks": shape.ranks,
+            "page_tokens": page_tokens,
         }
     )
 
@@ -114,6 +121,11 @@ class Namespaces:
     def __init__(self, engine: bytes) -> None:
         self._engine = engine
         self._adapters: dict[tuple[Any, ...], tuple[object, str]] = {}
+
+    def renew(self) -> None:
+        """From now on nothing is equal to what was: weights may have changed in place, and then whatever lower
+        tiers hold is of others."""
+        self._engine = namespace({"engine": self._engine, "renewed": os.urandom(16)})
 
     def of(self, request: Any) -> bytes | None:
         """16 bytes, equal for two requests only if equal tokens give them equal KV; None where that cannot be

@@ -18,13 +18,15 @@ class Job:
     """Copy the KV of some tokens. `rows[i]`: where token i stands in the memory tier (page * tokens a page +
     offset); `slots[i]`: where in the engine's cache (block * tokens a block + offset); both int64 [n].
 
-    `finishes`: the request whose blocks vLLM keeps until this store is done.
+    `finishes`: the request whose blocks vLLM keeps until this store is done. `device`: the rows are of the device
+    tier, not of the memory tier.
     """
 
     id: int
     rows: Indices
     slots: Indices
     finishes: str | None = None
+    device: bool = False
 
 
 @dataclass
@@ -32,24 +34,29 @@ class StepOrders(KVConnectorMetadata):
     """Scheduler side to workers: loads before the forward, stores after it.
 
     `invalid_blocks`: blocks that vLLM was promised and will not get; workers report them as failed loads.
+    `tokens`: that the forward computes.
     """
 
     loads: list[Job] = field(default_factory=list)
     stores: list[Job] = field(default_factory=list)
     invalid_blocks: set[int] = field(default_factory=set)
     block_tokens: int = 0
+    tokens: int = 0
 
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
-    `tainted`: a forward ran on blocks whose KV never came.
+    `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`: (tokens, seconds) of forwards and
+    of loads, for the gate.
     """
 
     done: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     tainted: bool = False
+    prefills: list[tuple[int, float]] = field(default_factory=list)
+    copies: list[tuple[int, float]] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -57,7 +64,13 @@ class StepReport(KVConnectorWorkerMetadata):
         done = dict(self.done)
         for job, workers in other.done.items():
             done[job] = done.get(job, 0) + workers
-        return StepReport(done, self.failed | other.failed, self.tainted or other.tainted)
+        return StepReport(
+            done,
+            self.failed | other.failed,
+            self.tainted or other.tainted,
+            self.prefills + other.prefills,
+            self.copies + other.copies,
+        )
 
 
 @dataclass

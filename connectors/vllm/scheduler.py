@@ -1,84 +1,110 @@
 """The scheduler side: decides what to load and what to store, and keeps the books of what is under way."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.hints import named_boundaries
+from ragkv.connectors.vllm.hints import NO_HINTS, Hints, read_hints
 from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, Match, rows
 from ragkv.kvstore.chunking import Chunker, TokenChain
-from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.promotion import Fetch
 
 NO_MATCH = Match((), 0)
+ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
+Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
+Recorder = Callable[[bytes, TokenChain], None]
 
 
 @dataclass(slots=True)
 class Tracked:
     """A request under way. `computed`: what vLLM had itself at the last lookup; `seen`: what that lookup was
-    of; `stored`: first tokens that need no look any more; `tail`: the open tail stored or read last."""
+    of; `stored`: first tokens that need no look any more; `tail`: the open tail stored or read last; `fetch`: what
+    is brought up for it, once; `declined`: the gate said that computing is quicker; `sources`: tokens by tier."""
 
     request: Any
     namespace: bytes
     chain: TokenChain
+    hints: Hints = NO_HINTS
     blocks: list[int] = field(default_factory=list)
     match: Match = NO_MATCH
     computed: int = 0
     seen: tuple[int, int] = (-1, -1)
     stored: int = 0
     tail: Chunk | None = None
+    fetch: Fetch | None = None
+    fetched: bool = False
+    declined: bool | None = None
+    sources: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class UnderWay:
-    """A job given out: what it fills (stores) or reads (loads), what it makes superfluous, who still works."""
+    """A job given out: what it fills (stores, copies) or reads (loads), what it makes superfluous, who still
+    works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier."""
 
     chunks: list[Chunk]
     workers: int
     is_store: bool
     superseded: Chunk | None = None
     failed: bool = False
+    hints: Hints = NO_HINTS
+    starts: list[int] = field(default_factory=list)
+    pages: list[bytes] = field(default_factory=list)
+    namespace: bytes = b""
 
 
 class SchedulerSide:
-    """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone."""
+    """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone.
+    `record`, where given, is told every prompt once."""
 
     def __init__(
         self,
-        hierarchy: Hierarchy,
+        placement: Placement,
         chunker: Chunker,
         namespace_of: Callable[[Any], bytes | None],
         block_tokens: int,
         workers: int,
         metrics: Metrics,
         faults: Faults,
+        record: Recorder | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hierarchy, self._chunker, self._namespace_of = hierarchy, chunker, namespace_of
+        self._placement, self._hierarchy = placement, placement.hierarchy
+        self._chunker, self._namespace_of = chunker, namespace_of
         self._block_tokens, self._workers = block_tokens, workers
-        self._metrics, self._faults = metrics, faults
+        self._metrics, self._faults, self._record, self._clock = metrics, faults, record, clock
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
         self._jobs = 0
 
-    def lookup(self, request: Any, computed: int) -> int:
-        """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last."""
+    def lookup(self, request: Any, computed: int) -> int | None:
+        """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
+        again, more is on its way from a lower tier."""
+        self._placement.tick()
         tracked = self._track(request)
         if tracked is None:
             return 0
         tracked.computed = computed
-        seen = (request.num_tokens, self._hierarchy.version)
-        if tracked.seen != seen:  # vLLM asks again in every step while a request waits for blocks
-            self._extend(tracked)
-            tracked.match = self._hierarchy.match(tracked.namespace, tracked.chain, request.num_tokens - 1)
-            tracked.seen = seen
-        return max(0, tracked.match.length - computed)
+        if tracked.fetch is not None:
+            if self._placement.waits(tracked.fetch):
+                return None
+        elif not tracked.fetched:
+            self._look_up(tracked)
+            if self._fetch(tracked):
+                return None
+        self._look_up(tracked)
+        found = max(0, tracked.match.length - computed)
+        return found if found and self._worth(tracked, found) else 0
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """vLLM took a request up, with these blocks, and counts on `external` tokens of the last lookup."""
@@ -91,17 +117,31 @@ class SchedulerSide:
         tracked.stored = 0
         if not external:
             return
-        chunks, first = _overlapping(tracked.match.chunks, start, end)
-        job = self._new_job(
-            rows(chunks, self._hierarchy.page_tokens)[start - first : end - first],
-            _slots(blocks, start, end, self._block_tokens),
-        )
-        self._hierarchy.touch(tracked.match)
-        self._hierarchy.pin(chunks[-1:])  # and so all before it
-        self._under_way[job.id] = UnderWay(chunks[-1:], self._workers, is_store=False)
-        self._orders.loads.append(job)
+        chunks = tracked.match.chunks
+        device_first = self._by_tier(tracked, start, end)
+        for tier, tokens in tracked.sources.items():
+            self._metrics.count(m.HIT_TOKENS, tokens, tier=tier)
+        for device, parts in device_first:
+            slots = [_slots(blocks, at, upto, self._block_tokens) for _, _, at, upto in parts]
+            which = [
+                rows([chunk], self._hierarchy.page_tokens, device=device)[at - first : upto - first]
+                for chunk, first, at, upto in parts
+            ]
+            job = self._new_job(np.concatenate(which), np.concatenate(slots), device=device)
+            self._hierarchy.pin(chunks[-1:])  # and so all before it
+            self._under_way[job.id] = UnderWay(list(chunks[-1:]), self._workers, is_store=False)
+            self._orders.loads.append(job)
         tracked.tail = tracked.match.whole_tail
-        self._metrics.count(m.HIT_TOKENS, external, tier=m.MEMORY)
+        self._copy_hot(tracked, blocks)
+        self._placement.used(chunks)
+        if tracked.hints.pin is not None:
+            ends = np.cumsum([len(chunk) for chunk in chunks]).tolist()
+            self._keep(tracked.hints, chunks, [0, *ends[:-1]])
+
+    def sources(self, request: Any) -> dict[str, int]:
+        """Tokens by the tier that they came from, as last allocated."""
+        tracked = self._tracked.get(request.request_id)
+        return {} if tracked is None else tracked.sources
 
     def disappoint(self, request: Any, blocks: list[int], external: int) -> None:
         """Tell vLLM to compute what `allocated` failed to load. Must not fail itself."""
@@ -111,6 +151,8 @@ class SchedulerSide:
 
     def orders(self, scheduler_output: Any) -> StepOrders:
         """What the workers shall do in this step."""
+        self._placement.tick()
+        self._orders.tokens = scheduler_output.total_num_scheduled_tokens
         for request_id, after in self._progress(scheduler_output):
             tracked = self._tracked.get(request_id)
             if tracked is not None:
@@ -137,6 +179,10 @@ class SchedulerSide:
         """What the workers have done."""
         if report.tainted:
             self.distrust()
+        for tokens, seconds in report.prefills:
+            self._placement.gate.prefill.note(tokens, seconds)
+        for tokens, seconds in report.copies:
+            self._placement.gate.copy.note(tokens, seconds)
         for job, workers in report.done.items():
             under_way = self._under_way.get(job)
             if under_way is None:
@@ -164,6 +210,10 @@ class SchedulerSide:
         self._hierarchy.reset()
         self._tracked = dict.fromkeys(self._tracked)
 
+    def close(self, seconds: float) -> bool:
+        """Write down what must survive, within a bound. Whether all of it was."""
+        return self._placement.close(seconds)
+
     def _track(self, request: Any) -> Tracked | None:
         request_id = request.request_id
         if request_id not in self._tracked:
@@ -171,11 +221,88 @@ class SchedulerSide:
             if namespace is None:
                 self._tracked[request_id] = None
                 return None
-            named, problem = named_boundaries(request.kv_transfer_params)
+            hints, problem = read_hints(request.kv_transfer_params)
             if problem is not None:
                 self._faults.note("hints", problem)
-            self._tracked[request_id] = Tracked(request, namespace, TokenChain(namespace, self._chunker, named))
+            if hints.unpin is not None:
+                self._hierarchy.holds.release(hints.unpin)
+            chain = TokenChain(namespace, self._chunker, hints.boundaries)
+            tracked = self._tracked[request_id] = Tracked(request, namespace, chain, hints)
+            self._extend(tracked)
+            if self._record is not None:
+                self._record(namespace, chain)
         return self._tracked[request_id]
+
+    def _look_up(self, tracked: Tracked) -> None:
+        """Match in memory; vLLM asks again in every step while a request waits for blocks."""
+        request = tracked.request
+        seen = (request.num_tokens, self._hierarchy.version)
+        if tracked.seen != seen:
+            self._extend(tracked)
+            tracked.match = self._hierarchy.match(tracked.namespace, tracked.chain, request.num_tokens - 1)
+            tracked.seen = seen
+
+    def _fetch(self, tracked: Tracked) -> bool:
+        """Bring up what lower tiers have, once a request; whether it should wait."""
+        tracked.fetched = True
+        tracked.fetch = self._placement.fetch(
+            tracked.namespace, tracked.chain, tracked.match, tracked.computed, tracked.request.num_tokens - 1
+        )
+        return tracked.fetch is not None and self._placement.waits(tracked.fetch, ANSWER_SECONDS)
+
+    def _worth(self, tracked: Tracked, tokens: int) -> bool:
+        """What the gate says of loading from memory, once a request."""
+        if tracked.declined is None:
+            tracked.declined = not self._placement.gate.allows(tokens, m.MEMORY)
+            decision = "decline" if tracked.declined else "load"
+            self._metrics.count(m.GATE_DECISIONS, tier=m.MEMORY, decision=decision)
+        return not tracked.declined
+
+    def _by_tier(self, tracked: Tracked, start: int, end: int) -> list[tuple[bool, list[Part]]]:
+        """The parts of a match from token `start` to `end`, of the device tier and of memory."""
+        found: dict[bool, list[Part]] = {True: [], False: []}
+        device, brought = self._hierarchy.device, tracked.fetch.sources if tracked.fetch is not None else {}
+        tracked.sources = {}
+        first = 0
+        for chunk in tracked.match.chunks:
+            at, upto = max(start, first), min(end, first + len(chunk))
+            if at < upto:
+                on_device = device is not None and chunk in device
+                found[on_device].append((chunk, first, at, upto))
+                tier = brought.get(chunk, m.DEVICE if on_device else m.MEMORY)
+                tracked.sources[tier] = tracked.sources.get(tier, 0) + upto - at
+            first += len(chunk)
+        return [(on_device, parts) for on_device, parts in found.items() if parts]
+
+    def _copy_hot(self, tracked: Tracked, blocks: list[int]) -> None:
+        """Note the use of a match, and order copies to the device tier of the chunks that are hot now. They are
+        taken from the engine's cache, behind the step in which they are loaded."""
+        hot = self._hierarchy.touch(tracked.match)
+        if not hot:
+            return
+        places, first = {}, 0
+        for chunk in tracked.match.chunks:
+            places[chunk] = first
+            first += len(chunk)
+        where = [_slots(blocks, places[c], places[c] + len(c), self._block_tokens) for c in hot]
+        job = self._new_job(
+            rows(hot, self._hierarchy.page_tokens, device=True), np.concatenate(where), device=True
+        )
+        pages = [chunk.device for chunk in hot]
+        self._under_way[job.id] = UnderWay(hot, self._workers, is_store=True, pages=pages)
+        self._orders.stores.append(job)
+
+    def _keep(self, hints: Hints, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
+        """Pin chunks as a request asks."""
+        if hints.pin is None:
+            return
+        until = self._clock() + hints.pin.seconds
+        for chunk, start in zip(chunks, starts, strict=True):
+            if (hints.pin.end is not None and start >= hints.pin.end) or chunk not in self._hierarchy:
+                return
+            if not self._hierarchy.holds.hold(hints.pin.owner, chunk, until):
+                self._faults.note("pins", "owners have pinned all that they may of the memory tier")
+                return
 
     def _extend(self, tracked: Tracked) -> None:
         known = len(tracked.chain.tokens)
@@ -228,7 +355,9 @@ class SchedulerSide:
         tail, last = tracked.tail, chunks[-1]
         covers = tail is not None and any(chunk.parent is tail.parent for chunk in chunks)
         superseded = tail if covers else None
-        self._under_way[job.id] = UnderWay(chunks, self._workers, is_store=True, superseded=superseded)
+        under_way = UnderWay(chunks, self._workers, is_store=True, superseded=superseded, hints=tracked.hints)
+        under_way.starts, under_way.namespace = [at for at, _ in new], tracked.namespace
+        self._under_way[job.id] = under_way
         self._orders.stores.append(job)
         if last.key not in tracked.chain.keys:
             tracked.tail = last
@@ -239,34 +368,34 @@ class SchedulerSide:
     def _settle(self, done: UnderWay) -> None:
         if not done.is_store:
             self._hierarchy.unpin(done.chunks)
+        elif done.pages:
+            assert self._hierarchy.device is not None
+            for chunk, pages in zip(done.chunks, done.pages, strict=True):
+                self._hierarchy.device.made(chunk, pages, well=not done.failed)
         elif done.failed:
             for chunk in reversed(done.chunks):
                 self._hierarchy.abandon(chunk)
         else:
-            for chunk in done.chunks:
-                self._hierarchy.commit(chunk)
-            if done.superseded is not None:
-                self._hierarchy.discard(done.superseded)
+            self._stored(done)
 
-    def _new_job(self, tier_rows: Indices, slots: Indices, finishes: str | None = None) -> Job:
+    def _stored(self, done: UnderWay) -> None:
+        for chunk in done.chunks:
+            self._hierarchy.commit(chunk)
+            self._metrics.count(m.STORED_TOKENS, len(chunk))
+            if done.hints.ttl is not None:
+                self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
+        self._keep(done.hints, done.chunks, done.starts)
+        self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True))
+        if done.superseded is not None:
+            self._hierarchy.discard(done.superseded)
+
+    def _new_job(
+        self, tier_rows: Indices, slots: Indices, finishes: str | None = None, *, device: bool = False
+    ) -> Job:
         if len(tier_rows) != len(slots):
             raise ValueError(f"job: {len(tier_rows)} rows for {len(slots)} slots")
         self._jobs += 1
-        return Job(self._jobs, tier_rows, slots, finishes)
-
-
-def _overlapping(chunks: tuple[Chunk, ...], start: int, end: int) -> tuple[list[Chunk], int]:
-    """The chunks of a chain that hold any of the tokens from `start` to `end`, and where the first begins."""
-    found: list[Chunk] = []
-    first = position = 0
-    for chunk in chunks:
-        following = position + len(chunk)
-        if following > start and position < end:
-            if not found:
-                first = position
-            found.append(chunk)
-        position = following
-    return found, first
+        return Job(self._jobs, tier_rows, slots, finishes, device)
 
 
 def _slots(blocks: list[int], start: int, end: int, block_tokens: int) -> Indices:

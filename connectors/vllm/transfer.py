@@ -55,19 +55,22 @@ class Tier:
 
 
 class DirectMover:
-    """Copies between CPU tensors, synchronously."""
+    """Copies within one device, in the order of its stream: between CPU tensors, or to a pool in the accelerator's
+    own memory."""
 
     def __init__(self, caches: Sequence[LayerCache], tier: Tier) -> None:
-        self._caches, self._tier = caches, tier
+        self._caches, self._tier, self._device = caches, tier, tier.rows.device
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU."""
-        scatter(self._caches, self._tier, self._tier.rows, self._tier.first_rows(rows), slots)
+        first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
+        scatter(self._caches, self._tier, self._tier.rows, first, slots)
         return Done()
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Cache to tier."""
-        gather(self._caches, self._tier, self._tier.rows, self._tier.first_rows(rows), slots)
+        first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
+        gather(self._caches, self._tier, self._tier.rows, first, slots)
         return Done()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,11 +11,15 @@ from ragkv.connectors.vllm.faults import Faults, logger
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.layout import RAW, probe
 from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
-from ragkv.connectors.vllm.transfer import Mover, Ticket, Tier, make_mover, pin_memory
+from ragkv.connectors.vllm.timing import Stopwatch, Timing
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, Ticket, Tier, make_mover, pin_memory
 from ragkv.errors import RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
+
+LEAST_TOKENS = 32  # of a step whose time says something of prefill
+SOME_STEPS = 64  # of the other steps one in so many is timed: they tell what a step costs by itself
 
 
 @dataclass(slots=True)
@@ -36,6 +40,11 @@ class WorkerSide:
         self._settings, self._metrics, self._faults = settings, metrics, faults
         self._refusal: str | None = "the engine's caches were never registered"
         self._mover: Mover | None = None
+        self._device_mover: Mover | None = None
+        self._stopwatch: Stopwatch | None = None
+        self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
+        self._timings: list[tuple[Literal["prefills", "copies"], int, Timing]] = []
+        self._steps = 0
         self._segment: Segment | None = None
         self._running: list[_Running] = []
         self._report = StepReport()
@@ -45,7 +54,7 @@ class WorkerSide:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
         try:
-            self._mover = self._connect(caches)
+            self._connect(caches)
             self._refusal = None
         except RagKVError as error:
             self._refusal = str(error)
@@ -57,22 +66,38 @@ class WorkerSide:
         """What the scheduler side must know of this worker."""
         return Handshake(self._refusal, None if self._segment is None else self._segment.identity)
 
+    def begin(self, orders: StepOrders) -> None:
+        """A step begins. (vLLM calls for loads before the forward only where there are any, else behind it.)"""
+        self._steps += 1
+        self._forward = None
+        if self._stopwatch is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
+            self._forward = orders.tokens, self._stopwatch.start()
+
     def load(self, orders: StepOrders) -> None:
         """Carry out a step's loads. A load that fails is reported by its blocks, and vLLM computes them."""
         self._not_loaded(orders.invalid_blocks)
         if orders.loads:
             self._carry_out(orders.loads, m.LOAD_SECONDS, orders.block_tokens)
+            if self._forward is not None and self._stopwatch is not None:
+                self._forward = orders.tokens, self._stopwatch.start()
 
     def store(self, orders: StepOrders) -> None:
         """Carry out a step's stores, after its forward."""
+        if self._forward is not None and self._stopwatch is not None:
+            tokens, beginning = self._forward
+            self._timings.append(("prefills", tokens, self._stopwatch.stop(beginning)))
+            self._forward = None
         if orders.stores:
             self._carry_out(orders.stores, m.STORE_SECONDS, None)
         self._collect()
 
     def take_report(self) -> StepReport | None:
         """Jobs that ended since the last call."""
-        report, self._report = self._report, StepReport()
-        return report if report.done or report.tainted else None
+        report = self._report
+        if not (report.done or report.tainted or report.prefills or report.copies):
+            return None
+        self._report = StepReport()
+        return report
 
     def take_finished(self) -> set[str]:
         """Requests whose blocks vLLM may free now."""
@@ -86,12 +111,12 @@ class WorkerSide:
 
     def close(self) -> None:
         """Let the memory tier go."""
-        self._mover = None
+        self._mover = self._device_mover = None
         if self._segment is not None:
             self._segment.close()
             self._segment = None
 
-    def _connect(self, caches: dict[str, torch.Tensor]) -> Mover:
+    def _connect(self, caches: dict[str, torch.Tensor]) -> None:
         shape = examine(self._vllm_config, self._kv_cache_config)
         layers = self._vllm_config.compilation_config.static_forward_context
         ours = {name: caches[name] for name in shape.layers}
@@ -108,18 +133,33 @@ class WorkerSide:
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         tier = Tier(elements, shape.geometry, page_tokens, shape.ranks, get_tensor_model_parallel_rank())
-        return make_mover(found, tier, self._settings.transfer.staging, device)
+        if pages := self._settings.device.capacity * shape.ranks // shape.page_bytes(page_tokens):
+            pool = torch.empty(
+                pages * page_tokens * shape.geometry.token_bytes // shape.geometry.itemsize,
+                dtype=RAW[shape.geometry.itemsize],
+                device=device,
+            )
+            self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page_tokens, 1, 0))
+        self._stopwatch = Stopwatch(device)
+        self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
 
     def _carry_out(self, jobs: list[Job], clock: str, block_tokens: int | None) -> None:
-        """Move all jobs of a step at once. `block_tokens` is given for loads."""
+        """Move all jobs of a step, those of each tier at once. `block_tokens` is given for loads."""
         started = time.perf_counter()
+        for device in (False, True):
+            if several := [job for job in jobs if job.device is device]:
+                self._move(several, self._device_mover if device else self._mover, block_tokens)
+        self._collect()
+        self._metrics.observe(clock, time.perf_counter() - started)
+
+    def _move(self, jobs: list[Job], mover: Mover | None, block_tokens: int | None) -> None:
         try:
-            if self._mover is None:
-                raise RagKVError("orders without a memory tier")
+            if mover is None or self._stopwatch is None:
+                raise RagKVError("orders without a tier to carry them out")
             rows = torch.cat([torch.from_numpy(job.rows) for job in jobs])
             slots = torch.cat([torch.from_numpy(job.slots) for job in jobs])
-            move = self._mover.store if block_tokens is None else self._mover.load
-            ticket = move(rows, slots)
+            beginning = self._stopwatch.start()
+            ticket = (mover.store if block_tokens is None else mover.load)(rows, slots)
         except Exception as error:  # whatever it is: these jobs failed, and are reported so
             self._faults.note("store" if block_tokens is None else "load", error)
             for job in jobs:
@@ -127,9 +167,9 @@ class WorkerSide:
                 if block_tokens is not None:
                     self._not_loaded(set((job.slots // block_tokens).tolist()))
             return
+        if block_tokens is not None and mover is self._mover:
+            self._timings.append(("copies", len(rows), self._stopwatch.stop(beginning)))
         self._running.extend(_Running(job, ticket) for job in jobs)
-        self._collect()
-        self._metrics.observe(clock, time.perf_counter() - started)
 
     def _not_loaded(self, blocks: set[int]) -> None:
         """The forward will run on blocks that lack what was promised: whatever it computes is not to be kept."""
@@ -137,7 +177,14 @@ class WorkerSide:
         self._report.tainted |= bool(blocks)
 
     def _collect(self) -> None:
-        """Note the jobs whose copies have ended."""
+        """Note the jobs whose copies have ended, and the times that are known."""
+        unknown = []
+        for kind, tokens, timing in self._timings:
+            if (seconds := timing.seconds()) is None:
+                unknown.append((kind, tokens, timing))
+            else:
+                getattr(self._report, kind).append((tokens, seconds))
+        self._timings = unknown
         still = []
         for running in self._running:
             try:

@@ -1,0 +1,168 @@
+"""The scheduler side, put together from the settings."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ragkv.config import Settings
+from ragkv.connectors.vllm.faults import Faults, logger
+from ragkv.connectors.vllm.identity import Shape
+from ragkv.connectors.vllm.scheduler import Recorder
+from ragkv.errors import LayoutError, StoreError
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.index import Index
+from ragkv.kvstore.keys import content_key
+from ragkv.kvstore.memory import DeviceTier, MemoryTier
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import Pages, PageShape
+from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.stores.contract import Store
+from ragkv.kvstore.stores.disk import DiskStore
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.trace import TraceWriter
+from ragkv.kvstore.work import Completions, Lane
+from ragkv.policies import make_admission, make_policy
+
+READING_THREADS = 3  # a tier; writing takes one more
+
+
+def page_shape(settings: Settings, shape: Shape) -> PageShape:
+    """The pages of an engine's memory tier."""
+    geometry = shape.geometry
+    return PageShape(
+        shape.ranks,
+        geometry.layers,
+        settings.memory.page_tokens,
+        geometry.heads * geometry.head_dim,
+        geometry.itemsize,
+        str(shape.dtype).removeprefix("torch."),
+    )
+
+
+def memory_pages(settings: Settings, page: PageShape) -> int:
+    """Pages that the memory tier has. LayoutError: not even one chunk would fit."""
+    memory = settings.memory
+    pages, least = memory.capacity // page.page_bytes, -(-settings.chunks.max_tokens // memory.page_tokens)
+    if pages < least:
+        raise LayoutError(
+            f"memory.capacity = {memory.capacity} holds {pages} pages of {page.page_bytes} bytes; "
+            f"one chunk of chunks.max_tokens needs {least}"
+        )
+    return pages
+
+
+def make_placement(
+    settings: Settings, page: PageShape, buffer: Any, hidden_size: int, metrics: Metrics, faults: Faults
+) -> Placement:
+    """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs."""
+    memory, device = settings.memory, settings.device
+    device_pages = device.capacity * page.ranks // page.page_bytes
+    hierarchy = Hierarchy(
+        MemoryTier(memory_pages(settings, page), make_policy(memory.policy)),
+        memory.page_tokens,
+        page.page_bytes,
+        metrics,
+        make_admission(memory.admission),
+        DeviceTier(device_pages, make_policy(device.policy), device.after) if device_pages else None,
+        12.0 * hidden_size,
+    )
+    completions = Completions()
+    return Placement(
+        hierarchy,
+        Pages(buffer, page),
+        _tiers(settings, completions, metrics, faults),
+        Gate(active=settings.placement.gate),
+        completions,
+        metrics,
+        deadline=settings.placement.deadline,
+    )
+
+
+def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
+    """What writes the trace; it stops at the first trouble, and says so once."""
+    if settings.trace.file is None:
+        return None
+    try:
+        writer: TraceWriter | None = TraceWriter(Path(settings.trace.file).expanduser())
+    except OSError as error:
+        logger.warning("ragkv: trace.file = %s: %s; no trace is written", settings.trace.file, error)
+        return None
+
+    def record(namespace: bytes, chain: TokenChain) -> None:
+        nonlocal writer
+        if writer is None:
+            return
+        ends = (
+            chain.ends if chain.ends and chain.ends[-1] == len(chain.tokens) else [*chain.ends, len(chain.tokens)]
+        )
+        starts = [0, *ends[:-1]]
+        chunks = [
+            (content_key(namespace, chain.tokens[start:end].tobytes()), end - start)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        try:
+            writer.record(time.time(), chunks)
+        except OSError as error:
+            faults.note("trace", error)
+            writer = None
+
+    return record
+
+
+def _tiers(settings: Settings, completions: Completions, metrics: Metrics, faults: Faults) -> list[StoreTier]:
+    tiers = []
+    disk, redis = settings.disk, settings.redis
+    if disk.path is not None and (store := _disk(disk.path, fsync=disk.fsync)) is not None:
+        index = Index(disk.capacity, make_policy(disk.policy))
+        tiers.append(_tier(store, index, disk, settings, completions, metrics, faults, asks=disk.shared))
+    if redis.url is not None:
+        from ragkv.kvstore.stores.redis import RedisStore
+
+        server = RedisStore(
+            redis.url,
+            ttl_seconds=round(redis.ttl) or None,
+            max_value_bytes=redis.max_value,
+            timeout_seconds=redis.timeout,
+            prefix=f"{redis.prefix}:1:",
+        )
+        tiers.append(_tier(server, None, redis, settings, completions, metrics, faults, asks=True))
+    return tiers
+
+
+def _tier(
+    store: Store,
+    index: Index | None,
+    section: Any,
+    settings: Settings,
+    completions: Completions,
+    metrics: Metrics,
+    faults: Faults,
+    *,
+    asks: bool,
+) -> StoreTier:
+    return StoreTier(
+        store,
+        index,
+        make_admission(section.admission),
+        Lane(f"{store.name}-read", READING_THREADS, completions),
+        Lane(f"{store.name}-write", 1, completions),
+        time.monotonic,
+        metrics,
+        faults.note,
+        through=section.write == "through",
+        queue_bytes=settings.placement.queue,
+        asks=asks,
+    )
+
+
+def _disk(path: str, *, fsync: bool) -> Store | None:
+    try:
+        store = DiskStore(Path(path).expanduser(), fsync=fsync)
+    except StoreError as error:
+        logger.warning("ragkv: disk.path = %s: %s; the engine runs without a disk tier", path, error)
+        return None
+    if store.warning:
+        logger.warning("ragkv: disk.path = %s: %s", path, store.warning)
+    return store

@@ -1,0 +1,104 @@
+"""The bytes of chunks in the memory tier, as the scheduler side sees them: out for storing, in for loading."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ragkv.kvstore.catalogue import Chunk
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """A page is `[ranks, layers, 2, page_tokens, row]`; a row is one token's K or V in one layer and one rank,
+    `row_elements` elements of `itemsize` bytes. `dtype` is their name."""
+
+    ranks: int
+    layers: int
+    page_tokens: int
+    row_elements: int
+    itemsize: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.ranks * self.layers * 2 * self.row_elements * self.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.token_bytes * self.page_tokens
+
+    def of(self, tokens: int) -> tuple[int, ...]:
+        """The shape that a payload of so many tokens states. Its raw bytes are the full pages one after the other,
+        then of the last page the filled rows alone, `[ranks, layers, 2, rest, row]`."""
+        return (tokens, self.ranks, self.layers, 2, self.row_elements)
+
+
+class Pages:
+    """`buffer`: the whole tier, a whole number of pages. Threads may use it for chunks that nobody else writes."""
+
+    def __init__(self, buffer: bytearray | memoryview, shape: PageShape) -> None:
+        self.shape = shape
+        self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, shape.page_bytes)
+
+    def close(self) -> None:
+        """Let the buffer go."""
+        self._bytes = np.empty((0, self.shape.page_bytes), dtype=np.uint8)
+
+    def size(self, chunk: Chunk) -> int:
+        """Bytes of a chunk's KV, without what its last page has free."""
+        return len(chunk) * self.shape.token_bytes
+
+    def parts(self, chunk: Chunk, *, copy: bool = False) -> list[memoryview]:
+        """The raw bytes of a chunk, in order. Views of the tier, which hold as long as the chunk is pinned, or
+        copies. Never a byte that is not the chunk's own (what a page has free may be another tenant's)."""
+        full, rest = divmod(len(chunk), self.shape.page_tokens)
+        pages = _numbers(chunk)
+        parts = [self._bytes[first : last + 1].reshape(-1) for first, last in _runs(pages[:full])]
+        if copy:
+            parts = [part.copy() for part in parts]
+        if rest:
+            parts.append(self._rows(int(pages[full]))[:, :rest].reshape(-1))  # not in one piece: always copied
+        return [part.data for part in parts]
+
+    def fill(self, chunk: Chunk, raw: memoryview) -> None:
+        """Write a chunk's raw bytes into its pages. ValueError: not as many as the chunk needs."""
+        if len(raw) != self.size(chunk):
+            raise ValueError(f"pages: {len(raw)} bytes for a chunk of {self.size(chunk)}")
+        source: Bytes = np.frombuffer(raw, dtype=np.uint8)
+        full, rest = divmod(len(chunk), self.shape.page_tokens)
+        pages, at = _numbers(chunk), 0
+        for first, last in _runs(pages[:full]):
+            size = (last + 1 - first) * self.shape.page_bytes
+            self._bytes[first : last + 1].reshape(-1)[:] = source[at : at + size]
+            at += size
+        if rest:
+            rows = self._rows(int(pages[full]))
+            rows[:, :rest] = source[at:].reshape(rows.shape[0], rest, -1)
+
+    def _rows(self, page: int) -> Bytes:
+        """A page as [ranks * layers * 2, page_tokens, bytes of a row]."""
+        rows: Bytes = self._bytes[page].reshape(
+            2 * self.shape.ranks * self.shape.layers, self.shape.page_tokens, -1
+        )
+        return rows
+
+
+def _numbers(chunk: Chunk) -> npt.NDArray[np.int32]:
+    return np.frombuffer(chunk.pages, dtype=np.int32)
+
+
+def _runs(pages: Sequence[int] | npt.NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Pages that follow one another, as (first, last)."""
+    runs: list[tuple[int, int]] = []
+    for page in map(int, pages):
+        if runs and runs[-1][1] + 1 == page:
+            runs[-1] = (runs[-1][0], page)
+        else:
+            runs.append((page, page))
+    return runs

@@ -1,0 +1,133 @@
+"""What lies where: memory with the tiers below it. Chunks are written down as soon as they are stored ("through")
+or when memory evicts them ("back"), and brought up again by `ragkv.kvstore.promotion`.
+
+One thread drives all of it; what the lanes have done meanwhile takes effect in `tick`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from ragkv.kvstore.catalogue import Chunk, Match, origin
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import Pages
+from ragkv.kvstore.payloads import Payloads, address
+from ragkv.kvstore.promotion import Fetch, Promotion
+from ragkv.kvstore.tier import StoreTier, Write
+from ragkv.kvstore.work import Completions
+
+
+class Placement:
+    """`tiers`: from the quickest to the slowest. `deadline`: seconds that a request may wait for them."""
+
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        pages: Pages,
+        tiers: Sequence[StoreTier],
+        gate: Gate,
+        completions: Completions,
+        metrics: Metrics,
+        *,
+        deadline: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.hierarchy, self.gate = hierarchy, gate
+        self._tiers, self._completions, self._clock = tuple(tiers), completions, clock
+        self._payloads = Payloads(pages, wall)
+        self._up = Promotion(hierarchy, self._payloads, self._tiers, gate, metrics, clock, deadline)
+        hierarchy.evicting = self._demote
+        for number, tier in enumerate(self._tiers):
+            tier.bit = 1 << number
+            tier.start()
+
+    def tick(self) -> None:
+        """Do what is due: outcomes of the lanes, trials of tiers at rest, pins and chunks whose time is over."""
+        self._completions.drain()
+        for tier in self._tiers:
+            tier.tick()
+        self.hierarchy.tick(self._clock())
+
+    def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
+        """As `Promotion.fetch`."""
+        return self._up.fetch(namespace, chain, match, computed, limit) if self._tiers else None
+
+    def waits(self, fetch: Fetch, answer_seconds: float = 0.0) -> bool:
+        """Whether a request should go on waiting for a fetch. Stands still for at most `answer_seconds` where the
+        tiers have not yet said what they hold: mostly nothing, and an answer now saves the engine a step."""
+        end = self._clock() + answer_seconds
+        while fetch.asking and (left := end - self._clock()) > 0 and self._completions.drain(left):
+            pass
+        return self._up.waits(fetch)
+
+    def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:
+        """Chunks, each with its position, have been computed and stored: write them through."""
+        through = [tier for tier in self._tiers if tier.through]
+        for position, chunk in chunks if through else ():
+            for tier in through:
+                if chunk in self.hierarchy and not chunk.below & tier.bit:
+                    self._write(chunk, tier, namespace, position, copy=chunk.open)
+
+    def used(self, chunks: Sequence[Chunk]) -> None:
+        """A chain was used, root first: the tiers that hold it note that too."""
+        for tier in self._tiers:
+            if keys := [address(chunk) for chunk in chunks if chunk.below & tier.bit]:
+                tier.touch(keys)
+
+    def close(self, seconds: float) -> bool:
+        """Write down what no lower tier has, within a bound, and let the tiers go. Whether all was written."""
+        end = self._clock() + seconds
+        complete = True
+        for tier in self._tiers:
+            for chunk in self.hierarchy.everything():
+                while tier.busy and self._completions.drain(max(0.0, end - self._clock())):
+                    pass
+                if not chunk.below and self._clock() < end:
+                    complete &= self._write(chunk, tier, *origin(chunk), copy=False)
+            complete &= tier.close(max(0.0, end - self._clock()))
+        self._completions.drain()
+        self._payloads.pages.close()
+        return complete
+
+    def _demote(self, chunk: Chunk) -> None:
+        """Memory evicts a chunk: give it to the first tier that takes it, unless one has it."""
+        if self._tiers and not any(chunk.below & tier.bit and tier.keeps(address(chunk)) for tier in self._tiers):
+            namespace, position = origin(chunk)
+            any(self._write(chunk, tier, namespace, position, copy=True) for tier in self._tiers)
+
+    def _write(self, chunk: Chunk, tier: StoreTier, namespace: bytes, position: int, *, copy: bool) -> bool:
+        """Order a chunk to be written; its bytes are copied now, or it is pinned until it is done. (An open
+        tail is copied: it may have to make room for a longer one.)"""
+        parent = chunk.parent
+        assert parent is not None
+        if not chunk.open and tier.knows(chunk.key):
+            chunk.below |= tier.bit
+            return True
+        expiry = self.hierarchy.holds.expiry(chunk)
+        expires = self._payloads.wall() + expiry - self._clock() if expiry else 0.0
+
+        def parts() -> Callable[[], Sequence[bytes | bytearray | memoryview]]:
+            return self._payloads.writer(chunk, namespace, position, expires=expires, copy=copy)
+
+        write = Write(
+            key=address(chunk),
+            parent=None if parent.parent is None else parent.key,
+            size=self._payloads.pages.size(chunk) + len(chunk.tokens),
+            cost=self.hierarchy.cost(chunk.tokens, position),
+            make=parts,
+            replaces=chunk.open,
+        )
+
+        def done(well: bool) -> None:
+            chunk.below = chunk.below | tier.bit if well else chunk.below & ~tier.bit
+            if not copy:
+                self.hierarchy.unpin([chunk])
+
+        if not tier.write(write, done):
+            return False
+        if not copy:
+            self.hierarchy.pin([chunk])
+        return True

@@ -1,0 +1,305 @@
+"""A tier below memory: a store, what we know to be in it, a byte budget with its policy, and two breakers.
+
+All of it runs on one thread, the one that drains the completions; only jobs run elsewhere. Reads have threads of
+their own; writes and deletions have one thread, so that they happen in the order in which they were decided.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ragkv.errors import PayloadError, StoreError
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.breaker import Breaker, State
+from ragkv.kvstore.index import Index
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.stores.contract import Buffer, Store
+from ragkv.kvstore.work import Done, Outcome
+from ragkv.policies.admission import AdmissionPolicy
+
+NOBODY = bytes(16)  # a key that no chunk has: what a trial asks for
+LASTING = frozenset({"full", "refused", "gone"})  # reasons that do not pass in the next moment
+Note = Callable[[str, BaseException | str], None]
+
+
+class Jobs(Protocol):
+    """What a tier needs of a lane."""
+
+    def submit(self, job: Callable[[], Any], done: Done) -> None: ...
+
+    def close(self, seconds: float) -> bool: ...
+
+    def abandon(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A payload to be kept. `make` is called once the tier has taken it, and gives what makes the parts on the
+    writing thread. `size`, `cost`: for the budget. `replaces`: in the place of what is there under that key."""
+
+    key: bytes
+    parent: bytes | None
+    size: int
+    cost: float
+    make: Callable[[], Callable[[], Sequence[Buffer]]]
+    replaces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A payload to be read: `accept` makes of it what the caller needs, on a reading thread, or raises
+    PayloadError: then the store shall never give it again."""
+
+    key: bytes
+    accept: Callable[[Buffer], Any]
+
+
+class StoreTier:
+    """`index`: None where the backend itself decides what it keeps (Redis). `through`: chunks are written as soon
+    as they are stored; else when memory evicts them. `queue_bytes`: bound of what waits to be written. `asks`:
+    others write too, so what the index does not know may be there all the same, and the backend is asked."""
+
+    def __init__(
+        self,
+        store: Store,
+        index: Index | None,
+        admission: AdmissionPolicy,
+        reads: Jobs,
+        writes: Jobs,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        note: Note,
+        *,
+        through: bool,
+        queue_bytes: int,
+        asks: bool,
+    ) -> None:
+        self.name, self.through, self.index = store.name, through, index
+        self.bit = 0  # among all tiers, of `Chunk.below`
+        self._store, self._admission = store, admission
+        self._reads, self._writes = reads, writes
+        self._metrics, self._note = metrics, note
+        self._queue_bytes, self._asks = queue_bytes, asks
+        self._queued = 0
+        self._pending: dict[bytes, int] = {}
+        self._reading, self._writing = Breaker(clock), Breaker(clock)
+        self._since_scan = 0
+        self._report()
+
+    def start(self) -> None:
+        """Find out what is there, on a thread."""
+        if self.index is not None:
+            before = self.index.keys() - self._pending.keys()
+            self._reads.submit(lambda: list(self._store.scan()), lambda outcome: self._scanned(outcome, before))
+
+    def tick(self) -> None:
+        """Try a tier that has rested long enough. Call it now and then."""
+        if self._reading.due:
+            self._reading.begin_trial()
+            self._reads.submit(lambda: self._store.contains([NOBODY]), self._tried)
+            self._report()
+
+    @property
+    def readable(self) -> bool:
+        """Whether the tier may be asked and read."""
+        return self._reading.state is State.CLOSED
+
+    @property
+    def busy(self) -> bool:
+        """Whether half of what may wait to be written does."""
+        return 2 * self._queued > self._queue_bytes
+
+    def knows(self, key: bytes) -> bool | None:
+        """Whether the tier holds a key; None: it must be asked."""
+        if not self.readable or key in self._pending:
+            return False
+        if self.index is not None and key in self.index:
+            return True
+        return None if self._asks else False
+
+    def keeps(self, key: bytes) -> bool:
+        """Whether the tier, which was given a key, holds it still as far as we know."""
+        return self.index is None or key in self.index
+
+    def ask(self, keys: Sequence[bytes], done: Callable[[list[bool]], None]) -> None:
+        """Ask the backend which keys it holds; none, where it cannot answer."""
+
+        def answered(outcome: Outcome) -> None:
+            self._judge(outcome, self._reading)
+            done([False] * len(keys) if outcome.error is not None else outcome.value)
+
+        self._reads.submit(lambda: self._store.contains(keys), answered)
+
+    def read(self, wanted: Sequence[Wanted], done: Callable[[list[Any]], None]) -> None:
+        """Read payloads; `done` gets for each what its `accept` made of it, or None."""
+
+        def ended(outcome: Outcome) -> None:
+            self._judge(outcome, self._reading)
+            found: list[Any] = [None] * len(wanted)
+            if outcome.error is None:
+                found, size = outcome.value
+                self._metrics.count(m.READ_BYTES, size, tier=self.name)
+                self._metrics.observe(m.READ_SECONDS, outcome.seconds, tier=self.name)
+            for each, value in zip(wanted, found, strict=True):
+                if isinstance(value, PayloadError):
+                    self._metrics.count(m.REJECTED_PAYLOADS, tier=self.name, reason=value.reason)
+                    self._note(f"{self.name} payload", value)
+                if (
+                    self.index is not None
+                    and outcome.error is None
+                    and (value is None or isinstance(value, PayloadError))
+                ):
+                    self.index.drop(each.key)
+            self._report()
+            done([None if isinstance(value, PayloadError) else value for value in found])
+
+        self._reads.submit(lambda: _read(self._store, wanted), ended)
+
+    def write(self, write: Write, done: Callable[[bool], None]) -> bool:
+        """Keep a payload; `done` says whether it was. False, and no `done`: it will not be tried."""
+        if (write.key in self._pending and not write.replaces) or not self._room(write):
+            return False
+        if self._writing.due:
+            self._writing.begin_trial()
+        parts = write.make()
+        self._pending[write.key] = self._pending.get(write.key, 0) + 1
+        self._queued += write.size
+
+        def ended(outcome: Outcome) -> None:
+            self._queued -= write.size
+            self._pending[write.key] -= 1
+            if not self._pending[write.key]:
+                del self._pending[write.key]
+            self._judge(outcome, self._writing)
+            if outcome.error is None:
+                self._metrics.count(m.WRITTEN_BYTES, write.size, tier=self.name)
+                self._metrics.observe(m.WRITE_SECONDS, outcome.seconds, tier=self.name)
+            elif self.index is not None and write.key not in self._pending:
+                self.index.drop(write.key)
+            self._report()
+            done(outcome.error is None)
+
+        self._writes.submit(lambda: self._put(write, parts), ended)
+        self._report()
+        self._rescan(write.size)
+        return True
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Note a use of a chain, root first."""
+        if self.index is not None:
+            self.index.touch(keys)
+        if self.readable and keys:
+            self._writes.submit(
+                lambda: self._store.touch(keys), lambda outcome: self._judge(outcome, self._reading)
+            )
+
+    def close(self, seconds: float) -> bool:
+        """Finish what waits to be written, within a bound; then let the store go. Whether all was written."""
+        ended = self._writes.close(seconds)
+        self._writes.abandon()
+        self._reads.abandon()
+        self._reads.close(0.0)
+        self._store.close()
+        return ended
+
+    def _room(self, write: Write) -> bool:
+        """Whether a write may be queued; makes room for it in the index, and orders what that costs."""
+        name = self.name
+        known = self.index is not None and write.key in self.index
+        if known and not write.replaces:
+            return False
+        if self._writing.state is not State.CLOSED and not self._writing.due:
+            self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.RESTING)
+            return False
+        if self._queued + write.size > self._queue_bytes:
+            self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.THROTTLED)
+            return False
+        if not known and not self._admission.admit(write.key, write.size, write.cost):
+            self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.ADMISSION)
+            return False
+        if self.index is None:
+            return True
+        if known:
+            self.index.drop(write.key)
+        victims = self.index.add(write.key, write.size, write.parent, write.cost)
+        if victims is None:
+            self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.NO_ROOM)
+            return False
+        self._delete(victims)
+        return True
+
+    def _put(self, write: Write, parts: Callable[[], Sequence[Buffer]]) -> None:
+        if self._asks and not write.replaces and self._store.contains([write.key])[0]:
+            self._store.touch([write.key])  # another engine was quicker; equal keys are equal bytes
+        else:
+            self._store.put(write.key, parts())
+
+    def _delete(self, keys: list[bytes]) -> None:
+        if keys:
+            self._metrics.count(m.EVICTED_CHUNKS, len(keys), tier=self.name, reason=m.CAPACITY)
+            self._writes.submit(
+                lambda: self._store.delete(keys), lambda outcome: self._judge(outcome, self._writing)
+            )
+
+    def _scanned(self, outcome: Outcome, before: set[bytes]) -> None:
+        """`before`: keys that were known, and written, when the scan began; others may have deleted them."""
+        self._judge(outcome, self._reading)
+        if outcome.error is None and self.index is not None:
+            for key in before - {entry.key for entry in outcome.value}:
+                self.index.drop(key)
+            self._delete([key for key in self.index.adopt(outcome.value) if key not in self._pending])
+            self._report()
+
+    def _tried(self, outcome: Outcome) -> None:
+        self._judge(outcome, self._reading)
+        if self.readable:
+            self.start()  # who knows what has become of it meanwhile
+
+    def _rescan(self, written: int) -> None:
+        """Where others fill the same folder, look again each time that a sixteenth of the budget was written."""
+        self._since_scan += written
+        if self._asks and self.index is not None and 16 * self._since_scan > self.index.capacity:
+            self._since_scan = 0
+            self.start()
+
+    def _judge(self, outcome: Outcome, breaker: Breaker) -> None:
+        """Tell a breaker what became of an operation."""
+        error = outcome.error
+        if error is None:
+            breaker.succeeded()
+        else:
+            reason = error.reason if isinstance(error, StoreError) else "bug"
+            self._metrics.count(m.TIER_ERRORS, tier=self.name, reason=reason)
+            self._note(f"{self.name} tier: {reason}", error)
+            if reason in LASTING:
+                breaker.trip()
+            elif reason != "too_large":
+                breaker.failed()
+        self._report()
+
+    def _report(self) -> None:
+        gauge = self._metrics.gauge
+        gauge(m.TIER_STATE, self._reading.state.value, tier=self.name, side="read")
+        gauge(m.TIER_STATE, self._writing.state.value, tier=self.name, side="write")
+        gauge(m.QUEUED_BYTES, self._queued, tier=self.name)
+        if self.index is not None:
+            gauge(m.USED_BYTES, self.index.used, tier=self.name)
+            gauge(m.CAPACITY_BYTES, self.index.capacity, tier=self.name)
+            gauge(m.CHUNKS, len(self.index), tier=self.name)
+
+
+def _read(store: Store, wanted: Sequence[Wanted]) -> tuple[list[Any], int]:
+    """On a reading thread: what `accept` made of each payload, None, or the PayloadError; and the bytes read."""
+    found: list[Any] = []
+    size = 0
+    for each, value in zip(wanted, store.get_many([each.key for each in wanted]), strict=True):
+        if value is None:
+            found.append(None)
+            continue
+        size += len(value)
+        try:
+            found.append(each.accept(value))
+        except PayloadError as error:
+            store.reject(each.key, error.reason)
+            found.append(error)
+    return found, size

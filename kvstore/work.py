@@ -1,0 +1,108 @@
+"""The one place with threads: lanes that run storage jobs, and one queue through which all of them answer.
+
+A job runs on a lane's thread; what is to be done with its result runs in `Completions.drain`, on the thread that
+calls it. So whoever submits jobs keeps all of its books on one thread and needs no lock.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+Done = Callable[["Outcome"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: its value, or the exception it raised; and the seconds it ran."""
+
+    value: Any
+    error: Exception | None
+    seconds: float
+
+
+class Completions:
+    """Outcomes of all lanes, on their way to one thread."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Done, Outcome]] = SimpleQueue()
+
+    def post(self, done: Done, outcome: Outcome) -> None:
+        """From any thread."""
+        self._queue.put((done, outcome))
+
+    def drain(self, seconds: float = 0.0) -> bool:
+        """Run `done` for every outcome that is there; wait at most `seconds` for the first. Whether any was."""
+        any_came = False
+        while True:
+            try:
+                wait = seconds if not any_came else 0.0
+                done, outcome = self._queue.get(timeout=wait) if wait > 0 else self._queue.get_nowait()
+            except Empty:
+                return any_came
+            any_came = True
+            done(outcome)
+
+
+class Lane:
+    """`threads` threads that take jobs in order of submission; one thread keeps that order to the end. They are
+    daemons, so that an operation that hangs never keeps a process alive."""
+
+    def __init__(self, name: str, threads: int, completions: Completions) -> None:
+        self.name = name
+        self._threads_wanted = threads
+        self._completions = completions
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Done] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def submit(self, job: Callable[[], Any], done: Done) -> None:
+        """Run `job` on a thread, and hand its outcome to `done`. After `close`: nothing happens."""
+        if self._closed:
+            return
+        if not self._threads:
+            self._start()
+        self._jobs.put((job, done))
+
+    def close(self, seconds: float) -> bool:
+        """Take no more jobs; wait at most `seconds` for those submitted. Whether all of them have ended."""
+        self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def abandon(self) -> None:
+        """Drop the jobs that have not begun."""
+        while True:
+            try:
+                self._jobs.get_nowait()
+            except Empty:
+                break
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _start(self) -> None:
+        for number in range(self._threads_wanted):
+            thread = threading.Thread(target=self._run, name=f"ragkv-{self.name}-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self) -> None:
+        while (next_job := self._jobs.get()) is not None:
+            job, done = next_job
+            self._completions.post(done, run(job))
+
+
+def run(job: Callable[[], Any]) -> Outcome:
+    """Run a job here and now."""
+    started = time.perf_counter()
+    try:
+        value, error = job(), None
+    except Exception as raised:  # it belongs to whoever submitted the job
+        value, error = None, raised
+    return Outcome(value, error, time.perf_counter() - started)
