@@ -10,12 +10,14 @@ from rich.table import Table
 
 from ragkv.config import Loaded, check_shared_memory, load
 from ragkv.errors import RagKVError
+from ragkv.store_command import app as store_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A KV cache for vLLM that knows documents.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+app.add_typer(store_app, name="store")
 
 FilingsOption = Annotated[
     Path | None, typer.Option(help="A folder of filings (*.txt) instead of the generated ones.")
@@ -36,6 +38,42 @@ def demo(
     run(filings, tokens, json_file, picture)
 
 
+@app.command()
+def simulate(
+    trace: Annotated[
+        str, typer.Argument(help="A trace file (ours or Mooncake's), or generated:KIND or generated:KIND:SEED.")
+    ],
+    policy: Annotated[str | None, typer.Option(help="Eviction policies; all, where not given.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Cache sizes (5%, 1000 blocks, 4GiB); else 1%,5%,10%,20%.")
+    ] = None,
+    admission: Annotated[str, typer.Option(help="Admission policies.")] = "always",
+    semantics: Annotated[str, typer.Option(help="What may hit: prefix or content.")] = "prefix",
+    tiers: Annotated[
+        str | None, typer.Option(help="Tiers instead of sizes: memory=1%,disk=10%, each perhaps :POLICY.")
+    ] = None,
+    block_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of a block (a token, where the trace counts tokens).")
+    ] = None,
+    json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture into this file.")] = None,
+) -> None:
+    """Hit rates of policies on a trace of requests. Lists are separated by commas."""
+    from ragkv.benchmarks.simulate import run
+
+    run(
+        trace,
+        policies=policy,
+        sizes=sizes,
+        admissions=admission,
+        semantics=semantics,
+        tiers=tiers,
+        block_bytes=block_bytes,
+        json_file=json_file,
+        picture=plot,
+    )
+
+
 @bench_app.command()
 def prefix(
     tier: Annotated[str, typer.Option(help="The tier to load from: memory.")] = "memory",
@@ -51,6 +89,21 @@ def prefix(
 
 
 @bench_app.command()
+def restart(
+    tier: Annotated[str, typer.Option(help="What outlives the engine: disk or redis.")] = "disk",
+    tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents.")] = 8,
+    redis: Annotated[str | None, typer.Option(help="URL of a server, instead of one of its own.")] = None,
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """TTFT and hits of a second engine, from what a first one left."""
+    from ragkv.benchmarks.restart import run
+
+    run(tier, tokens, rounds, filings, redis, json_file)
+
+
+@bench_app.command()
 def plan(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the prompt.")] = 100_000,
     chunks: Annotated[int, typer.Option(min=1000, help="Chunks in the catalogue.")] = 1_000_000,
@@ -60,6 +113,31 @@ def plan(
     from ragkv.benchmarks.plan import run
 
     run(tokens, chunks, json_file)
+
+
+@bench_app.command()
+def tiers(
+    tier: Annotated[str, typer.Option(help="Which: disk, redis, or both.")] = "disk,redis",
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure.")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of a server; else one is started.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Bytes a second of the disk and Redis tiers, beside plain reads and writes."""
+    from ragkv.benchmarks.tiers import run
+
+    run(tier.split(","), folder, redis, json_file)
+
+
+@bench_app.command()
+def fuzz(
+    inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Give harmed payloads to the codec: it must refuse them."""
+    from ragkv.benchmarks.fuzz import run
+
+    run(inputs, seed, json_file)
 
 
 @config_app.command()
