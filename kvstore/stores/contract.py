@@ -38,8 +38,9 @@ class Capabilities:
 class Store(ABC):
     """One backend. Values are opaque; a value is either there whole or not at all, for every reader, always.
 
-    Everything but `scan` raises `StoreError` where the backend cannot answer; nothing raises anything else for
-    a key of 16 bytes. After `close` every call raises `StoreError`.
+    Every method raises `StoreError` where the backend cannot answer, `scan` when it is iterated over; nothing
+    raises anything else for keys of 16 bytes. After `close` all but `close` raise `StoreError("closed")`. A value
+    of no bytes is a value.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Store(ABC):
 
     @abstractmethod
     def scan(self) -> Iterator[Entry]:
-        """All entries, in no order. What is put or deleted meanwhile may or may not appear. StoreError."""
+        """All entries, in no order. What is put or deleted meanwhile may or may not appear."""
 
     @abstractmethod
     def touch(self, keys: Sequence[bytes]) -> None:

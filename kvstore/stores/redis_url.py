@@ -84,7 +84,7 @@ def parse_location(url: str) -> Location:
 
 
 def _fault(text: str, allowed: str) -> ConfigError:
-    return ConfigError(f"Redis URL {text!r}: {allowed}")
+    return ConfigError(f"ragkv: redis.url = {text!r}: {allowed}")
 
 
 def _split(rest: str) -> tuple[str, str]:

@@ -144,8 +144,11 @@ def fuzz(
 def check(file: Annotated[Path, typer.Argument(help="A YAML file of settings.")]) -> None:
     """Say whether a file's settings hold, on this machine."""
     from ragkv.kvstore.segment import available_bytes
+    from ragkv.kvstore.stores.redis_url import parse_location
 
     loaded = load(environ={}, file=file)
+    if loaded.settings.redis.url is not None:
+        parse_location(loaded.settings.redis.url)
     check_shared_memory(loaded.settings, available_bytes())
     typer.echo(f"{file}: good")
 
@@ -180,6 +183,6 @@ def main() -> None:
     """The console script: errors of ours and bad input are one line, and exit status 1."""
     try:
         app()
-    except (RagKVError, ValueError) as error:
+    except (RagKVError, ValueError, OSError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -37,7 +37,7 @@ class PayloadError(RagKVError):
 
 class StoreError(RagKVError):
     """A storage backend could not answer. `reason`: one word for the metrics ("timeout", "full", "refused",
-    "gone", "closed", "io")."""
+    "gone", "closed", "too_large", "io")."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)

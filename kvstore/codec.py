@@ -1,0 +1,186 @@
+"""Payloads: how one chunk's KV lies on disk and in Redis. Never pickle.
+
+    magic 8 | version 2 | header length 4 | header, msgpack | tensor bytes | xxh3-128 of all before, 16
+
+Integers are little-endian. The header says how many tensor bytes follow, so every byte is accounted for; reading
+costs time and memory in proportion to the bytes at hand, whatever they claim.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import xxhash
+
+from ragkv.errors import PayloadError
+
+Buffer = bytes | bytearray | memoryview
+
+MAGIC = b"\x89RAGKV\r\n"
+VERSION = 1
+MOST_HEADER_BYTES = 1 << 20
+CHECKSUM_BYTES = 16
+DTYPES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+_PREFIX = struct.Struct("<8sHI")
+PREFIX_BYTES = _PREFIX.size
+_KEY_BYTES, _TOKEN_BYTES, _MOST_DIMENSIONS, _MOST = 16, 4, 8, 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a payload says of itself. `namespace`, `key` and `parent`: 16 bytes each; `tokens`: little-endian
+    int32 bytes, at least one token; `position`: the first token's index in the prompt; `open`: an open tail, its
+    end is not a cut; `shape` and `dtype`: of the tensor; `created` and `expires`: seconds since the epoch, 0.0: it
+    never does.
+
+    PayloadError("header"): a field that cannot be.
+    """
+
+    namespace: bytes
+    key: bytes
+    parent: bytes
+    tokens: bytes
+    position: int
+    open: bool
+    shape: tuple[int, ...]
+    dtype: str
+    created: float
+    expires: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, good, allowed in _RULES:
+            if not good(getattr(self, name)):
+                shown = repr(getattr(self, name))
+                shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+                raise PayloadError("header", f"payload: {name} = {shown}; allowed: {allowed}")
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens) // _TOKEN_BYTES
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype]
+
+
+_FIELDS = tuple(Header.__dataclass_fields__)
+
+
+def encode(header: Header, raw: Sequence[Buffer]) -> list[Buffer]:
+    """The payload's parts, to be written one after the other; `raw`, the tensor's bytes, is not copied.
+
+    PayloadError("size"): `raw` is not of the header's size. PayloadError("header"): too many tokens.
+    """
+    size = sum(memoryview(part).nbytes for part in raw)
+    if size != header.raw_bytes:
+        raise PayloadError("size", f"payload: {size} tensor bytes, the header says {header.raw_bytes}")
+    packed = msgpack.packb({name: getattr(header, name) for name in _FIELDS})
+    if len(packed) > MOST_HEADER_BYTES:
+        raise PayloadError("header", f"payload: a header of {len(packed)} bytes; allowed: {MOST_HEADER_BYTES}")
+    parts: list[Buffer] = [_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed, *raw]
+    checksum = xxhash.xxh3_128()
+    for part in parts:
+        checksum.update(part)
+    return [*parts, checksum.digest()]
+
+
+def decode(value: Buffer) -> tuple[Header, memoryview]:
+    """Header and tensor bytes (a view into `value`) of a whole payload. PayloadError: it is not one; `reason` is
+    "truncated", "magic", "version", "header", "size" or "checksum"."""
+    view = memoryview(value).cast("B")
+    start = header_end(view)
+    header = _header(view, start)
+    end = start + header.raw_bytes
+    if len(view) != end + CHECKSUM_BYTES:
+        reason = "truncated" if len(view) < end + CHECKSUM_BYTES else "size"
+        raise PayloadError(reason, f"payload: {len(view)} bytes, not {end + CHECKSUM_BYTES}")
+    if xxhash.xxh3_128_digest(view[:end]) != view[end:]:
+        raise PayloadError("checksum", "payload: the checksum does not match")
+    return header, view[start:end]
+
+
+def read_header(first: Buffer) -> tuple[Header, int]:
+    """Header of a payload of which `first` holds at least the first `header_end(first)` bytes, and the bytes that
+    the whole payload has. The checksum is not looked at. PayloadError as in `decode`."""
+    view = memoryview(first).cast("B")
+    end = header_end(view)
+    header = _header(view, end)
+    return header, end + header.raw_bytes + CHECKSUM_BYTES
+
+
+def header_end(first: Buffer) -> int:
+    """Where the header of a payload ends, by its first `PREFIX_BYTES` bytes. PayloadError as in `decode`."""
+    start = bytes(first[:PREFIX_BYTES])
+    if start[: len(MAGIC)] != MAGIC[: len(start)]:
+        raise PayloadError("magic", "payload: not one of ragkv's")
+    if len(start) < PREFIX_BYTES:
+        raise PayloadError("truncated", f"payload: cut off at byte {len(start)}")
+    _, version, length = _PREFIX.unpack(start)
+    if version != VERSION:
+        raise PayloadError("version", f"payload: version {version}; allowed: {VERSION}")
+    if length > MOST_HEADER_BYTES:
+        raise PayloadError("header", f"payload: a header of {length} bytes; allowed: {MOST_HEADER_BYTES}")
+    return PREFIX_BYTES + int(length)
+
+
+def _header(view: memoryview, end: int) -> Header:
+    if len(view) < end:
+        raise PayloadError("truncated", f"payload: cut off in the header, at byte {len(view)}")
+    try:  # the limits: an array is allocated as long as it claims to be
+        fields = msgpack.unpackb(
+            view[PREFIX_BYTES:end], max_array_len=_MOST_DIMENSIONS, max_map_len=len(_FIELDS), max_ext_len=0
+        )
+    except Exception as error:  # msgpack's own advice: it raises all kinds
+        raise PayloadError("header", "payload: the header is not msgpack as it must be") from error
+    if type(fields) is not dict or tuple(fields) != _FIELDS:  # so none stands twice: there are only so many
+        raise PayloadError("header", f"payload: the header's fields must be {', '.join(_FIELDS)}")
+    if type(fields["shape"]) is list:
+        fields["shape"] = tuple(fields["shape"])
+    return Header(**fields)
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) is bytes and len(value) == _KEY_BYTES
+
+
+def _is_tokens(value: Any) -> bool:
+    return type(value) is bytes and bool(value) and len(value) % _TOKEN_BYTES == 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = type(value) is tuple and 1 <= len(value) <= _MOST_DIMENSIONS
+    return sizes and all(type(size) is int and 1 <= size <= _MOST for size in value)
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) is float and 0 <= value < math.inf
+
+
+_RULES = (
+    ("namespace", _is_key, f"{_KEY_BYTES} bytes"),
+    ("key", _is_key, f"{_KEY_BYTES} bytes"),
+    ("parent", _is_key, f"{_KEY_BYTES} bytes"),
+    ("tokens", _is_tokens, f"bytes, a positive multiple of {_TOKEN_BYTES}"),
+    ("position", _is_count, f"an integer from 0 to {_MOST}"),
+    ("open", lambda value: type(value) is bool, "true or false"),
+    ("shape", _is_shape, f"1 to {_MOST_DIMENSIONS} integers from 1 to {_MOST}"),
+    ("dtype", lambda value: type(value) is str and value in DTYPES, ", ".join(DTYPES)),
+    ("created", _is_time, "seconds since the epoch"),
+    ("expires", _is_time, "seconds since the epoch, or 0.0"),
+)

@@ -1,0 +1,167 @@
+"""The commands `ragkv store …`: look into a disk store's folder, check it, and tidy it up."""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ragkv.kvstore.stores.inventory import Inventory, Value
+
+app = typer.Typer(no_args_is_help=True, help="Look into the folder of the disk tier.")
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder; engines may be using it.")]
+NamespaceOption = Annotated[str, typer.Option(help="Only namespaces that begin with these hexadecimal digits.")]
+SHORT = 8
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@app.command("ls")
+def list_values(
+    folder: FolderArgument,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0: all.")] = 50,
+    namespace: NamespaceOption = "",
+) -> None:
+    """List values, the last used first, with the first digits of their keys."""
+    table = Table("key", "tokens", "size", "last used", "namespace")
+    more = False
+    for value in _selected(Inventory(folder), namespace):
+        more = bool(limit) and table.row_count == limit
+        if more:
+            break
+        tokens, space = f"bad: {value.fault}", ""
+        if value.header:
+            tokens, space = str(value.header.token_count), value.header.namespace.hex()[:SHORT]
+        table.add_row(value.key.hex()[: 2 * SHORT], tokens, _size(value.size), _date(value.used), space)
+    console = Console()
+    console.print(table)
+    if more:
+        console.print("There are more; --limit 0 shows all.")
+
+
+@app.command()
+def show(
+    folder: FolderArgument,
+    key: Annotated[str, typer.Argument(help="The first hexadecimal digits of a key, as many as it takes.")],
+) -> None:
+    """Show what a value says of itself. Token ids stay where they are."""
+    inventory = Inventory(folder)
+    value = inventory.value(inventory.resolve(key))
+    if value is None or value.header is None:
+        raise ValueError(f"KEY = {key!r}; {'gone meanwhile' if value is None else f'bad: {value.fault}'}")
+    header = value.header
+    table = Table("field", "value")
+    for name, text in {
+        "key": header.key.hex(),
+        "parent": header.parent.hex(),
+        "namespace": header.namespace.hex(),
+        "tokens": str(header.token_count),
+        "position": str(header.position),
+        "open": "yes" if header.open else "no",
+        "shape": " x ".join(map(str, header.shape)),
+        "dtype": header.dtype,
+        "created": _date(header.created),
+        "expires": _date(header.expires) if header.expires else "never",
+        "last used": _date(value.used),
+        "size": f"{_size(value.size)} ({_size(header.raw_bytes)} of KV)",
+    }.items():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    folder: FolderArgument,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is bad out of the way.")] = False,
+) -> None:
+    """Read and check every byte; exit status 1 where a value is bad."""
+    inventory = Inventory(folder)
+    console = Console()
+    checked = read_bytes = 0
+    bad: list[Value] = []
+    for value in track(inventory.values(whole=True), "checking", disable=not console.is_terminal, transient=True):
+        checked += 1
+        read_bytes += value.size
+        if value.fault:
+            bad.append(value)
+    for value in bad:
+        console.print(f"{value.key.hex()}: {value.fault}")
+        if quarantine:
+            inventory.quarantine(value.key, value.fault or "")
+    moved = ", moved into quarantine" if quarantine and bad else ""
+    console.print(f"{checked} values, {_size(read_bytes)}: {len(bad)} bad{moved}")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rm(
+    folder: FolderArgument,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, by their first hexadecimal digits.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all values.")] = False,
+    namespace: NamespaceOption = "",
+    older_than: Annotated[str, typer.Option(help="Not used for so long: 30s, 15m, 12h, 7d.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove values; a running engine sees misses from then on."""
+    inventory = Inventory(folder)
+    filters = bool(namespace or older_than)
+    if sum((bool(keys), everything, filters)) != 1:
+        raise ValueError("ragkv store rm: give either KEYs, or --all, or --namespace and --older-than")
+    if keys:
+        found = (inventory.value(key) for key in {inventory.resolve(key) for key in keys})
+        values = [value for value in found if value is not None]
+    else:
+        before = time.time() - _age(older_than) if older_than else float("inf")
+        values = [value for value in _selected(inventory, namespace) if value.used < before]
+    size = _size(sum(value.size for value in values))
+    if values and not yes:
+        typer.confirm(f"Remove {len(values)} values, {size}, from {folder}?", abort=True)
+    removed = sum(inventory.remove(value.key) for value in values)
+    typer.echo(f"{removed} values removed")
+
+
+@app.command()
+def stats(folder: FolderArgument) -> None:
+    """Sums over the folder."""
+    totals = Inventory(folder).totals()
+    table = Table("", "")
+    for name, figure in asdict(totals).items():
+        shown = {"bytes": _size, "oldest": _date, "newest": _date}.get(name, "{:,}".format)
+        table.add_row(name, shown(figure))
+    Console().print(table)
+
+
+def _selected(inventory: Inventory, namespace: str) -> Iterator[Value]:
+    """Values of the namespaces asked for. Where all are, those too whose header cannot be read."""
+    if re.fullmatch(r"[0-9a-f]{0,32}", namespace) is None:
+        raise ValueError(f"--namespace = {namespace!r}; allowed: up to 32 hexadecimal digits")
+    for value in inventory.values():
+        if not namespace or (value.header and value.header.namespace.hex().startswith(namespace)):
+            yield value
+
+
+def _age(text: str) -> float:
+    """Seconds. ValueError says what is allowed."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise ValueError(f"--older-than = {text!r}; allowed: a number with s, m, h or d, such as 7d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"

@@ -1,0 +1,547 @@
+"""The disk store beyond the contract: permissions, strangers in the folder, faults, and what a crash leaves."""
+
+import contextlib
+import errno
+import fcntl
+import gc
+import os
+import random
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from ragkv.errors import StoreError
+from ragkv.kvstore.stores import buffers, disk
+from ragkv.kvstore.stores.buffers import MOST_FREE, BufferPool
+from ragkv.kvstore.stores.disk import POOLED_BYTES, DiskStore
+from ragkv.kvstore.stores.folder import MOST_QUARANTINED, QUARANTINE, value_name
+
+KEY, OTHER = b"k" * 16, b"o" * 16
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder):
+    with contextlib.closing(DiskStore(folder)) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_lost():
+    before = descriptors()
+    yield
+    if descriptors() != before:
+        gc.collect()  # the traceback of an error holds what its calls held
+    assert descriptors() == before
+
+
+def descriptors():
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def reason(call, *arguments):
+    with pytest.raises(StoreError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return error.value.reason
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_folder_and_files_are_for_us_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        with contextlib.closing(DiskStore(tmp_path / "deep" / "store")) as store:
+            store.put(KEY, [b"value"])
+            store.reject(KEY, "checksum")
+            store.put(KEY, [b"value"])
+        folder = tmp_path / "deep" / "store"
+        assert mode(folder) == mode(folder / QUARANTINE) == 0o700
+        assert mode(folder / value_name(KEY)) == 0o600
+        assert store.warning is None
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_open_to_others_is_used_as_it_is_with_a_warning(tmp_path):
+    tmp_path.chmod(0o755)
+    with contextlib.closing(DiskStore(tmp_path)) as store:
+        assert store.warning == f"{tmp_path} is open to others (mode 0755); better: chmod 700 {tmp_path}"
+        store.put(KEY, [b"value"])
+    assert mode(tmp_path) == 0o755 and mode(tmp_path / value_name(KEY)) == 0o600
+
+
+def test_a_folder_of_somebody_else_is_used_with_a_warning(folder, monkeypatch):
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with contextlib.closing(DiskStore(folder)) as store:
+        assert store.warning.startswith(f"{folder} belongs to uid {folder.stat().st_uid}")
+        store.put(KEY, [b"value"])
+        assert store.get(KEY) == b"value", "whose our files are is found out, not guessed"
+
+
+def make_link(path):
+    target = path.parent / "target"
+    target.write_bytes(b"not a value")
+    path.symlink_to(target)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as plain:
+        here = os.open(path.parent, os.O_RDONLY)  # the path itself may be too long for an address
+        plain.bind(f"/proc/self/fd/{here}/{path.name}")
+        os.close(here)
+
+
+STRANGERS = {
+    "a link": make_link,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a socket": make_socket,
+}
+
+
+@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS.keys())
+def test_a_stranger_under_a_values_name_is_no_value(folder, store, make):
+    path = folder / value_name(KEY)
+    make(path)
+    before = path.lstat()
+    assert store.get(KEY) is None
+    assert store.contains([KEY]) == [False] and list(store.scan()) == []
+    assert store.delete([KEY]) == 0
+    store.reject(KEY, "checksum")
+    assert os.path.samestat(path.lstat(), before)
+
+
+def test_a_put_replaces_a_link_and_not_what_it_points_to(folder, store):
+    make_link(folder / value_name(KEY))
+    store.put(KEY, [b"value"])
+    assert store.get(KEY) == b"value" and (folder / "target").read_bytes() == b"not a value"
+
+
+def test_a_put_over_a_folder_is_an_error(folder, store):
+    (folder / value_name(KEY)).mkdir()
+    assert reason(store.put, KEY, [b"value"]) == "io"
+    assert names(folder) == [value_name(KEY)]
+
+
+def test_files_of_others_are_no_values(folder, store):
+    store.put(KEY, [b"forged"])
+    store._opened.owner += 1
+    assert store.get(KEY) is None and store.contains([KEY]) == [False]
+    assert list(store.scan()) == [] and store.delete([KEY]) == 0
+    assert (folder / value_name(KEY)).read_bytes() == b"forged"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, monkeypatch, ours):
+    store.put(KEY, [b"value"])
+    store._opened.owner += not ours
+
+    def refuse(*arguments, **named):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        if ours:
+            assert reason(store.get, KEY) == "refused"
+        else:
+            assert store.get(KEY) is None
+
+
+def test_what_is_named_otherwise_is_left_alone(folder):
+    folder.mkdir()
+    hexadecimal = KEY.hex()
+    strange = [
+        "README",
+        ".kv",
+        "quarantined",
+        f"{hexadecimal}",
+        f"{hexadecimal}.kv.bak",
+        f"{hexadecimal[:-1]}.kv",
+        f"{hexadecimal}00.kv",
+        f"{hexadecimal.upper()}.kv",
+        f"{hexadecimal}.tmp",
+        f"{hexadecimal}.0123.tmp",
+        "note.tmp",
+    ]
+    for name in strange:
+        (folder / name).write_bytes(b"mine")
+    with contextlib.closing(DiskStore(folder)) as store:
+        assert list(store.scan()) == []
+    assert names(folder) == sorted(strange)
+
+
+def test_a_start_removes_what_dead_writers_left_only(folder, store):
+    living, descriptor = store._opened.create(KEY)
+    dead = f"{KEY.hex()}.{'0' * 16}.tmp"
+    (folder / dead).write_bytes(b"half a val")
+    link = f"{KEY.hex()}.{'1' * 16}.tmp"
+    (folder / link).symlink_to(dead)
+    DiskStore(folder).close()
+    assert names(folder) == sorted([living, link])
+    os.close(descriptor)
+    DiskStore(folder).close()
+    assert names(folder) == [link]
+
+
+def test_a_file_swept_before_its_lock_is_made_anew(folder, store, monkeypatch):
+    real, swept = fcntl.flock, []
+
+    def flock(descriptor, how):
+        if how == fcntl.LOCK_EX and not swept:
+            swept.extend(names(folder))
+            (folder / swept[0]).unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    store.put(KEY, [b"value"])
+    assert swept and store.get(KEY) == b"value" and names(folder) == [value_name(KEY)]
+
+
+def test_a_file_system_without_locks_will_do(folder, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.mkdir()
+    writing = f"{KEY.hex()}.{'0' * 16}.tmp"
+    (folder / writing).write_bytes(b"perhaps still written")
+    with contextlib.closing(DiskStore(folder)) as store:
+        store.put(KEY, [b"value"])
+        assert store.get(KEY) == b"value"
+    assert names(folder) == sorted([writing, value_name(KEY)])
+
+
+def test_the_order_of_use_outlives_the_process(folder, store):
+    keys = [bytes([number]) * 16 for number in range(5)]
+    store.put_many([(key, [b"value"]) for key in keys])
+    store.touch([keys[3], keys[1], keys[4]])
+    with contextlib.closing(DiskStore(folder)) as again:
+        used = {entry.key: entry.used for entry in again.scan()}
+    assert sorted([keys[1], keys[3], keys[4]], key=used.__getitem__) == [keys[4], keys[1], keys[3]]
+
+
+def test_a_size_counts_the_blocks(folder, store):
+    store.put(KEY, [b"x"])
+    os.sync()
+    (entry,) = store.scan()
+    assert entry.size == max(1, 512 * (folder / value_name(KEY)).stat().st_blocks)
+
+
+def test_rejected_values_go_to_quarantine(folder, store):
+    store.put(KEY, [b"bad"])
+    store.reject(KEY, "check/sum\n..")
+    assert names(folder) == [QUARANTINE]
+    assert (folder / QUARANTINE / f"{KEY.hex()}.check-sum---").read_bytes() == b"bad"
+
+
+def test_quarantine_keeps_the_newest(folder, store):
+    keys = [bytes([number]) * 16 for number in range(MOST_QUARANTINED + 5)]
+    for key in keys:
+        store.put(key, [b"bad"])
+        store.reject(key, "checksum")
+    assert names(folder / QUARANTINE) == [f"{key.hex()}.checksum" for key in keys[5:]]
+    assert store._opened.quarantined() == MOST_QUARANTINED
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_bytes(b"a file"), lambda path: path.symlink_to("/")])
+def test_where_there_is_no_quarantine_the_bad_is_deleted(folder, store, make):
+    make(folder / QUARANTINE)
+    store.put(KEY, [b"bad"])
+    store.reject(KEY, "checksum")
+    assert store.get(KEY) is None and names(folder) == [QUARANTINE]
+    assert store._opened.quarantined() == 0
+
+
+CALLS = {
+    "get": lambda store: store.get(OTHER),
+    "put": lambda store: store.put(KEY, [b"value"]),
+    "delete": lambda store: store.delete([KEY]),
+    "contains": lambda store: store.contains([KEY]),
+    "scan": lambda store: list(store.scan()),
+    "touch": lambda store: store.touch([KEY]),
+    "reject": lambda store: store.reject(KEY, "checksum"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_vanished_folder_is_gone_and_not_made_anew(folder, store, call):
+    store.put(KEY, [b"value"])
+    (folder / value_name(KEY)).unlink()
+    folder.rmdir()
+    assert reason(call, store) == "gone"
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_another_folder_in_its_place_is_not_ours(folder, store, call):
+    """As when a disk is unmounted, and the mount point beneath appears."""
+    aside = folder.rename(folder.with_name("aside"))
+    folder.mkdir()
+    assert reason(call, store) == "gone"
+    assert names(folder) == names(aside) == []
+    folder.rmdir()
+    aside.rename(folder)
+    store.put(KEY, [b"value"])
+    assert store.get(KEY) == b"value", "it is back"
+
+
+def test_what_is_no_folder_is_refused_in_a_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert reason(DiskStore, path) in {"gone", "io"}
+        with pytest.raises(StoreError, match=rf"disk: {path}: (Not a directory|File exists)"):
+            DiskStore(path)
+
+
+@pytest.mark.parametrize(
+    "number, expected",
+    [
+        (errno.ENOSPC, "full"),
+        (errno.EDQUOT, "full"),
+        (errno.EROFS, "refused"),
+        (errno.EACCES, "refused"),
+        (errno.EPERM, "refused"),
+        (errno.ESTALE, "gone"),
+        (errno.EIO, "io"),
+        (errno.EMFILE, "io"),
+    ],
+)
+@pytest.mark.parametrize("failing", ["open", "writev", "utime", "rename"])
+def test_a_failed_put_leaves_the_old_value_and_nothing_else(folder, store, monkeypatch, failing, number, expected):
+    store.put(KEY, [b"old"])
+
+    def fail(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fail)
+        assert reason(store.put, KEY, [b"new"]) == expected
+    assert store.get(KEY) == b"old" and names(folder) == [value_name(KEY)]
+
+
+@pytest.mark.parametrize("failing", ["read", "readv", "fstat"])
+def test_a_failed_read_is_an_error(store, monkeypatch, failing):
+    store.put(KEY, [bytes(POOLED_BYTES if failing == "readv" else 10)])
+
+    def fail(*arguments, **named):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fail)
+        assert reason(store.get, KEY) == "io"
+
+
+def test_a_value_that_no_memory_holds_is_an_error(folder, store):
+    (folder / value_name(KEY)).touch()
+    os.truncate(folder / value_name(KEY), 1 << 43)
+    assert reason(store.get, KEY) == "io"
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from ragkv.errors import StoreError
+from ragkv.kvstore.stores.disk import DiskStore
+folder = Path(sys.argv[1])
+store = DiskStore(folder / "store")
+for number in range(100):
+    try:
+        store.put(bytes([number]) * 16, [bytes(100_000)])
+    except StoreError as full:
+        reason = full.reason
+        break
+print(reason, number, len(list(store.scan())), len(list(folder.glob("store/*"))))
+store.delete([bytes([0]) * 16])
+store.put(bytes([0]) * 16, [bytes(50_000)])
+print(len(store.get(bytes([0]) * 16)))
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    script = 'mount -t tmpfs -o size=1m none "$0" && exec "$1" -c "$2" "$0"'
+    command = ["unshare", "--mount", "sh", "-c", script, str(tmp_path), sys.executable, FULL_DISK]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if "permission denied" in done.stderr.lower() or "not permitted" in done.stderr.lower():
+        pytest.skip("mounting needs more rights")
+    assert done.stdout.split() == ["full", "10", "10", "10", "50000"], done.stderr
+
+
+def test_short_writes_and_reads_are_gone_on_with(store, monkeypatch):
+    """The kernel may take or give less than asked for."""
+    value = random.Random(1).randbytes(5000)
+    writev, read, readv = os.writev, os.read, os.readv
+
+    def short(views):
+        return [memoryview(views[0])[:7]] if len(views[0]) else views[:3]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", lambda descriptor, views: writev(descriptor, short(views)))
+        patch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 9)))
+        patch.setattr(os, "readv", lambda descriptor, views: readv(descriptor, short(views)))
+        store.put(KEY, [value[:10], b"", value[10:11], value[11:]])
+        assert store.get(KEY) == value
+        patch.setattr(disk, "POOLED_BYTES", 1)
+        assert bytes(store.get(KEY)) == value
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_file_that_shrinks_meanwhile_comes_short(folder, store, monkeypatch, pooled):
+    store.put(KEY, [b"0123456789"])
+    fstat = os.fstat
+
+    def before_it_shrank(descriptor):
+        found = fstat(descriptor)
+        os.truncate(folder / value_name(KEY), 4)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", before_it_shrank)
+        patch.setattr(disk, "POOLED_BYTES", 1 if pooled else POOLED_BYTES)
+        assert bytes(store.get(KEY)) == b"0123"
+
+
+@pytest.mark.parametrize("size", [POOLED_BYTES - 1, POOLED_BYTES, buffers.SIZE, buffers.SIZE + 1])
+def test_values_around_the_bounds_of_a_buffer(store, size):
+    value = random.Random(size).randbytes(1024) * (size // 1024) + bytes(size % 1024)
+    store.put(KEY, [value])
+    found = store.get(KEY)
+    assert found == value
+    assert memoryview(found).readonly
+
+
+def test_a_buffer_is_used_again_only_when_nobody_looks_at_it():
+    pool = BufferPool()
+    one = pool.take(100)
+    part = one[10:20]
+    one[:] = b"1" * 100
+    del one
+    two = pool.take(100)
+    two[:] = b"2" * 100
+    assert part == b"1" * 10 and pool.free == 0
+    del part
+    assert pool.free == 1
+    three = pool.take(50)
+    assert three == b"1" * 50 and two == b"2" * 100 and pool.free == 0
+
+
+def test_a_pool_keeps_a_few_buffers_only():
+    pool = BufferPool()
+    taken = [pool.take(1) for _ in range(MOST_FREE + 3)]
+    assert pool.free == 0
+    taken.clear()
+    assert pool.free == MOST_FREE
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_fsync_of_file_then_name_then_folder(folder, monkeypatch, fsync):
+    calls = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def spy_fsync(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        real_fsync(descriptor)
+
+    def spy_rename(*arguments, **named):
+        calls.append("rename")
+        real_rename(*arguments, **named)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "rename", spy_rename)
+    with contextlib.closing(DiskStore(folder, fsync=fsync)) as store:
+        store.put(KEY, [b"value"])
+    assert calls == (["file", "rename", "folder"] if fsync else ["rename"])
+
+
+def test_a_call_that_runs_during_close_ends_well(store, monkeypatch):
+    """The folder's descriptor lives as long as the call, so that it never means another file."""
+    store.put(KEY, [b"value"])
+    reached, closed = threading.Event(), threading.Event()
+    real = os.open
+
+    def slow_open(*arguments, **named):
+        reached.set()
+        assert closed.wait(60)
+        return real(*arguments, **named)
+
+    values = []
+    monkeypatch.setattr(os, "open", slow_open)
+    thread = threading.Thread(target=lambda: values.append(store.get(KEY)))
+    thread.start()
+    assert reached.wait(60)
+    store.close()
+    closed.set()
+    thread.join()
+    assert values == [b"value"]
+
+
+CHURN = """
+import random, sys
+from pathlib import Path
+from ragkv.kvstore.stores.disk import DiskStore
+chance = random.Random(int(sys.argv[2]))
+wholes = [bytes([letter]) * (1000 + 300_000 * letter) for letter in range(5)]
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    store = DiskStore(Path(sys.argv[1]))
+    for _ in range(10):
+        key = bytes([chance.randrange(3)]) * 16
+        what = chance.random()
+        if what < 0.4:
+            store.put(key, [chance.choice(wholes)])
+        elif what < 0.8:
+            assert store.get(key) in [None, *wholes]
+        elif what < 0.9:
+            store.touch([key])
+            list(store.scan())
+        else:
+            store.delete([key]) if what < 0.95 else store.reject(key, "checksum")
+    store.close()
+print("done", flush=True)
+"""
+
+
+def test_several_processes_share_a_folder(folder):
+    """They put, read, delete and reject the same keys, and open the store, and so sweep, again and again."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHURN, str(folder), str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for seed in range(3)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    outputs = []
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        outputs.append(process.communicate()[0])
+    assert outputs == ["done\n"] * 3
+    assert not list(folder.glob("*.tmp"))
