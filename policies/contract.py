@@ -14,8 +14,11 @@ K = TypeVar("K", bound=Hashable)
 class EvictionPolicy(ABC, Generic[K]):
     """An order over keys, each with a weight in units of the caller's choice (pages, bytes, one).
 
-    A caller may rely on: every method but `evict` takes constant time for a chain touched or pinned from its
-    root on; `evict` takes time in proportion to its victims. Wrong use (an unknown key, a second insert, a
+    A caller may rely on: every method but `evict` takes constant time, amortised, for a chain touched or pinned
+    from its root on; `evict` takes time in proportion to its victims, and to the logarithm of what is tracked.
+    Memory is bounded by a constant times what is tracked, and the same calls give the same answers in every
+    process. A policy that remembers keys that are gone knows them by `ghosts.mark`: let keys be bytes, str, int,
+    or objects that have such a key in an attribute `key`. Wrong use (an unknown key, a second insert, a
     removal that would orphan a child) raises and changes nothing.
     """
 
