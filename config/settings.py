@@ -84,6 +84,7 @@ class MemorySettings(Section):
     page_tokens: Count = Field(default=16, ge=1, le=1024, description="tokens a page")
     policy: Policy = Field(default="lru", description="eviction policy")
     admission: Admission = Field(default="always", description="what is worth keeping")
+    priorities: Count = Field(default=1, ge=1, le=10, description="classes that requests may ask for")
 
 
 class DeviceSettings(Section):
@@ -117,12 +118,19 @@ class RedisSettings(Section):
     """The Redis tier. Off without a URL."""
 
     url: str | None = Field(default=None, min_length=1, description="server, Sentinel or Cluster")
-    prefix: str = Field(default="ragkv", min_length=1, max_length=64, description="of every key")
-    ttl: Seconds = Field(default=0.0, ge=0, le=3e9, description="seconds that a value is kept unused; 0: for ever")
+    prefix: str = Field(default="ragkv", description="of every key")
+    ttl: Count = Field(default=0, ge=0, le=315_360_000, description="seconds a value is kept unused; 0: for ever")
     timeout: Seconds = Field(default=1.0, gt=0, le=60, description="seconds for one operation")
     max_value: Size = Field(default=parse_size("64MiB"), ge=2**10, le=2**29, description="larger chunks stay out")
     admission: Admission = Field(default="always", description="what is worth writing")
     write: Write = Field(default="through", description="when stored, or when memory evicts")
+
+    @field_validator("prefix")
+    @classmethod
+    def _printable(cls, prefix: str) -> str:
+        if re.fullmatch(r"[!-z|~]{1,60}", prefix) is None:  # braces would put a cluster's keys into one slot
+            raise ValueError("allowed: 1 to 60 printable ASCII characters but space, { and }")
+        return prefix
 
 
 class PlacementSettings(Section):

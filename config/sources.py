@@ -40,11 +40,19 @@ class Loaded:
 
 
 def hide_password(text: str) -> str:
-    """A text, without the passwords of the URLs in it."""
-    return _PASSWORD.sub(r"\1***@", text)
+    """A text, without what stands in it as a URL's password, or under a name of one."""
+    return _NAMED_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1***@", text))
 
 
-_PASSWORD = re.compile(r"(://[^:@/\s]*:)[^@\s]*@")
+def show_value(name: str, value: object) -> str:
+    """A faulty value as errors show it, without passwords."""
+    if "pass" in name.lower():
+        return "***"
+    return repr(hide_password(value)) if isinstance(value, str) else hide_password(repr(value))
+
+
+_URL_PASSWORD = re.compile(r"(://(?:[^:\s]*:)?).*@", re.DOTALL)  # up to the last @: a password may hold others
+_NAMED_PASSWORD = re.compile(r"""(pass\w*['"]?\s*[:=]\s*)(?:'[^']*'|"[^"]*")?[^&\s]*""", re.IGNORECASE)
 _SIZES = {
     key for key, field in keys().items() if any(getattr(m, "func", None) is parse_size for m in field.metadata)
 }
@@ -88,7 +96,7 @@ def load(
     except ValidationError as error:
         faults += [_explain(each, origins) for each in error.errors()]
     if faults:
-        raise ConfigError(hide_password("ragkv: " + "; ".join(faults)))
+        raise ConfigError("ragkv: " + "; ".join(faults))
     return Loaded(settings, origins)
 
 
@@ -102,7 +110,7 @@ def read_file(path: object) -> Mapping[str, Any]:
         raise ConfigError(f"ragkv: configuration file {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
         raise ConfigError(
-            f"ragkv: configuration file {path} is not YAML: {' '.join(str(error).split())}"
+            f"ragkv: configuration file {path} is not YAML: {hide_password(' '.join(str(error).split()))}"
         ) from None
     if data is None:
         return {}
@@ -123,7 +131,8 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, s
             continue
         if variable not in known:
             allowed = ", ".join([FILE_VARIABLE, *known])
-            faults.append(f"environment variable {variable} = {value!r} names no setting; allowed: {allowed}")
+            shown = show_value(variable, value)
+            faults.append(f"environment variable {variable} = {shown} names no setting; allowed: {allowed}")
             continue
         section, name = known[variable]
         found.setdefault(section, {})[name] = value
@@ -149,7 +158,7 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
         return text
     sources = dict.fromkeys(o for k, o in origins.items() if k == key or k.startswith(f"{key}."))
     origin = f" (from {', '.join(sources)})" if sources else ""
-    return f"{key} = {error['input']!r}{origin}: {text}"
+    return f"{key} = {show_value(key, error['input'])}{origin}: {text}"
 
 
 def check_shared_memory(settings: Settings, free: int) -> None:

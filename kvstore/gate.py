@@ -8,6 +8,7 @@ prompts and used for long ones, and a tier that becomes slow is left until it is
 import math
 
 FADE = 0.9  # what an observation still weighs when the next one comes
+ALIKE = 0.01  # amounts are alike whose variance is less than this part of their mean square
 PROBE = 16  # of so many declined loads one is made all the same: otherwise nobody would see the tier recover
 
 
@@ -43,7 +44,7 @@ class Line:
         if not self._n:
             return 0.0, 0.0
         spread = self._n * self._xx - self._x * self._x
-        if spread <= 1e-9 * self._n * self._xx:  # all amounts alike: a line through the origin
+        if spread <= ALIKE * self._n * self._xx:  # their noise is no slope: a line through the origin
             return 0.0, self._y / self._x
         slope = (self._n * self._xy - self._x * self._y) / spread
         fixed = (self._y - slope * self._x) / self._n
@@ -68,15 +69,19 @@ class Gate:
         """The cost of a lower tier."""
         return self.tiers.setdefault(name, Line())
 
-    def allows(self, tokens: int, tier: str, sizes: dict[str, int] | None = None) -> bool:
+    def pays(self, tokens: int, sizes: dict[str, int] | None = None) -> bool:
         """Whether loading `tokens` tokens will take no longer than computing them. `sizes`: bytes that must first
-        be read from lower tiers; `tier` only names the decision, for the probes."""
+        be read from lower tiers."""
         if not self._active or not self.prefill.known:
             return True
         cost = self.copy.at(tokens) if self.copy.known else 0.0
         for name, size in (sizes or {}).items():
             cost += self.tier(name).at(size)
-        if cost <= self.prefill.slope() * tokens:
+        return cost <= self.prefill.slope() * tokens
+
+    def allows(self, tokens: int, tier: str, sizes: dict[str, int] | None = None) -> bool:
+        """Whether to load: it pays, or it is a probe's turn. `tier` only names the decision, for the probes."""
+        if self.pays(tokens, sizes):
             self._declined[tier] = 0
             return True
         self._declined[tier] = (self._declined.get(tier, 0) + 1) % PROBE

@@ -36,16 +36,18 @@ class Hierarchy:
     ) -> None:
         self.page_tokens, self.page_bytes = page_tokens, page_bytes
         self.device = device
+        self.classes = memory.classes
         self.evicting: Callable[[Chunk], None] | None = None
         self._catalogue = Catalogue()
         self._memory = memory
         self._metrics = metrics
         self._admission = admission or Always()
+        self._choosy = not isinstance(self._admission, Always)
         self._attention_tokens = attention_tokens
         self.version = 0  # of what `match` would answer
         self._pins = 0
         self._doomed: list[Chunk] = []  # dropped while pinned, parents first: each goes once nothing holds it
-        self.holds = Holds(memory.pages, self.pin, self.unpin)
+        self.holds = Holds(memory.pages, self._hold, self._let_go)
         self._report()
 
     def __len__(self) -> int:
@@ -66,11 +68,14 @@ class Hierarchy:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
         return self._catalogue.match(self._catalogue.root(namespace), chain, limit)
 
-    def reserve(self, namespace: bytes, chain: TokenChain, upto: int) -> list[tuple[int, Chunk]]:
+    def reserve(
+        self, namespace: bytes, chain: TokenChain, upto: int, *, asked: int = 0, priority: int = 0
+    ) -> list[tuple[int, Chunk]]:
         """Room for the chunks of the first `upto` tokens that are not stored yet, with their first positions.
 
         The last may be an open tail. They come pinned and not ready: write their bytes, then `commit` or
-        `abandon` each. Where memory has no room the rest is left out, and counted.
+        `abandon` each. Where memory has no room the rest is left out, and counted. Up to token `asked` admission
+        was asked before for this request, and is not asked again: once seen is not twice.
         """
         raw = chain.tokens[:upto].tobytes()
         whole = bisect.bisect_right(chain.ends, len(raw) // TOKEN_BYTES)
@@ -83,13 +88,15 @@ class Hierarchy:
         for index, (end, key) in enumerate(cuts):
             tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
             chunk = self._catalogue.get(key, parent, tokens)
+            if chunk is not None and chunk.open and index < whole:
+                chunk.open, chunk.below = False, 0  # a tail no more: a lower tier has it elsewhere now
             if chunk is None:
                 if index == whole and self._catalogue.longest_shared(parent, tokens)[1] == end - start:
                     break  # a longer child holds the open tail
-                if not self._admission.admit(key, self._pages(tokens), self.cost(tokens, start)):
-                    self._metrics.count(m.REFUSED_CHUNKS, reason=m.ADMISSION)
+                if (start < asked and self._choosy) or not self._admits(key, tokens, start):
+                    self._see(cuts[index + 1 :], raw, max(asked, end))
                     break
-                chunk = self.reserve_chunk(key, parent, tokens, start)
+                chunk = self.reserve_chunk(key, parent, tokens, start, priority)
                 if chunk is None:
                     break
                 chunk.open = index == whole
@@ -101,7 +108,9 @@ class Hierarchy:
         self._report()
         return new
 
-    def reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes, position: int) -> Chunk | None:
+    def reserve_chunk(
+        self, key: bytes, parent: Chunk, tokens: bytes, position: int, priority: int = 0
+    ) -> Chunk | None:
         """Room for one chunk behind `parent`, pinned and not ready; None, and counted, where there is none.
         `position`: of its first token."""
         chunk = self._catalogue.insert(key, parent, tokens)
@@ -126,7 +135,7 @@ class Hierarchy:
             chunk = None
         else:
             chunk.pages = self._memory.take(pages)
-            self._memory.add(chunk, self.cost(tokens, position))
+            self._memory.add(chunk, self.cost(tokens, position), priority)
             self.pin([chunk])
         self.unpin(behind)
         return chunk
@@ -139,9 +148,11 @@ class Hierarchy:
 
     def abandon(self, chunk: Chunk) -> None:
         """The bytes of a reserved chunk will not come. Where others stand behind it, it stays, unready, until
-        the next `reserve` of the same tokens writes it. Abandon a chain from its tail on."""
+        they are abandoned too, or the next `reserve` of the same tokens writes it."""
         self.unpin([chunk])
-        self._drop_leaf(chunk, m.ABANDONED)
+        each: Chunk | None = chunk
+        while each is not None and not each.ready and self._drop_leaf(each, m.ABANDONED):
+            each = each.parent
 
     def discard(self, chunk: Chunk) -> None:
         """Drop a chunk whose tokens others hold now; no matter if it is gone, in use, or has children."""
@@ -162,9 +173,10 @@ class Hierarchy:
             self._drop_doomed()
             self._report()
 
-    def touch(self, match: Match) -> list[Chunk]:
-        """Note that a match was used; the chunks that are to be copied to the device tier now."""
-        self._memory.touch(match.chunks)
+    def touch(self, match: Match, priority: int = 0) -> list[Chunk]:
+        """Note that a match was used, by a request of that priority; the chunks that are to be copied to the
+        device tier now."""
+        self._memory.touch(match.chunks, priority)
         for chunk in match.chunks:
             chunk.hits += 1
         if self.device is None:
@@ -214,6 +226,14 @@ class Hierarchy:
             copied = [page for chunk in chunks for page in memoryview(chunk.device).cast("i")]
             assert len(copied) == len(set(copied)) == self.device.used, "device pages and chunks disagree"
 
+    def _hold(self, chunks: list[Chunk]) -> None:
+        self.pin(chunks)
+        self._metrics.gauge(m.PINNED_BYTES, self.holds.pages * self.page_bytes)
+
+    def _let_go(self, chunks: list[Chunk]) -> None:
+        self.unpin(chunks)
+        self._metrics.gauge(m.PINNED_BYTES, self.holds.pages * self.page_bytes)
+
     def _pages(self, tokens: bytes) -> int:
         return -(-len(tokens) // (TOKEN_BYTES * self.page_tokens))
 
@@ -221,6 +241,20 @@ class Hierarchy:
         """Work to compute a chunk: of a token, 1 and what it attends to (Kaplan et al. 2020, "Scaling Laws for
         Neural Language Models", section 2.1)."""
         return len(tokens) / TOKEN_BYTES * (1.0 + position / self._attention_tokens)
+
+    def _admits(self, key: bytes, tokens: bytes, position: int) -> bool:
+        admitted = self._admission.admit(key, self._pages(tokens), self.cost(tokens, position))
+        if not admitted:
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.ADMISSION)
+        return admitted
+
+    def _see(self, cuts: list[tuple[int, bytes]], raw: bytes, start: int) -> None:
+        """Let admission see what stands behind a chunk that it declined, from token `start` on: it cannot be kept
+        now, and else a chain would be seen one chunk deeper each time."""
+        for end, key in cuts:
+            if end > start:
+                self._admits(key, raw[TOKEN_BYTES * start : TOKEN_BYTES * end], start)
+                start = end
 
     def _doom(self, gone: list[Chunk], reason: str) -> None:
         if gone:
@@ -249,14 +283,12 @@ class Hierarchy:
                 self._left(chunk)
         self._doomed = kept[::-1]
 
-    def _drop_leaf(self, chunk: Chunk, reason: str) -> None:
-        if chunk in self._catalogue and not chunk.pins and not chunk.children:
-            self._catalogue.remove(chunk)
-            self._memory.drop(chunk)
-            self._left(chunk)
-            self.version += 1
-            self._metrics.count(m.EVICTED_CHUNKS, tier=m.MEMORY, reason=reason)
-            self._report()
+    def _drop_leaf(self, chunk: Chunk, reason: str) -> bool:
+        if chunk not in self._catalogue or chunk.pins or chunk.children:
+            return False
+        self._catalogue.remove(chunk)
+        self._doom([chunk], reason)  # what was dropped while pinned may still stand behind it
+        return True
 
     def _report(self) -> None:
         used = self._memory.used

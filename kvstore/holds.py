@@ -64,6 +64,9 @@ class Holds:
             self._expiries[chunk] = at
             self._count += 1
             heapq.heappush(self._expiring, (at, self._count, chunk))
+            if len(self._expiring) > 2 * len(self._expiries) + 16:  # so do chunks that left
+                self._expiring = [each for each in self._expiring if self._expiries.get(each[2]) == each[0]]
+                heapq.heapify(self._expiring)
 
     def expiry(self, chunk: Chunk) -> float:
         """When a chunk must go; 0.0: never."""

@@ -28,9 +28,10 @@ class Index:
 
     def add(self, key: bytes, size: int, parent: bytes | None, cost: float) -> list[bytes] | None:
         """Enter a key, new or anew; the keys that had to go for it, or None (and no change) where none may."""
-        if key in self._gone and self._sizes[key] == size:
+        if key in self._gone:  # still counted, as large as it was
             self._gone.discard(key)
             return []
+        size = max(1, size)  # as the policy weighs it
         if size > self.capacity or key in self._sizes:
             return None
         above = parent if parent in self._sizes else None
@@ -42,7 +43,7 @@ class Index:
         if victims is None:
             return None
         gone = [self._forget(victim) for victim in victims]
-        self._policy.insert(key, above, max(1, size), cost)
+        self._policy.insert(key, above, size, cost)
         self._sizes[key] = size
         self.used += size
         return gone
@@ -68,10 +69,10 @@ class Index:
         """Enter what was found, longest unused first; the keys that had to go for it."""
         victims: list[bytes] = []
         for entry in sorted(entries, key=lambda entry: entry.used):
-            if entry.key not in self._sizes:
+            if entry.key not in self:
                 gone = self.add(entry.key, entry.size, None, 1.0)
                 victims += [entry.key] if gone is None else gone
-        return victims
+        return [key for key in victims if key not in self]
 
     def check_integrity(self) -> None:
         """Raise AssertionError where sizes, budget and policy contradict each other."""

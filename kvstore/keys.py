@@ -34,6 +34,11 @@ def chain_key(parent: bytes, tokens: bytes) -> bytes:
     return xxhash.xxh3_128_digest(parent + tokens)
 
 
+def tail_key(parent: bytes) -> bytes:
+    """Where the open tail behind a chunk (or a namespace) lies in the lower tiers, given that chunk's key."""
+    return xxhash.xxh3_128_digest(b"tail" + parent)
+
+
 def content_key(namespace: bytes, tokens: bytes) -> bytes:
     """Key of tokens wherever they stand."""
     return xxhash.xxh3_128_digest(b"content" + namespace + tokens)

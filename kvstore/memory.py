@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ragkv.kvstore.catalogue import Chunk
-from ragkv.policies import EvictionPolicy
+from ragkv.policies import EvictionPolicy, Prioritized
 
 
 class PagePool:
@@ -51,11 +51,17 @@ class MemoryTier:
         self.pages = pages
         self._pool = PagePool(pages)
         self._policy = policy
+        self._classes = policy if isinstance(policy, Prioritized) else None
 
     @property
     def used(self) -> int:
         """Pages in use."""
         return self._pool.used
+
+    @property
+    def classes(self) -> int:
+        """Classes of priority; 1: all chunks are alike."""
+        return 1 if self._classes is None else self._classes.highest + 1
 
     def make_room(self, pages: int) -> list[Chunk] | None:
         """Evict until `pages` pages are free; the victims, or None (and no change) where that cannot be. What
@@ -69,20 +75,26 @@ class MemoryTier:
         """`pages` free pages as int32 bytes. IndexError: fewer are free (call `make_room` first)."""
         return self._pool.take(pages)
 
-    def add(self, chunk: Chunk, cost: float = 1.0) -> None:
-        """Put a chunk that owns taken pages under the policy."""
+    def add(self, chunk: Chunk, cost: float = 1.0, priority: int = 0) -> None:
+        """Put a chunk that owns taken pages under the policy; `priority` counts where the policy has classes."""
         parent = chunk.parent if chunk.parent is not None and chunk.parent.pages else None
-        self._policy.insert(chunk, parent, len(chunk.pages) // 4, cost)
+        pages = len(chunk.pages) // 4
+        if self._classes is None:
+            self._policy.insert(chunk, parent, pages, cost)
+        else:
+            self._classes.insert(chunk, parent, pages, cost, min(priority, self._classes.highest))
 
     def drop(self, chunk: Chunk) -> None:
         """Forget a chunk and free its pages, pinned or not."""
         self._policy.remove(chunk)
         self._pool.give_back(chunk.pages)
 
-    def touch(self, chunks: Sequence[Chunk]) -> None:
-        """Note a use of a chain, root first."""
+    def touch(self, chunks: Sequence[Chunk], priority: int = 0) -> None:
+        """Note a use of a chain, root first; its priority can only rise."""
         for chunk in chunks:
             self._policy.touch(chunk)
+        if self._classes is not None and priority and chunks:
+            self._classes.raise_priority(chunks[-1], min(priority, self._classes.highest))
 
     def pin(self, chunk: Chunk) -> None:
         """Keep a chunk and its ancestors until `unpin`."""
@@ -123,19 +135,26 @@ class DeviceTier:
         return len(self._made)
 
     def used_now(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Note a use of a chain, root first; the chunks that have been given pages now and are to be copied."""
-        due = []
+        """Note a use of a chain, root first; the chunks that have been given pages now and are to be copied. No
+        chunk of the chain makes room for another."""
+        here: list[Chunk] = []
+        due: list[Chunk] = []
         for chunk in reversed(chunks):  # the root counts as used last
             if chunk.device:
                 self._policy.touch(chunk)
+                self._policy.pin(chunk)
+                here.append(chunk)
             elif chunk.hits >= self._after:
                 due.append(chunk)
-        return [chunk for chunk in reversed(due) if self._give_pages(chunk)]
+        given = [chunk for chunk in reversed(due) if self._give_pages(chunk)]
+        for chunk in (*here, *given):
+            self._policy.unpin(chunk)
+        return given
 
     def made(self, chunk: Chunk, pages: bytes, *, well: bool) -> None:
-        """The copy that was ordered into `pages` is made, or failed."""
-        if not chunk.device or chunk.device != pages:
-            return  # dropped meanwhile
+        """The copy that was ordered into `pages`, the very object, is made, or failed."""
+        if not chunk.device or chunk.device is not pages:
+            return  # dropped meanwhile, and perhaps ordered anew into equal pages
         if well:
             self._made.add(chunk)
         else:
@@ -156,6 +175,7 @@ class DeviceTier:
         assert all(chunk.device for chunk in self._made)
 
     def _give_pages(self, chunk: Chunk) -> bool:
+        """Make room for a chunk; it comes pinned in the policy."""
         pages = len(chunk.pages) // 4
         victims = self._policy.evict(pages - self._pool.free)
         if victims is None:
@@ -164,6 +184,7 @@ class DeviceTier:
             self._release(victim)
         chunk.device = self._pool.take(pages)
         self._policy.insert(chunk, None, pages)
+        self._policy.pin(chunk)
         return True
 
     def _release(self, chunk: Chunk) -> None:

@@ -63,7 +63,7 @@ class Pages:
         if copy:
             parts = [part.copy() for part in parts]
         if rest:
-            parts.append(self._rows(int(pages[full]))[:, :rest].reshape(-1))  # not in one piece: always copied
+            parts.append(self._rows(int(pages[full]))[:, :rest].copy().reshape(-1))  # not in one piece
         return [part.data for part in parts]
 
     def fill(self, chunk: Chunk, raw: memoryview) -> None:

@@ -7,19 +7,14 @@ the latest: so that an engine that has just started finds it without knowing its
 import time
 from collections.abc import Callable, Sequence
 
-import xxhash
-
 from ragkv.errors import PayloadError
 from ragkv.kvstore.catalogue import Chunk
 from ragkv.kvstore.codec import Header, decode, encode
-from ragkv.kvstore.keys import chain_key
+from ragkv.kvstore.keys import chain_key, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.stores.contract import Buffer
 
-
-def tail_key(parent: bytes) -> bytes:
-    """Where the open tail behind a chunk (or a namespace) lies, given that chunk's key."""
-    return xxhash.xxh3_128_digest(b"tail" + parent)
+HEADER_BYTES, BLOCK_BYTES = 256, 4096
 
 
 def address(chunk: Chunk) -> bytes:
@@ -35,6 +30,10 @@ class Payloads:
 
     def __init__(self, pages: Pages, wall: Callable[[], float] = time.time) -> None:
         self.pages, self.wall = pages, wall
+
+    def size(self, chunk: Chunk) -> int:
+        """Bytes that a chunk's payload occupies, about: with its header, in whole blocks of a file system."""
+        return -(-(self.pages.size(chunk) + len(chunk.tokens) + HEADER_BYTES) // BLOCK_BYTES) * BLOCK_BYTES
 
     def writer(
         self, chunk: Chunk, namespace: bytes, position: int, *, expires: float, copy: bool

@@ -64,11 +64,18 @@ class Placement:
         return self._up.waits(fetch)
 
     def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:
-        """Chunks, each with its position, have been computed and stored: write them through."""
+        """Chunks, each with its position, have been computed and stored: write them through. So is what stands
+        before them, where a tier lacks it: it was a tail until now, or could not be written."""
         through = [tier for tier in self._tiers if tier.through]
+        wanted: list[tuple[int, Chunk]] = []
         for position, chunk in chunks if through else ():
+            above = chunk.parent
+            if above is not None and above.parent is not None and not (wanted and wanted[-1][1] is above):
+                wanted.append((position - len(above), above))
+            wanted.append((position, chunk))
+        for position, chunk in wanted:
             for tier in through:
-                if chunk in self.hierarchy and not chunk.below & tier.bit:
+                if chunk.ready and chunk in self.hierarchy and not chunk.below & tier.bit:
                     self._write(chunk, tier, namespace, position, copy=chunk.open)
 
     def used(self, chunks: Sequence[Chunk]) -> None:
@@ -80,23 +87,25 @@ class Placement:
     def close(self, seconds: float) -> bool:
         """Write down what no lower tier has, within a bound, and let the tiers go. Whether all was written."""
         end = self._clock() + seconds
-        complete = True
+        ended = True
         for tier in self._tiers:
             for chunk in self.hierarchy.everything():
                 while tier.busy and self._completions.drain(max(0.0, end - self._clock())):
                     pass
                 if not chunk.below and self._clock() < end:
-                    complete &= self._write(chunk, tier, *origin(chunk), copy=False)
-            complete &= tier.close(max(0.0, end - self._clock()))
-        self._completions.drain()
+                    self._write(chunk, tier, *origin(chunk), copy=False)
+            ended &= tier.close(max(0.0, end - self._clock()))
+            self._completions.drain()  # what this tier has, the next need not take
         self._payloads.pages.close()
-        return complete
+        return ended and not (self._tiers and any(not chunk.below for chunk in self.hierarchy.everything()))
 
     def _demote(self, chunk: Chunk) -> None:
-        """Memory evicts a chunk: give it to the first tier that takes it, unless one has it."""
+        """Memory evicts a chunk: give it to the first tier that takes it, unless one has it. A tier that has
+        judged it when it was stored is asked again only if it was used since."""
         if self._tiers and not any(chunk.below & tier.bit and tier.keeps(address(chunk)) for tier in self._tiers):
             namespace, position = origin(chunk)
-            any(self._write(chunk, tier, namespace, position, copy=True) for tier in self._tiers)
+            takers = (tier for tier in self._tiers if chunk.hits or not (tier.through and tier.choosy))
+            any(self._write(chunk, tier, namespace, position, copy=True) for tier in takers)
 
     def _write(self, chunk: Chunk, tier: StoreTier, namespace: bytes, position: int, *, copy: bool) -> bool:
         """Order a chunk to be written; its bytes are copied now, or it is pinned until it is done. (An open
@@ -115,14 +124,15 @@ class Placement:
         write = Write(
             key=address(chunk),
             parent=None if parent.parent is None else parent.key,
-            size=self._payloads.pages.size(chunk) + len(chunk.tokens),
+            size=self._payloads.size(chunk),
             cost=self.hierarchy.cost(chunk.tokens, position),
             make=parts,
             replaces=chunk.open,
         )
 
         def done(well: bool) -> None:
-            chunk.below = chunk.below | tier.bit if well else chunk.below & ~tier.bit
+            if chunk.open == write.replaces:  # else it was a tail, which lies elsewhere
+                chunk.below = chunk.below | tier.bit if well else chunk.below & ~tier.bit
             if not copy:
                 self.hierarchy.unpin([chunk])
 

@@ -15,9 +15,9 @@ from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import Header
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.keys import TOKEN_BYTES
+from ragkv.kvstore.keys import TOKEN_BYTES, tail_key
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.payloads import Payloads, tail_key
+from ragkv.kvstore.payloads import Payloads
 from ragkv.kvstore.tier import StoreTier, Wanted
 
 BATCH_BYTES = 8 << 20  # read by one job: enough to be quick, and small enough for several threads to share
@@ -40,25 +40,30 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Gap:
     """What memory lacks of a prompt: `parent`, ready or on its way, is the last that it has; then the pieces; then
-    `rest`, tokens behind the last cut. `end`: where `parent` ends. `loading`: chunks on their way up to it."""
+    `rest`, tokens behind the last cut. `end`: where `parent` ends. `loading`: chunks on their way up to it.
+    `has_tail`: memory has an open tail behind `parent`."""
 
     parent: Chunk
     end: int
     pieces: list[Piece]
     rest: bytes
     loading: list[Chunk]
+    has_tail: bool
 
     def keys(self) -> list[bytes]:
         """Where all of it would lie: the pieces, and a tail behind each of them."""
         pieces = [piece.key for piece in self.pieces]
-        behind = [self.parent.key, *pieces] if self.rest or pieces else []
-        return pieces + [tail_key(key) for key in behind]
+        tails = [tail_key(key) for key in pieces]
+        if (self.rest or pieces) and not self.has_tail:
+            tails.append(tail_key(self.parent.key))
+        return pieces + tails
 
 
 @dataclass(eq=False, slots=True)
 class Fetch:
     """What is being brought up for a request. `have`: tokens that it has without it; `limit`: that it can use.
-    `sources`: the tier that each chunk came from. `over`: the request need not wait any more."""
+    `sources`: the tier that each chunk came from. `over`: the request need not wait any more. `probes`: it does
+    not pay, but somebody has to try."""
 
     namespace: bytes
     chain: TokenChain
@@ -73,6 +78,7 @@ class Fetch:
     sources: dict[Chunk, str] = field(default_factory=dict)
     tail: tuple[StoreTier, Chunk, Header, memoryview] | None = None
     over: bool = False
+    probes: bool = False
     result: str = "missed"
 
 
@@ -106,7 +112,8 @@ class Promotion:
         if not keys and not gap.loading:
             return None
         best = {readable[0].name: (limit - gap.end) * self._payloads.pages.shape.token_bytes}
-        if keys and not self._gate.allows(limit - have, readable[0].name, best):
+        fetch.probes = bool(keys) and not self._gate.pays(limit - have, best)
+        if fetch.probes and not self._gate.allows(limit - have, readable[0].name, best):
             self._metrics.count(m.GATE_DECISIONS, tier=readable[0].name, decision="decline")
             return None
         for tier in self._tiers:
@@ -140,12 +147,10 @@ class Promotion:
                 loading += [chunk] if chunk in self._loading else []
                 parent, behind = chunk, end
             else:
-                return Gap(parent, behind, [], b"", loading)
+                return Gap(parent, behind, [], b"", loading, has_tail=False)
             start = end
         rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * fetch.limit]
-        if not pieces and _has_open_child(parent):
-            rest = b""  # that is the tail
-        return Gap(parent, behind, pieces, rest, loading)
+        return Gap(parent, behind, pieces, rest, loading, _has_open_child(parent))
 
     def _ask(self, fetch: Fetch, tier: StoreTier, keys: list[bytes]) -> None:
         known = {key: tier.knows(key) for key in keys}
@@ -185,7 +190,7 @@ class Promotion:
         if run and not self._worth(fetch, run):
             return
         parent = self._order(fetch, gap.parent, run)
-        if len(run) == sum(chunk.parent is not None for chunk in fetch.sources):
+        if len(run) == len(fetch.sources) and (run or not gap.has_tail):
             rest = b"".join(piece.tokens for piece in gap.pieces[len(run) :]) + gap.rest
             tier = self._holder(fetch, tail_key(parent.key)) if rest else None
             if tier is not None:
@@ -201,7 +206,7 @@ class Promotion:
             sizes[tier.name] = sizes.get(tier.name, 0) + size
         slowest = [tier.name for tier in self._tiers if tier.name in sizes][-1]
         gain = min(run[-1][0].end, fetch.limit) - fetch.have
-        allowed = gain > 0 and self._gate.allows(gain, slowest, sizes)
+        allowed = gain > 0 and (fetch.probes or self._gate.allows(gain, slowest, sizes))
         self._metrics.count(m.GATE_DECISIONS, tier=slowest, decision="load" if allowed else "decline")
         if allowed:
             fetch.sizes = sizes
@@ -241,6 +246,7 @@ class Promotion:
                 else:
                     self._arrived(chunk, tier, header)
                 for fetch in self._loading.pop(chunk):
+                    fetch.result = fetch.result if header is None else "loaded"
                     self._loaded(fetch)
 
         tier.read([wanted for _, wanted in batch], done)
@@ -248,7 +254,7 @@ class Promotion:
     def _arrived(self, chunk: Chunk, tier: StoreTier, header: Header) -> None:
         chunk.below |= tier.bit
         self._hierarchy.commit(chunk)
-        if header.expires:
+        if header.expires and chunk in self._hierarchy:
             left = header.expires - self._payloads.wall()
             self._hierarchy.holds.expire(chunk, self._clock() + left)
         self._metrics.count(m.PROMOTED_TOKENS, len(chunk), tier=tier.name)
@@ -271,12 +277,11 @@ class Promotion:
         if fetch.tail is not None:
             self._attach(fetch, *fetch.tail)
             fetch.tail = None
-        loaded = any(chunk.ready for chunk in fetch.sources)
-        if loaded and len(fetch.sizes) == 1:  # else it is not clear whose time it was
+        if fetch.result == "loaded" and len(fetch.sizes) == 1:  # else it is not clear whose time it was
             ((name, size),) = fetch.sizes.items()
             self._gate.tier(name).note(size, self._clock() - fetch.began)
         if not fetch.over:
-            self._end(fetch, "loaded" if loaded else fetch.result)
+            self._end(fetch, fetch.result)
 
     def _attach(self, fetch: Fetch, tier: StoreTier, parent: Chunk, header: Header, raw: memoryview) -> None:
         """Put an open tail into memory, if all before it came and is still there."""
@@ -292,6 +297,7 @@ class Promotion:
             self._payloads.pages.fill(chunk, raw)
             self._arrived(chunk, tier, header)
             fetch.sources[chunk] = tier.name
+            fetch.result = "loaded"
 
     def _end(self, fetch: Fetch, result: str) -> None:
         fetch.over = True

@@ -4,6 +4,8 @@ All of it runs on one thread, the one that drains the completions; only jobs run
 their own; writes and deletions have one thread, so that they happen in the order in which they were decided.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,9 +17,10 @@ from ragkv.kvstore.index import Index
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.stores.contract import Buffer, Store
 from ragkv.kvstore.work import Done, Outcome
-from ragkv.policies.admission import AdmissionPolicy
+from ragkv.policies.admission import AdmissionPolicy, Always
 
 NOBODY = bytes(16)  # a key that no chunk has: what a trial asks for
+EXPIRED = "expired"  # a payload that was good
 LASTING = frozenset({"full", "refused", "gone"})  # reasons that do not pass in the next moment
 Note = Callable[[str, BaseException | str], None]
 
@@ -75,6 +78,7 @@ class StoreTier:
         asks: bool,
     ) -> None:
         self.name, self.through, self.index = store.name, through, index
+        self.choosy = not isinstance(admission, Always)
         self.bit = 0  # among all tiers, of `Chunk.below`
         self._store, self._admission = store, admission
         self._reads, self._writes = reads, writes
@@ -82,6 +86,8 @@ class StoreTier:
         self._queue_bytes, self._asks = queue_bytes, asks
         self._queued = 0
         self._pending: dict[bytes, int] = {}
+        self._deleting: Counter[bytes] = Counter()
+        self._scans: list[set[bytes]] = []  # of each under way, the keys that it may find though they are gone
         self._reading, self._writing = Breaker(clock), Breaker(clock)
         self._since_scan = 0
         self._report()
@@ -89,14 +95,19 @@ class StoreTier:
     def start(self) -> None:
         """Find out what is there, on a thread."""
         if self.index is not None:
-            before = self.index.keys() - self._pending.keys()
-            self._reads.submit(lambda: list(self._store.scan()), lambda outcome: self._scanned(outcome, before))
+            before, gone = self.index.keys() - self._pending.keys(), set(self._deleting)
+            self._scans.append(gone)
+            self._reads.submit(
+                lambda: list(self._store.scan()), lambda outcome: self._scanned(outcome, before, gone)
+            )
 
     def tick(self) -> None:
         """Try a tier that has rested long enough. Call it now and then."""
         if self._reading.due:
             self._reading.begin_trial()
-            self._reads.submit(lambda: self._store.contains([NOBODY]), self._tried)
+            self._reads.submit(
+                lambda: self._store.contains([NOBODY]), lambda outcome: self._judge(outcome, self._reading)
+            )
             self._report()
 
     @property
@@ -143,12 +154,10 @@ class StoreTier:
             for each, value in zip(wanted, found, strict=True):
                 if isinstance(value, PayloadError):
                     self._metrics.count(m.REJECTED_PAYLOADS, tier=self.name, reason=value.reason)
-                    self._note(f"{self.name} payload", value)
-                if (
-                    self.index is not None
-                    and outcome.error is None
-                    and (value is None or isinstance(value, PayloadError))
-                ):
+                    if value.reason != EXPIRED:
+                        self._note(f"{self.name} payload", value)
+                lost = outcome.error is None and (value is None or isinstance(value, PayloadError))
+                if lost and self.index is not None and each.key not in self._pending:
                     self.index.drop(each.key)
             self._report()
             done([None if isinstance(value, PayloadError) else value for value in found])
@@ -188,10 +197,8 @@ class StoreTier:
         """Note a use of a chain, root first."""
         if self.index is not None:
             self.index.touch(keys)
-        if self.readable and keys:
-            self._writes.submit(
-                lambda: self._store.touch(keys), lambda outcome: self._judge(outcome, self._reading)
-            )
+        if keys and self.readable and self._writing.state is State.CLOSED:
+            self._writes.submit(lambda: self._store.touch(keys), self._done_beside)
 
     def close(self, seconds: float) -> bool:
         """Finish what waits to be written, within a bound; then let the store go. Whether all was written."""
@@ -224,9 +231,8 @@ class StoreTier:
         victims = self.index.add(write.key, write.size, write.parent, write.cost)
         if victims is None:
             self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.NO_ROOM)
-            return False
-        self._delete(victims)
-        return True
+        self._delete(victims if victims is not None else [write.key] if known else [])
+        return victims is not None
 
     def _put(self, write: Write, parts: Callable[[], Sequence[Buffer]]) -> None:
         if self._asks and not write.replaces and self._store.contains([write.key])[0]:
@@ -237,23 +243,33 @@ class StoreTier:
     def _delete(self, keys: list[bytes]) -> None:
         if keys:
             self._metrics.count(m.EVICTED_CHUNKS, len(keys), tier=self.name, reason=m.CAPACITY)
-            self._writes.submit(
-                lambda: self._store.delete(keys), lambda outcome: self._judge(outcome, self._writing)
-            )
+            self._deleting.update(keys)
+            for gone in self._scans:
+                gone.update(keys)
 
-    def _scanned(self, outcome: Outcome, before: set[bytes]) -> None:
-        """`before`: keys that were known, and written, when the scan began; others may have deleted them."""
+            def done(outcome: Outcome) -> None:
+                self._deleting -= Counter(keys)
+                self._done_beside(outcome)
+
+            self._writes.submit(lambda: self._store.delete(keys), done)
+
+    def _done_beside(self, outcome: Outcome) -> None:
+        """A deletion or a touch has ended. That it went well does not say that values can be written."""
+        if outcome.error is not None:
+            self._judge(outcome, self._writing)
+
+    def _scanned(self, outcome: Outcome, before: set[bytes], gone: set[bytes]) -> None:
+        """`before`: keys that were known, and written, when the scan began; others may have deleted them. `gone`:
+        keys that have been given up, whose deletion the scan may not have seen."""
+        self._scans = [each for each in self._scans if each is not gone]
         self._judge(outcome, self._reading)
-        if outcome.error is None and self.index is not None:
-            for key in before - {entry.key for entry in outcome.value}:
+        if outcome.error is not None:
+            self._reading.trip()  # so that it is scanned again
+        elif self.index is not None:
+            for key in before - {entry.key for entry in outcome.value} - self._pending.keys():
                 self.index.drop(key)
-            self._delete([key for key in self.index.adopt(outcome.value) if key not in self._pending])
-            self._report()
-
-    def _tried(self, outcome: Outcome) -> None:
-        self._judge(outcome, self._reading)
-        if self.readable:
-            self.start()  # who knows what has become of it meanwhile
+            self._delete(self.index.adopt(entry for entry in outcome.value if entry.key not in gone))
+        self._report()
 
     def _rescan(self, written: int) -> None:
         """Where others fill the same folder, look again each time that a sixteenth of the budget was written."""
@@ -263,8 +279,9 @@ class StoreTier:
             self.start()
 
     def _judge(self, outcome: Outcome, breaker: Breaker) -> None:
-        """Tell a breaker what became of an operation."""
-        error = outcome.error
+        """Tell a breaker what became of an operation. A tier that has recovered is scanned: who knows what has
+        become of it meanwhile."""
+        error, trial = outcome.error, breaker.state is State.HALF_OPEN
         if error is None:
             breaker.succeeded()
         else:
@@ -273,8 +290,10 @@ class StoreTier:
             self._note(f"{self.name} tier: {reason}", error)
             if reason in LASTING:
                 breaker.trip()
-            elif reason != "too_large":
+            elif trial or reason != "too_large":
                 breaker.failed()
+        if trial and breaker.state is State.CLOSED:
+            self.start()
         self._report()
 
     def _report(self) -> None:
@@ -300,6 +319,10 @@ def _read(store: Store, wanted: Sequence[Wanted]) -> tuple[list[Any], int]:
         try:
             found.append(each.accept(value))
         except PayloadError as error:
-            store.reject(each.key, error.reason)
             found.append(error)
+            with contextlib.suppress(StoreError):  # it does not concern the others; the index forgets it anyway
+                if error.reason == EXPIRED:
+                    store.delete([each.key])
+                else:
+                    store.reject(each.key, error.reason)
     return found, size

@@ -1,5 +1,6 @@
 """The scheduler side, put together from the settings."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.tier import StoreTier
 from ragkv.kvstore.trace import TraceWriter
 from ragkv.kvstore.work import Completions, Lane
-from ragkv.policies import make_admission, make_policy
+from ragkv.policies import EvictionPolicy, Prioritized, make_admission, make_policy
 
 READING_THREADS = 3  # a tier; writing takes one more
 
@@ -60,7 +61,7 @@ def make_placement(
     memory, device = settings.memory, settings.device
     device_pages = device.capacity * page.ranks // page.page_bytes
     hierarchy = Hierarchy(
-        MemoryTier(memory_pages(settings, page), make_policy(memory.policy)),
+        MemoryTier(memory_pages(settings, page), _memory_policy(settings)),
         memory.page_tokens,
         page.page_bytes,
         metrics,
@@ -78,6 +79,13 @@ def make_placement(
         metrics,
         deadline=settings.placement.deadline,
     )
+
+
+def _memory_policy(settings: Settings) -> EvictionPolicy[Any]:
+    memory = settings.memory
+    if memory.priorities == 1:
+        return make_policy(memory.policy)
+    return Prioritized(lambda: make_policy(memory.policy), memory.priorities)
 
 
 def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
@@ -106,9 +114,16 @@ def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
             writer.record(time.time(), chunks)
         except OSError as error:
             faults.note("trace", error)
+            with contextlib.suppress(OSError):
+                writer.close()
             writer = None
 
-    return record
+    def close() -> None:
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
+
+    return Recorder(record, close)
 
 
 def _tiers(settings: Settings, completions: Completions, metrics: Metrics, faults: Faults) -> list[StoreTier]:
@@ -122,7 +137,7 @@ def _tiers(settings: Settings, completions: Completions, metrics: Metrics, fault
 
         server = RedisStore(
             redis.url,
-            ttl_seconds=round(redis.ttl) or None,
+            ttl_seconds=redis.ttl or None,
             max_value_bytes=redis.max_value,
             timeout_seconds=redis.timeout,
             prefix=f"{redis.prefix}:1:",
@@ -152,7 +167,7 @@ def _tier(
         metrics,
         faults.note,
         through=section.write == "through",
-        queue_bytes=settings.placement.queue,
+        queue_bytes=min(settings.placement.queue, settings.memory.capacity // 2),  # what waits is pinned there
         asks=asks,
     )
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from ragkv.errors import RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
 
@@ -15,7 +16,8 @@ R = TypeVar("R")
 
 
 class Faults:
-    """Counts by kind; the first of a kind and type is logged with its traceback, the others only counted."""
+    """Counts by kind; the first of a kind and type is logged, what is not an error of ours with its traceback; the
+    others are only counted."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -27,7 +29,7 @@ class Faults:
         name = type(cause).__name__  # never the text: requests choose it
         if (kind, name) not in self._seen:
             self._seen.add((kind, name))
-            trace = None if isinstance(cause, str) else cause
+            trace = None if isinstance(cause, str | RagKVError) else cause  # ours say it all in a line
             logger.warning("ragkv: %s: %s; treated as a miss, logged once", kind, cause, exc_info=trace)
 
 

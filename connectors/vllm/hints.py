@@ -12,14 +12,15 @@ request adds no longer than so many seconds, in any tier. `priority`: 0 to 9; wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
-from reprlib import repr as short
+from reprlib import Repr
 from typing import Any
 
 KEY = "ragkv"
 ALLOWED = ("documents", "pin", "priority", "ttl", "unpin")
 LONGEST = 3e9  # seconds; a century
 HIGHEST = 9
+OWNER = 200  # characters of a name
+SHOWN = 80  # characters of a faulty value
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,21 @@ def read_hints(params: Any) -> tuple[Hints, str | None]:
         boundaries=tuple(sorted({edge for span in spans for edge in (span["start"], span["end"])} - {0})),
         pin=reader.pin(spans),
         unpin=reader.unpin(),
-        ttl=reader.checked("ttl", _is_time, "seconds, above 0"),
+        ttl=reader.checked("ttl", _is_time, f"seconds, above 0, at most {LONGEST:.0f}"),
         priority=reader.checked("priority", _is_priority, f"a whole number from 0 to {HIGHEST}") or 0,
     )
     return hints, reader.problem
+
+
+def short(value: Any) -> str:
+    """A value, in at most `SHOWN` characters."""
+    limits = Repr()
+    limits.maxlevel = 3
+    try:
+        text = limits.repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class _Reader:
@@ -70,8 +82,8 @@ class _Reader:
     def __init__(self, given: Mapping[Any, Any]) -> None:
         self._given = given
         self.problem: str | None = None
-        if unknown := sorted(str(key) for key in given.keys() - set(ALLOWED)):
-            self.problem = f"{KEY}.{short(unknown[0])} is unknown; allowed: {', '.join(ALLOWED)}"
+        if unknown := sorted(short(key) for key in given.keys() - set(ALLOWED)):
+            self.problem = f"{KEY}.{unknown[0]} is unknown; allowed: {', '.join(ALLOWED)}"
 
     def checked(self, name: str, good: Any, allowed: str) -> Any:
         """A value that is good, or None."""
@@ -86,7 +98,10 @@ class _Reader:
         return self.checked("documents", _are_spans, allowed) or []
 
     def pin(self, spans: list[dict[str, Any]]) -> Pin | None:
-        allowed = "a map with owner (a text), seconds (above 0) and perhaps documents (a list of ids named above)"
+        allowed = (
+            f"a map with owner (1 to {OWNER} characters), seconds (above 0, at most {LONGEST:.0f}) and perhaps "
+            "documents (a list of ids of documents above)"
+        )
         ends = {span["id"]: span["end"] for span in spans if isinstance(span.get("id"), str)}
         found = self.checked("pin", lambda pin: _is_pin(pin, ends), allowed)
         if found is None:
@@ -95,7 +110,11 @@ class _Reader:
         return Pin(found["owner"], float(found["seconds"]), max(ends[each] for each in named) if named else None)
 
     def unpin(self) -> str | None:
-        found = self.checked("unpin", lambda value: _has_owner(value) and len(value) == 1, "a map with owner")
+        found = self.checked(
+            "unpin",
+            lambda value: _has_owner(value) and len(value) == 1,
+            f"a map with owner (1 to {OWNER} characters)",
+        )
         return None if found is None else str(found["owner"])
 
 
@@ -111,7 +130,7 @@ def _is_span(span: Any) -> bool:
 
 
 def _has_owner(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("owner"), str) and 0 < len(value["owner"]) <= 200
+    return isinstance(value, dict) and isinstance(value.get("owner"), str) and 0 < len(value["owner"]) <= OWNER
 
 
 def _is_pin(pin: Any, ends: Mapping[str, int]) -> bool:
@@ -126,7 +145,7 @@ def _is_id(name: Any, ends: Mapping[str, int]) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value) and 0 < value <= LONGEST
+    return type(value) in (int, float) and 0 < value <= LONGEST
 
 
 def _is_priority(value: Any) -> bool:

@@ -8,6 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from ragkv.config import Loaded, check_shared_memory, load
 from ragkv.connectors.vllm import NAME
 from ragkv.kvstore.segment import available_bytes, sweep
+from ragkv.kvstore.stores.redis_url import parse_location
 
 ROOM_CHECKED = "_ragkv_room_checked"
 
@@ -40,6 +41,8 @@ def check_settings(kv_transfer_config: Any) -> Loaded:
     the engine, where the room may be taken already, by the engine itself.
     """
     loaded = load(kv_transfer_config.kv_connector_extra_config)
+    if loaded.settings.redis.url is not None:
+        parse_location(loaded.settings.redis.url)
     if not getattr(kv_transfer_config, ROOM_CHECKED, False):
         sweep()
         check_shared_memory(loaded.settings, available_bytes())

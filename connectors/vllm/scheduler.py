@@ -2,69 +2,37 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.hints import NO_HINTS, Hints, read_hints
+from ragkv.connectors.vllm.hints import Hints, read_hints
 from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.tracking import Tracked, UnderWay
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk, Match, rows
+from ragkv.kvstore.catalogue import Chunk, rows
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
-from ragkv.kvstore.promotion import Fetch
 
-NO_MATCH = Match((), 0)
 ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
 Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
-Recorder = Callable[[bytes, TokenChain], None]
 
 
-@dataclass(slots=True)
-class Tracked:
-    """A request under way. `computed`: what vLLM had itself at the last lookup; `seen`: what that lookup was
-    of; `stored`: first tokens that need no look any more; `tail`: the open tail stored or read last; `fetch`: what
-    is brought up for it, once; `declined`: the gate said that computing is quicker; `sources`: tokens by tier."""
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """What is told every prompt once: its namespace and its tokens, cut."""
 
-    request: Any
-    namespace: bytes
-    chain: TokenChain
-    hints: Hints = NO_HINTS
-    blocks: list[int] = field(default_factory=list)
-    match: Match = NO_MATCH
-    computed: int = 0
-    seen: tuple[int, int] = (-1, -1)
-    stored: int = 0
-    tail: Chunk | None = None
-    fetch: Fetch | None = None
-    fetched: bool = False
-    declined: bool | None = None
-    sources: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class UnderWay:
-    """A job given out: what it fills (stores, copies) or reads (loads), what it makes superfluous, who still
-    works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier."""
-
-    chunks: list[Chunk]
-    workers: int
-    is_store: bool
-    superseded: Chunk | None = None
-    failed: bool = False
-    hints: Hints = NO_HINTS
-    starts: list[int] = field(default_factory=list)
-    pages: list[bytes] = field(default_factory=list)
-    namespace: bytes = b""
+    record: Callable[[bytes, TokenChain], None]
+    close: Callable[[], None]
 
 
 class SchedulerSide:
     """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone.
-    `record`, where given, is told every prompt once."""
+    `recorder`, where given, is told every prompt once."""
 
     def __init__(
         self,
@@ -75,13 +43,13 @@ class SchedulerSide:
         workers: int,
         metrics: Metrics,
         faults: Faults,
-        record: Recorder | None = None,
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._placement, self._hierarchy = placement, placement.hierarchy
         self._chunker, self._namespace_of = chunker, namespace_of
         self._block_tokens, self._workers = block_tokens, workers
-        self._metrics, self._faults, self._record, self._clock = metrics, faults, record, clock
+        self._metrics, self._faults, self._recorder, self._clock = metrics, faults, recorder, clock
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
@@ -212,6 +180,8 @@ class SchedulerSide:
 
     def close(self, seconds: float) -> bool:
         """Write down what must survive, within a bound. Whether all of it was."""
+        if self._recorder is not None:
+            self._recorder.close()
         return self._placement.close(seconds)
 
     def _track(self, request: Any) -> Tracked | None:
@@ -224,13 +194,17 @@ class SchedulerSide:
             hints, problem = read_hints(request.kv_transfer_params)
             if problem is not None:
                 self._faults.note("hints", problem)
+            if hints.priority and self._hierarchy.classes == 1:
+                self._faults.note(
+                    "hints", f"priority = {hints.priority}; memory.priorities = 1: there are no classes"
+                )
             if hints.unpin is not None:
                 self._hierarchy.holds.release(hints.unpin)
             chain = TokenChain(namespace, self._chunker, hints.boundaries)
             tracked = self._tracked[request_id] = Tracked(request, namespace, chain, hints)
             self._extend(tracked)
-            if self._record is not None:
-                self._record(namespace, chain)
+            if self._recorder is not None:
+                self._recorder.record(namespace, chain)
         return self._tracked[request_id]
 
     def _look_up(self, tracked: Tracked) -> None:
@@ -277,7 +251,7 @@ class SchedulerSide:
     def _copy_hot(self, tracked: Tracked, blocks: list[int]) -> None:
         """Note the use of a match, and order copies to the device tier of the chunks that are hot now. They are
         taken from the engine's cache, behind the step in which they are loaded."""
-        hot = self._hierarchy.touch(tracked.match)
+        hot = self._hierarchy.touch(tracked.match, tracked.hints.priority)
         if not hot:
             return
         places, first = {}, 0
@@ -346,7 +320,10 @@ class SchedulerSide:
     def _store(self, tracked: Tracked, upto: int, finishes: str | None = None) -> bool:
         """Order the store of what the first `upto` tokens have new; False where that is nothing."""
         upto = min(upto, len(tracked.blocks) * self._block_tokens)
-        new = self._hierarchy.reserve(tracked.namespace, tracked.chain, upto)
+        new = self._hierarchy.reserve(
+            tracked.namespace, tracked.chain, upto, asked=tracked.asked, priority=tracked.hints.priority
+        )
+        tracked.asked = max((end for end in tracked.chain.ends if end <= upto), default=0)
         if not new:
             return False
         chunks = [chunk for _, chunk in new]
@@ -359,7 +336,7 @@ class SchedulerSide:
         under_way.starts, under_way.namespace = [at for at, _ in new], tracked.namespace
         self._under_way[job.id] = under_way
         self._orders.stores.append(job)
-        if last.key not in tracked.chain.keys:
+        if last.open:
             tracked.tail = last
         elif covers:
             tracked.tail = None
@@ -382,7 +359,7 @@ class SchedulerSide:
         for chunk in done.chunks:
             self._hierarchy.commit(chunk)
             self._metrics.count(m.STORED_TOKENS, len(chunk))
-            if done.hints.ttl is not None:
+            if done.hints.ttl is not None and chunk in self._hierarchy:
                 self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
         self._keep(done.hints, done.chunks, done.starts)
         self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore.codec import Header, decode, header_end, read_header
+from ragkv.kvstore.keys import tail_key
 from ragkv.kvstore.stores.folder import Folder
 
 FIRST_BYTES = 4096  # holds the header of a chunk of up to 900 tokens
@@ -142,4 +143,5 @@ def _read(descriptor: int, key: bytes, size: int, *, whole: bool) -> tuple[Heade
         return None, error.reason
     except OSError:
         return None, "io"
-    return (header, None) if header.key == key else (None, "key")
+    where = tail_key(header.parent) if header.open else header.key
+    return (header, None) if where == key else (None, "key")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ragkv.config import Loaded, check_shared_memory, load
+from ragkv.config.sources import hide_password
 from ragkv.errors import RagKVError
 from ragkv.store_command import app as store_app
 
@@ -168,7 +169,7 @@ def _mapping(text: str) -> dict[str, object]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise RagKVError(f"ragkv: --extra = {text!r}; allowed: a JSON object")
+        raise RagKVError(f"ragkv: --extra = {hide_password(text)!r}; allowed: a JSON object")
     return value
 
 
