@@ -68,7 +68,7 @@ def _prefix(
         hits, requests = 0, blocks.requests[start : start + STEP]
         for request in requests:
             parent = held = None
-            for key in request:
+            for place, key in enumerate(request):
                 if cached[key]:  # a cached block's parents are, too
                     touch(key)
                     hits += 1
@@ -76,6 +76,8 @@ def _prefix(
                     continue
                 weight = weights[key]
                 if admit is not None and not admit(key, weight, weight):
+                    for later in request[place + 1 :]:  # to be asked is to be seen
+                        admit(later, weights[later], weights[later])
                     break
                 if parent is not None:
                     pin(parent)

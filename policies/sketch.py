@@ -1,4 +1,4 @@
-"""How often keys were seen of late, in four bytes a key or so, with no list of them."""
+"""How often keys were seen of late, in some bytes a key, with no list of them."""
 
 from array import array
 
@@ -11,13 +11,13 @@ class FrequencySketch:
     by halving (TinyLFU: Einziger, Friedman, Manes, ACM TOS 2017).
 
     `width`: counters a row, rounded up to a power of two. All counts are halved after `sample` increments for each
-    counter of a row. With 10 of them, as in the paper, counts are good for comparison only: many keys share one.
+    counter of a row: the more, the more keys share one.
     """
 
     MOST = 15
     __slots__ = ("_additions", "_mask", "_rows", "_sample")
 
-    def __init__(self, width: int = 64, sample: float = 10) -> None:
+    def __init__(self, width: int = 64, sample: float = 2.5) -> None:
         self._mask = (1 << max(width - 1, 1).bit_length()) - 1
         self._rows = array("B", bytes(ROWS * (self._mask + 1)))
         self._additions = 0

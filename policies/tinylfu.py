@@ -14,6 +14,8 @@ from ragkv.policies.sketch import FrequencySketch
 
 WINDOW = 0.01
 PROTECTED = 0.8
+SAMPLE = 10  # uses counted for each tracked key before all counts are halved
+COUNTERS = 4  # in each row of the sketch for each tracked key, as in Caffeine
 FILLING = 0.5  # a window of more than this share means that the main part is still empty: no duels
 
 
@@ -24,7 +26,7 @@ class WTinyLFU(ChainPolicy[K]):
         super().__init__()
         self._probation: Queue[K] = Queue()
         self._protected: Queue[K] = Queue()
-        self._sketch = FrequencySketch()
+        self._sketch = FrequencySketch(sample=SAMPLE / COUNTERS)
 
     def _queues(self) -> Iterator[Queue[K]]:
         yield from (self._queue, self._probation, self._protected)
@@ -34,8 +36,8 @@ class WTinyLFU(ChainPolicy[K]):
         node.rank = self._clock
         node.queue = self._queue
         self._queue.weight += node.weight
-        if self._sketch.width < len(self._nodes):
-            self._sketch.widen(len(self._nodes))
+        if self._sketch.width < COUNTERS * len(self._nodes):
+            self._sketch.widen(COUNTERS * len(self._nodes))
         self._sketch.add(node.mark)
 
     def _use(self, node: Node[K]) -> None:

@@ -164,6 +164,20 @@ def test_removal_leaves_nothing_behind(policy):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["arc", "lfu", "s3fifo", "wtinylfu"])
+def test_what_was_used_again_outlives_a_scan(name):
+    policy = make_policy(name)
+    for key in range(50):
+        policy.insert(key)
+    for key in [*range(50)] * 2:
+        policy.touch(key)
+    for key in range(50, 500):
+        if len(policy) == 100:
+            policy.evict(1)
+        policy.insert(key)
+    assert sum(key in policy for key in range(50)) >= 45
+
+
 VICTIMS = """
 import sys
 sys.path[:0] = {path!r}

@@ -189,4 +189,4 @@ def test_a_space_so_small_that_requests_are_preempted(plain, small, filings):
         small.metrics()['ragkv_used_bytes{tier="memory"}']
         <= small.metrics()['ragkv_capacity_bytes{tier="memory"}']
     )
-    assert small.metrics()['ragkv_evicted_chunks_total{reason="capacity"}'] > 0
+    assert small.metrics()['ragkv_evicted_chunks_total{tier="memory",reason="capacity"}'] > 0

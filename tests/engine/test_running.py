@@ -64,22 +64,29 @@ def test_memory_is_flat_over_many_short_requests(small, filings):
     after = small.metrics()
     assert anonymous_bytes(small.pid) - settled < 16 * 2**20
     for name, least in (
-        ('ragkv_evicted_chunks_total{reason="capacity"}', 700),
+        ('ragkv_evicted_chunks_total{tier="memory",reason="capacity"}', 700),
         ('ragkv_lookups_total{result="hit"}', 500),
     ):
         assert after[name] - before[name] > least
 
 
-def test_two_workers_share_one_segment_and_a_kill_leaves_nothing(shared_ragkv, tmp_path_factory, filings):
+def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
+    shared_ragkv, tmp_path_factory, filings
+):
     """Tensor parallel 2, on a random-weight model whose heads divide."""
     llama = random_llama(tmp_path_factory.mktemp("llama") / "model")
+    folder = tmp_path_factory.mktemp("tier") / "disk"
     prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
     with Engine(EngineOptions(llama, None, "float32", 2048)) as alone:
         wanted = [answer.tokens for answer in alone.ask(prompts, 12)]
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     parallel = EngineOptions(
         llama,
-        {"memory": {"capacity": "64MiB"}},
+        {
+            "memory": {"capacity": "64MiB"},
+            "device": {"capacity": "8MiB", "after": 1},
+            "disk": {"path": str(folder)},
+        },
         "float32",
         2048,
         llm=two,
@@ -95,6 +102,9 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_nothing(shared_ragkv, t
         warm = engine.ask(prompts, 12)
         assert [answer.tokens for answer in warm] == wanted
         assert [answer.cached_tokens for answer in warm] == [len(prompt) - 1 for prompt in prompts]
+        engine.evict()
+        hot = engine.ask(prompts, 12)
+        assert [answer.tokens for answer in hot] == wanted and hot[0].hit_tokens["device"] > 0
         for pid in everyone:
             os.kill(pid, signal.SIGKILL)
         wait_until_gone(everyone)
@@ -103,6 +113,10 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_nothing(shared_ragkv, t
     assert segments() == others
     assert mapped_segments(*children(shared_ragkv.pid)), "the other engine keeps its memory"
     assert len(shared_ragkv.ask([filings[0][:300]], 4)) == 1
+    with Engine(parallel) as again:
+        answers = again.ask(prompts, 12)
+    assert [answer.tokens for answer in answers] == wanted
+    assert answers[0].hit_tokens["disk"] > 0.97 * sum(map(len, prompts))
 
 
 @contextlib.contextmanager

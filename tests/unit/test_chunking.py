@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from ragkv.benchmarks.tenk import generate_filing
 from ragkv.kvstore.chunking import HASH_WINDOW, Chunker, TokenChain, TokenStructure, rolling_hash
-from ragkv.kvstore.keys import as_tokens, chain_key, namespace
+from ragkv.kvstore.keys import as_tokens, chain_key, content_key, namespace
 
 VOCABULARY = ["\n\n", "\n", " ", ".\n \n", *(f" w{number}" for number in range(4, 500))]
 STRUCTURE = TokenStructure.of(VOCABULARY)
@@ -49,6 +49,7 @@ GOLDEN_KEYS = {
     27: "1e90d6fbd89275d4f044719f431e67fe",
 }
 GOLDEN_NAMESPACE = "4283ef2c5a95c00946b36d114ccf4a92"
+GOLDEN_CONTENT = "7bc8e12c04bf80164c2fcf414159b0b7"
 
 
 def generated(size):
@@ -321,3 +322,12 @@ def test_namespaces_differ_where_anything_does():
 def test_a_namespace_needs_stable_bytes(value):
     with pytest.raises(TypeError):
         namespace({"a": value})
+
+
+def test_a_content_key_is_of_tokens_and_namespace_alone():
+    space, other = namespace({"model": "golden"}), namespace({"model": "other"})
+    tokens, more = as_tokens([1, 2, 3]).tobytes(), as_tokens([1, 2, 3, 4]).tobytes()
+    key = content_key(space, tokens)
+    assert key.hex() == GOLDEN_CONTENT and content_key(space, tokens) == key
+    assert len({key, content_key(other, tokens), content_key(space, more), content_key(space, b"")}) == 4
+    assert key != chain_key(space, tokens), "a chunk at the start of a prompt has two names"

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore.breaker import State
 from ragkv.kvstore.metrics import METRICS, Metrics, merge, split
 
-UNITS = {"gauge": ("_bytes", "_pages", "_chunks"), "counter": ("_total",), "histogram": ("_seconds",)}
+UNITS = {"gauge": ("_bytes", "_pages", "_chunks", "_state"), "counter": ("_total",), "histogram": ("_seconds",)}
 COUNTERS = [(m.LOOKUPS, {"result": "hit"}), (m.LOOKUPS, {"result": "miss"}), (m.STORED_TOKENS, {})]
+HISTOGRAMS = [(m.LOAD_SECONDS, {}), (m.READ_SECONDS, {"tier": "disk"}), (m.READ_SECONDS, {"tier": "redis"})]
 GAUGES = [(m.USED_BYTES, {"tier": "memory"}), (m.USED_BYTES, {"tier": "disk"})]
 
 
@@ -26,6 +28,27 @@ def test_names_carry_their_unit(metric):
     assert metric.name.endswith(UNITS[metric.kind])
     assert metric.name.endswith("_total") == (metric.kind == "counter")
     assert metric.text.endswith(".") and len(set(metric.labels)) == len(metric.labels)
+
+
+def test_a_state_says_what_its_numbers_mean():
+    """It has no unit; the numbers are the breaker's."""
+    (metric,) = [metric for metric in METRICS.values() if metric.name.endswith("_state")]
+    told = {State.CLOSED: "in use", State.HALF_OPEN: "on trial", State.OPEN: "at rest"}
+    assert all(f"{state.value} {text}" in metric.text for state, text in told.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "values"),
+    [
+        (m.EVICTED_CHUNKS, "reason", (m.CAPACITY, m.RESET, m.SUPERSEDED, m.ABANDONED, m.EXPIRED)),
+        (m.REFUSED_CHUNKS, "reason", (m.NO_ROOM, m.COLLISION, m.ADMISSION)),
+        (m.UNWRITTEN_CHUNKS, "reason", (m.RESTING, m.THROTTLED, m.ADMISSION, m.NO_ROOM)),
+    ],
+)
+def test_the_text_lists_what_a_label_may_be(name, label, values):
+    metric = METRICS[name]
+    assert label in metric.labels
+    assert f"({', '.join(values)})" in metric.text
 
 
 def test_buckets_ascend():
@@ -47,6 +70,9 @@ def test_unknown_names_are_refused():
         ("count", m.LOOKUPS, {"result": "hit", "tier": "memory"}),
         ("count", m.LOOKUPS, {"results": "hit"}),
         ("count", m.STORED_TOKENS, {"tier": "memory"}),
+        ("count", m.EVICTED_CHUNKS, {"reason": m.CAPACITY}),
+        ("gauge", m.TIER_STATE, {"tier": "disk"}),
+        ("observe", m.READ_SECONDS, {}),
         ("count", m.USED_BYTES, {"tier": "memory"}),
         ("count", m.LOAD_SECONDS, {}),
         ("gauge", m.LOOKUPS, {"result": "hit"}),
@@ -85,17 +111,17 @@ def test_drain_gives_what_came_since():
 
 def test_split_gives_the_labels_in_order():
     metrics = Metrics()
-    metrics.count(m.EVICTED_CHUNKS, reason=m.CAPACITY)
+    metrics.count(m.EVICTED_CHUNKS, reason=m.CAPACITY, tier=m.DISK)
     metrics.count(m.STORED_TOKENS)
     (evicted, stored) = metrics.drain()["counters"]
-    assert split(evicted) == (m.EVICTED_CHUNKS, [m.CAPACITY])
+    assert split(evicted) == (m.EVICTED_CHUNKS, [m.DISK, m.CAPACITY])
     assert split(stored) == (m.STORED_TOKENS, [])
 
 
 records = st.one_of(
     st.tuples(st.just("count"), st.sampled_from(COUNTERS), st.integers(1, 9)),
     st.tuples(st.just("gauge"), st.sampled_from(GAUGES), st.integers(0, 9)),
-    st.tuples(st.just("observe"), st.just((m.LOAD_SECONDS, {})), st.floats(0, 10)),
+    st.tuples(st.just("observe"), st.sampled_from(HISTOGRAMS), st.floats(0, 10)),
 )
 
 

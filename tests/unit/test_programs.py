@@ -74,11 +74,18 @@ def test_the_plan_benchmark_writes_its_figures(tmp_path):
         (("check", "large.yaml"), 1, ("memory.capacity = 900TiB", "has free")),
         (("show", "--file", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--extra", "[]"), 1, ("--extra", "a JSON object")),
+        (("show", "--extra", '{"redis": {"url": "redis://:hunter2@host"'), 1, ("--extra", "***@host")),
+        (("show", "--extra", '{"redis": {"url": "redis://u:hunter2@host"}}'), 0, ("redis://u:***@host",)),
+        (("show", "--extra", '{"redis": {"password": "hunter2"}}'), 1, ("redis.password = ***", "redis.url")),
+        (("check", "redis.yaml"), 0, ("good",)),
+        (("check", "badredis.yaml"), 1, ("redis.url = ['redis://:***@host']",)),
     ],
 )
 def test_config_commands(tmp_path, arguments, code, words):
     for name, size in (("good", "2MiB"), ("bad", "lots"), ("large", "900TiB")):
         (tmp_path / f"{name}.yaml").write_text(f"memory: {{capacity: {size}}}\n")
+    for name, url in (("redis", "redis://:hunter2@host"), ("badredis", "['redis://:hunter2@host']")):
+        (tmp_path / f"{name}.yaml").write_text(f"memory: {{capacity: 2MiB}}\nredis:\n  url: {url}\n")
     program = Path(sys.executable).parent / "ragkv"
     done = subprocess.run(
         [str(program), "config", *arguments],
@@ -89,3 +96,4 @@ def test_config_commands(tmp_path, arguments, code, words):
     )
     assert done.returncode == code
     assert all(word in done.stdout + done.stderr for word in words), done
+    assert "hunter2" not in done.stdout + done.stderr

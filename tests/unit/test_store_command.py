@@ -12,6 +12,7 @@ import pytest
 from ragkv import cli
 from ragkv.errors import StoreError
 from ragkv.kvstore.codec import Header, encode
+from ragkv.kvstore.keys import tail_key
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.folder import QUARANTINE, value_name
 from ragkv.kvstore.stores.inventory import Inventory, Totals
@@ -136,6 +137,14 @@ def test_verify_passes_what_is_good(store, run):
         status == 0 and re.fullmatch(r"4 values, \d+ B|[\d.]+ KiB: 0 bad\n", out.split("values, ")[0] + "") is None
     )
     assert re.fullmatch(r"4 values, [\d.]+ (B|KiB): 0 bad\n", out)
+
+
+def test_an_open_tail_lies_where_its_parent_says(store, run):
+    tail = dataclasses.replace(header(0), open=True)
+    store.put(tail_key(tail.parent), payload(tail))
+    assert run("verify", store.folder)[0] == 0
+    store.put(tail.key, payload(tail))
+    assert f"{tail.key.hex()}: key\n" in run("verify", store.folder)[1]
 
 
 def test_verify_finds_and_moves_what_is_bad(store, run):

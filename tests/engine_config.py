@@ -1,0 +1,44 @@
+"""vLLM's configuration objects, as far as ragkv looks at them."""
+
+from types import SimpleNamespace
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+
+def spec(cls=FullAttentionSpec, **change):
+    given = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    return cls(**given | change)
+
+
+def config(**change):
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "tensor_parallel_size": 2,
+    }
+    parallel |= {name: change.pop(name) for name in list(change) if name in parallel}
+    model = {
+        "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4}),
+        "model": "org/model",
+        "revision": None,
+        "seed": 0,
+        "quantization": None,
+        "dtype": torch.bfloat16,
+        "is_prefix_caching_supported": True,
+    }
+    model |= {name: change.pop(name) for name in list(change) if name in model}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(**model),
+        cache_config=SimpleNamespace(cache_dtype=change.pop("cache_dtype", "auto")),
+        load_config=SimpleNamespace(load_format=change.pop("load_format", "auto")),
+        speculative_config=change.pop("speculative_config", None),
+    )
+
+
+def caches(*specs, layers=("layer.0", "layer.1", "layer.2")):
+    return SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=each, layer_names=list(layers)) for each in specs]
+    )

@@ -1,0 +1,334 @@
+"""Lanes and clocks that a test moves by hand: every interleaving can be made, without threads or sleep."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from random import Random
+
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.breaker import State
+from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
+from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.index import Index
+from ragkv.kvstore.keys import as_tokens
+from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.metrics import METRICS, Metrics
+from ragkv.kvstore.pages import Pages, PageShape
+from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.stores.memory import MemoryStore
+from ragkv.kvstore.stores.wrappers import FaultyStore, Plan, WrapperStore
+from ragkv.kvstore.tier import StoreTier, Wanted, Write
+from ragkv.kvstore.work import Completions, run
+from ragkv.policies import Always, make_policy
+
+
+@dataclass
+class HandClock:
+    """A clock that stands still."""
+
+    now: float = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class HandCompletions(Completions):
+    """Where one would wait, `meanwhile` happens, if given; if nothing comes of it, the time is over at once."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock, self.meanwhile = clock, None
+
+    def drain(self, seconds=0.0):
+        if super().drain():
+            return True
+        if seconds > 0 and self.meanwhile is not None:
+            self.meanwhile()
+            if super().drain():
+                return True
+        self.clock.now += seconds
+        return False
+
+
+class HandLane:
+    """Jobs wait for `step`, which runs one here and posts its outcome. `hangs`: none ends any more."""
+
+    def __init__(self, completions):
+        self._completions = completions
+        self.jobs, self.closed, self.hangs = deque(), False, False
+
+    def submit(self, job, done):
+        if not self.closed:
+            self.jobs.append((job, done))
+
+    def step(self, place=0):
+        """Run the next job, or another: threads do not end in order. Whether there was one."""
+        if self.hangs or not self.jobs:
+            return False
+        job, done = self.jobs[place % len(self.jobs)]
+        del self.jobs[place % len(self.jobs)]
+        self._completions.post(done, run(job))
+        return True
+
+    def run(self):
+        """Run all; whether there was any."""
+        return sum(iter(self.step, False)) > 0
+
+    def close(self, seconds):
+        self.closed = True
+        self.run()
+        if self.jobs:
+            self._completions.clock.now += seconds
+        return not self.jobs
+
+    def abandon(self):
+        self.jobs.clear()
+
+
+class Kept(WrapperStore):
+    """The way of one engine to a store that outlives it. Notes the methods that are called, and the keys read;
+    `errors`: what a method raises."""
+
+    def __init__(self, inner, name):
+        super().__init__(inner)
+        self.name, self.calls, self.read, self.errors = name, Counter(), [], {}
+
+    def get_many(self, keys):
+        self.read += keys
+        return super().get_many(keys)
+
+    def _pass(self, method, call, nothing):
+        self.calls[method] += 1
+        if method in self.errors:
+            raise self.errors[method]
+        return call()
+
+    def close(self):
+        self.calls["close"] += 1
+
+
+@dataclass
+class Lower:
+    """A lower tier on hand lanes. `values` outlive the engine; `plan` says which calls break. `capacity` None: the
+    backend decides itself what it keeps, as Redis does."""
+
+    name: str = "disk"
+    through: bool = True
+    capacity: int | None = 1 << 20
+    asks: bool = False
+    queue: int = 1 << 20
+    policy: str = "lru"
+    plan: Plan = lambda method, number: None
+    values: MemoryStore = field(default_factory=MemoryStore)
+
+    def open(self, clock, metrics, completions):
+        """A tier of a new engine."""
+        self.store = Kept(FaultyStore(self.values, lambda method, number: self.plan(method, number)), self.name)
+        self.reads, self.writes = HandLane(completions), HandLane(completions)
+        self.index = None if self.capacity is None else Index(self.capacity, make_policy(self.policy))
+        self.admission, self.notes = Always(), []
+        self.tier = StoreTier(
+            self.store,
+            self.index,
+            self.admission,
+            self.reads,
+            self.writes,
+            clock,
+            metrics,
+            lambda kind, cause: self.notes.append((kind, cause)),
+            through=self.through,
+            queue_bytes=self.queue,
+            asks=self.asks,
+        )
+        return self.tier
+
+    def stored(self):
+        """What is kept, behind the tier's back."""
+        return set(self.values.values)
+
+    def spoil(self, key, change):
+        """Change a value behind the tier's back."""
+        value, used = self.values.values[key]
+        self.values.values[key] = bytes(change(bytearray(value))), used
+
+    def check(self):
+        """Nothing is under way, and no budget exceeded."""
+        assert not self.reads.jobs and not self.writes.jobs
+        assert not self.tier._pending and self.tier._queued == 0
+        if self.index is not None:
+            self.index.check_integrity()
+
+
+def redis(**changes):
+    """A lower tier that decides itself what it keeps, and that others fill too."""
+    return Lower(**{"name": "redis", "capacity": None, "asks": True, **changes})
+
+
+class Recorded(Metrics):
+    """Keeps what was counted since the beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted, self.gauges = Counter(), {}
+
+    def count(self, name, value=1, **labels):
+        super().count(name, value, **labels)
+        self.counted[name, *(labels[label] for label in METRICS[name].labels)] += value
+
+    def gauge(self, name, value, **labels):
+        super().gauge(name, value, **labels)
+        self.gauges[name, *(labels[label] for label in METRICS[name].labels)] = value
+
+    def get(self, *key):
+        """Of a counter or a gauge: name and labels."""
+        return self.gauges[key] if key in self.gauges else self.counted[key]
+
+
+def key(number):
+    """A key of a store."""
+    return number.to_bytes(16, "big")
+
+
+class Bench:
+    """One tier, and what became of its writes and reads."""
+
+    def __init__(self, lower=None, **changes):
+        self.lower = lower or Lower(**changes)
+        self.clock, self.metrics = HandClock(), Recorded()
+        self.completions = HandCompletions(self.clock)
+        self.tier = self.lower.open(self.clock, self.metrics, self.completions)
+        self.store, self.index = self.lower.store, self.lower.index
+        self.written, self.made = [], []
+        self.tier.start()
+        self.settle()
+
+    def write(self, where, value=b"value", parent=None, replaces=False, size=None):
+        def make():
+            self.made.append(where)
+            return lambda: [value]
+
+        write = Write(where, parent, len(value) if size is None else size, 1.0, make, replaces)
+        return self.tier.write(write, lambda well: self.written.append((where, well)))
+
+    def keep(self, where, value=b"value", **more):
+        assert self.write(where, value, **more)
+        self.settle()
+        assert self.written[-1] == (where, True)
+
+    def read(self, *keys, accept=bytes):
+        """Read and settle; None where `done` was never called."""
+        found = []
+        self.tier.read([Wanted(each, accept) for each in keys], found.extend)
+        self.settle()
+        return found
+
+    def drain(self):
+        self.completions.drain()
+
+    def settle(self):
+        self.drain()
+        while self.lower.writes.run() or self.lower.reads.run():
+            self.drain()
+
+    def state(self, side):
+        return State(self.metrics.get(m.TIER_STATE, self.lower.name, side))
+
+    def values(self):
+        return {where: value for where, (value, _) in self.lower.values.values.items()}
+
+
+class Stack:
+    """Memory and lower tiers without an engine. A chunk's bytes follow from its key."""
+
+    SHAPE = PageShape(ranks=2, layers=1, page_tokens=4, row_elements=3, itemsize=2, dtype="float16")
+    SPACE = bytes(range(16))
+
+    def __init__(self, *lowers, pages=100, deadline=2.0, gate=None):
+        self.lowers = lowers
+        self.wall, self.pages_wanted, self.deadline = HandClock(1e9), pages, deadline
+        self.gate = gate or Gate(active=False)
+        self.start()
+
+    def start(self):
+        """A new engine over what lies in the lower tiers; what the old one had under way is lost."""
+        self.clock, self.metrics = HandClock(self.wall.now / 1e6), Recorded()
+        self.completions = HandCompletions(self.clock)
+        shape = self.SHAPE
+        self.memory = MemoryTier(self.pages_wanted, make_policy("lru"))
+        self.hierarchy = Hierarchy(self.memory, shape.page_tokens, shape.page_bytes, self.metrics)
+        self.pages = Pages(bytearray(self.pages_wanted * shape.page_bytes), shape)
+        self.placement = Placement(
+            self.hierarchy,
+            self.pages,
+            [lower.open(self.clock, self.metrics, self.completions) for lower in self.lowers],
+            self.gate,
+            self.completions,
+            self.metrics,
+            deadline=self.deadline,
+            clock=self.clock,
+            wall=self.wall,
+        )
+        self.settle()
+
+    def chain(self, tokens, named=()):
+        chain = TokenChain(self.SPACE, Chunker(16, 24, 32, TokenStructure.of(["a", "\n\n"])), named)
+        chain.extend(as_tokens(tokens))
+        return chain
+
+    def bytes_of(self, chunk):
+        return Random(chunk.key).randbytes(self.pages.size(chunk))
+
+    def keep(self, tokens, named=(), ttl=None):
+        """Store as an engine does; the chunks that are new."""
+        chain = self.chain(tokens, named)
+        new = self.hierarchy.reserve(self.SPACE, chain, len(tokens))
+        for _, chunk in new:
+            self.pages.fill(chunk, memoryview(self.bytes_of(chunk)))
+            self.hierarchy.commit(chunk)
+            if ttl is not None:
+                self.hierarchy.holds.expire(chunk, self.clock() + ttl)
+        self.placement.stored(self.SPACE, new)
+        return [chunk for _, chunk in new]
+
+    def match(self, tokens, named=()):
+        """What can be read of a prompt now; its bytes are checked."""
+        match = self.hierarchy.match(self.SPACE, self.chain(tokens, named), len(tokens))
+        for chunk in match.chunks:
+            assert b"".join(self.pages.parts(chunk)) == self.bytes_of(chunk), "wrong KV"
+        return match
+
+    def fetch(self, tokens, named=(), computed=0):
+        match = self.match(tokens, named)
+        return self.placement.fetch(self.SPACE, self.chain(tokens, named), match, computed, len(tokens))
+
+    def get(self, tokens, named=()):
+        """Fetch, let all lanes work, and see how much there is then."""
+        fetch = self.fetch(tokens, named)
+        self.settle()
+        assert fetch is None or not self.placement.waits(fetch)
+        return self.match(tokens, named).length
+
+    def settle(self):
+        """Let everybody work until nothing is left to do."""
+        while True:
+            self.placement.tick()
+            if not any(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)):
+                break
+
+    def forget(self):
+        """Memory loses everything; below nothing changes."""
+        self.hierarchy.reset()
+        assert self.memory.used == 0
+
+    def check(self):
+        self.hierarchy.check_integrity()
+        assert self.hierarchy._pins == len(self.hierarchy.holds._owners) and not self.hierarchy._doomed
+        assert not self.placement._up._loading
+        for lower in self.lowers:
+            lower.check()
+
+
+def words(seed, length):
+    """Tokens of a text that is its seed's alone, with a paragraph now and then."""
+    chance = Random(seed)
+    return [1 if place % 23 == 20 else chance.randrange(100, 10**6) for place in range(length)]

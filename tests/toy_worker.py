@@ -1,0 +1,60 @@
+"""The toy engine's worker hands: they copy numpy arrays, and write real bytes into the memory tier."""
+
+import numpy as np
+
+from ragkv.connectors.vllm.timing import Timing
+from ragkv.connectors.vllm.transfer import Done
+
+PAGE, LAYERS = 4, 2
+HALF = (1 << 31) - 1
+
+
+class MemoryRows:
+    """One rank's rows of the memory tier: a value's halves are K and V, and each layer has its own variant."""
+
+    def __init__(self, buffer, ranks, rank):
+        self._pages = np.frombuffer(buffer, dtype=np.int32).reshape(-1, ranks, LAYERS, 2, PAGE)[:, rank]
+
+    def __setitem__(self, rows, values):
+        for layer in range(LAYERS):
+            self._pages[rows // PAGE, layer, 0, rows % PAGE] = (values & HALF) ^ layer
+            self._pages[rows // PAGE, layer, 1, rows % PAGE] = (values >> 31) ^ layer
+
+    def __getitem__(self, rows):
+        layers = self._pages[rows // PAGE, :, :, rows % PAGE].astype(np.int64)
+        values = [(layers[:, layer, 1] ^ layer) << 31 | (layers[:, layer, 0] ^ layer) for layer in range(LAYERS)]
+        return np.where(values[0] == values[1], values[0], -1)
+
+
+class Mover:
+    """Copies between one worker's cache and its share of a tier; told so, it fails, having written rubbish."""
+
+    def __init__(self, cache, tier, fails):
+        self.cache, self.tier, self.fails = cache, tier, fails
+
+    def load(self, rows, slots):
+        self._fail("load", self.cache, slots)
+        self.cache[slots.numpy()] = self.tier[rows.numpy()]
+        return Done()
+
+    def store(self, rows, slots):
+        self._fail("store", self.tier, rows)
+        self.tier[rows.numpy()] = self.cache[slots.numpy()]
+        return Done()
+
+    def _fail(self, kind, target, places):
+        if kind in self.fails:
+            target[places[: len(places) // 2].numpy()] = np.int64(-7)
+            raise OSError(f"no {kind}")
+
+
+class Stopwatch:
+    """Finds that everything takes `seconds`."""
+
+    seconds = 0.0
+
+    def start(self):
+        return None
+
+    def stop(self, beginning):
+        return Timing(lambda: self.seconds)

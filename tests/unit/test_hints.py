@@ -1,0 +1,209 @@
+"""Hints of requests: what is read, and the one thing that is said of what is wrong."""
+
+import json
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from ragkv.connectors.vllm.hints import ALLOWED, LONGEST, NO_HINTS, Hints, Pin, read_hints
+
+DOCUMENTS = [{"id": "a", "start": 0, "end": 40}, {"id": "b", "start": 40, "end": 90}, {"start": 90, "end": 100}]
+
+
+def read(**hints):
+    return read_hints({"ragkv": hints})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [None, {}, {"ragkv": None}, {"ragkv": {}}, {"other": 1}, {"ragkv": {"documents": []}}, [], "ragkv", 7],
+)
+def test_no_hints_are_no_problem(params):
+    assert read_hints(params) == (NO_HINTS, None)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_hint_of_null_is_no_hint(name):
+    assert read(**{name: None}) == (NO_HINTS, None)
+
+
+def test_documents_name_both_their_ends_once_and_never_the_start_of_the_prompt():
+    spans = [
+        {"id": "b", "start": 40, "end": 90},
+        {"start": 0, "end": 40},
+        {"start": 10, "end": 90, "id": None},
+    ]
+    assert read(documents=spans) == (Hints(boundaries=(10, 40, 90)), None)
+
+
+def test_all_hints_at_once():
+    pin = {"owner": "desk 7", "seconds": 3600, "documents": ["a"]}
+    hints, problem = read(documents=DOCUMENTS, pin=pin, unpin={"owner": "desk 6"}, ttl=0.5, priority=9)
+    assert problem is None
+    assert hints == Hints((40, 90, 100), Pin("desk 7", 3600.0, 40), "desk 6", 0.5, 9)
+
+
+@pytest.mark.parametrize(
+    ("named", "end"), [(["a"], 40), (["a", "b"], 90), (["b", "a"], 90), (["b", "b"], 90), ([], None)]
+)
+def test_a_pin_reaches_to_the_end_of_the_last_document_it_names(named, end):
+    hints, problem = read(documents=DOCUMENTS, pin={"owner": "x", "seconds": 1, "documents": named})
+    assert (hints.pin, problem) == (Pin("x", 1.0, end), None)
+
+
+def test_a_pin_without_documents_is_of_the_whole_prompt():
+    assert read(pin={"owner": "x", "seconds": 2.5}) == (Hints(pin=Pin("x", 2.5, None)), None)
+
+
+BAD_TIMES = [0, -1, True, "60", float("nan"), float("inf"), LONGEST + 1, 10**400, [1], {}]
+BAD_OWNERS = [None, "", 7, True, "x" * 201, ["x"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("documents", value)
+            for value in (
+                7,
+                "a",
+                {"start": 1, "end": 2},
+                [3],
+                [None],
+                [{}],
+                [{"start": 1}],
+                [{"start": 5, "end": 5}],
+                [{"start": -1, "end": 5}],
+                [{"start": 1.0, "end": 5}],
+                [{"start": "1", "end": "5"}],
+                [{"start": False, "end": True}],
+                [{"start": 1, "end": 5}, {"start": 9, "end": 2}],
+            )
+        ),
+        *(("pin", value) for value in (7, "x", [], {}, {"owner": "x"}, {"seconds": 1})),
+        *(("pin", {"owner": "x", "seconds": value}) for value in BAD_TIMES),
+        *(("pin", {"owner": value, "seconds": 1}) for value in BAD_OWNERS),
+        *(("pin", {"owner": "x", "seconds": 1, "documents": value}) for value in (None, "a", ["a"], [7], [["a"]])),
+        ("pin", {"owner": "x", "seconds": 1, "until": 7}),
+        *(("unpin", value) for value in (7, "x", [], {}, {"owner": "x", "seconds": 1})),
+        *(("unpin", {"owner": value}) for value in BAD_OWNERS),
+        *(("ttl", value) for value in BAD_TIMES),
+        *(("priority", value) for value in (-1, 10, 1.0, True, "1", [1], 10**400)),
+    ],
+    ids=lambda value: str(type(value).__name__),
+)
+def test_a_malformed_hint_counts_for_nothing_and_is_told(name, value):
+    good = {"documents": [{"id": "b", "start": 2, "end": 5}], "ttl": 7, "priority": 3}
+    hints, problem = read(**{**good, name: value})
+    expected = {"boundaries": (2, 5), "ttl": 7, "priority": 3} | {
+        "documents": {"boundaries": ()},
+        "ttl": {"ttl": None},
+        "priority": {"priority": 0},
+    }.get(name, {})
+    assert hints == Hints(**expected)
+    assert problem.startswith(f"ragkv.{name} = ") and "; allowed: " in problem and len(problem) < 300
+
+
+@pytest.mark.parametrize("hints", [7, "documents", [], True, 10**400])
+def test_hints_are_a_mapping(hints):
+    found, problem = read_hints({"ragkv": hints})
+    assert found == NO_HINTS
+    assert problem.startswith("ragkv = ") and problem.endswith(f"allowed: a mapping with {', '.join(ALLOWED)}")
+
+
+@pytest.mark.parametrize("unknown", ["fuze", 3, None, ("a", "b")])
+def test_an_unknown_hint_is_told_and_the_known_ones_hold(unknown):
+    hints, problem = read_hints({"ragkv": {unknown: 1, "documents": [{"start": 2, "end": 5}]}})
+    assert hints == Hints(boundaries=(2, 5))
+    assert problem.startswith("ragkv.") and problem.endswith(f"is unknown; allowed: {', '.join(ALLOWED)}")
+    assert str(unknown)[:4] in problem
+
+
+def test_numbers_that_python_would_not_print_are_told():
+    """From 4301 digits on; a program that calls the engine may give them."""
+    huge = 10**5000
+    assert read_hints({"ragkv": huge})[1].startswith("ragkv = <int>; allowed: ")
+    assert read(ttl=huge)[1].startswith("ragkv.ttl = <int>; allowed: seconds")
+    assert "is unknown" in read_hints({"ragkv": {huge: 1}})[1]
+    assert read(documents=[{"start": 1, "end": huge}]) == (Hints((1, huge)), None)
+
+
+def test_only_the_first_problem_is_told():
+    hints, problem = read(fuze=1, ttl=-1, priority=77)
+    assert hints == NO_HINTS and "fuze" in problem and "ttl" not in problem.partition("allowed")[0]
+    assert "ttl = -1" in read(ttl=-1, priority=77)[1]
+
+
+def test_what_is_said_of_a_huge_hint_is_short():
+    deep = ["x" * 10**4] * 10
+    for _ in range(5):
+        deep = [deep] * 6
+    for hints in ("x" * 10**6, {"documents": ["x" * 10**6] * 100}, {"y" * 10**6: 1}, {"documents": deep}, deep):
+        assert len(read_hints({"ragkv": hints})[1]) < 300
+
+
+json_like = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.just(10**400)
+    | st.sampled_from(["a", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(
+            st.text(max_size=20) | st.sampled_from(["owner", "seconds", "documents", "id", "start", "end"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=40,
+)
+spans = st.fixed_dictionaries({"start": st.integers(-1, 9), "end": st.integers(0, 99)}, optional={"id": json_like})
+pins = st.fixed_dictionaries(
+    {"owner": st.just("x") | json_like, "seconds": st.integers(0, 9) | json_like},
+    optional={"documents": st.lists(st.text("ab", max_size=1)) | json_like, "more": json_like},
+)
+near_hints = st.fixed_dictionaries(
+    {},
+    optional={
+        "documents": st.lists(spans) | json_like,
+        "pin": pins | json_like,
+        "unpin": st.fixed_dictionaries({"owner": st.text()}) | json_like,
+        "ttl": st.floats() | json_like,
+        "priority": st.integers(-2, 12) | json_like,
+        "other": json_like,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_like | st.fixed_dictionaries({"ragkv": json_like | near_hints}))
+def test_whatever_comes_is_read(params):
+    hints, problem = read_hints(params)
+    assert isinstance(hints, Hints)
+    assert list(hints.boundaries) == sorted(set(hints.boundaries)) and 0 not in hints.boundaries
+    assert hints.pin is None or (0 < hints.pin.seconds <= LONGEST and 0 < len(hints.pin.owner) <= 200)
+    assert hints.ttl is None or 0 < hints.ttl <= LONGEST
+    assert 0 <= hints.priority <= 9
+    if problem is None:
+        given_names = {name for name, value in (given_hints(params)).items() if value is not None}
+        assert given_names <= set(ALLOWED)
+    else:
+        assert problem.startswith("ragkv") and "allowed: " in problem and len(problem) < 300
+
+
+def given_hints(params):
+    hints = params.get("ragkv") if isinstance(params, dict) else None
+    return {} if hints is None else hints
+
+
+def test_the_example_of_the_docstring_holds():
+    import ragkv.connectors.vllm.hints as module
+
+    text = module.__doc__[module.__doc__.index("{") : module.__doc__.rindex("}") + 1]
+    hints, problem = read_hints(json.loads(text))
+    assert problem is None
+    assert hints == Hints((12, 3012), Pin("desk 7", 3600.0, 3012), "desk 6", 86400, 1)

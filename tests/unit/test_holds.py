@@ -1,0 +1,186 @@
+"""Pins with owners and expiries, against a dict of who holds what until when."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from ragkv.kvstore.catalogue import Chunk
+from ragkv.kvstore.holds import SHARE, Holds
+
+PAGES = 20
+OWNERS = ["desk 1", "desk 2", "desk 3"]
+owners = st.sampled_from(OWNERS)
+seconds = st.integers(1, 20)
+
+
+def chunk_of(pages, number=0):
+    chunk = Chunk(bytes([number]), None, b"")
+    chunk.pages = bytes(4 * pages)
+    return chunk
+
+
+class Tier:
+    """What pins do: counts them."""
+
+    def __init__(self):
+        self.pins = {}
+
+    def pin(self, chunks):
+        for chunk in chunks:
+            self.pins[chunk] = self.pins.get(chunk, 0) + 1
+
+    def unpin(self, chunks):
+        for chunk in chunks:
+            self.pins[chunk] -= 1
+            assert self.pins[chunk] >= 0
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.tier = Tier()
+        self.holds = Holds(PAGES, self.tier.pin, self.tier.unpin)
+        self.chunks = [chunk_of(1 + number % 4, number) for number in range(6)]
+        self.now, self.until, self.expiries = 100.0, {}, {}
+
+    def held(self):
+        return {chunk for _, chunk in self.until}
+
+    def pages(self, chunks):
+        return sum(len(chunk.pages) // 4 for chunk in chunks)
+
+    @rule(owner=owners, number=st.integers(0, 5), seconds=seconds)
+    def hold(self, owner, number, seconds):
+        chunk = self.chunks[number]
+        fits = self.pages(self.held() | {chunk}) <= SHARE * PAGES
+        assert self.holds.hold(owner, chunk, self.now + seconds) == fits
+        if fits:
+            self.until[owner, chunk] = self.now + seconds
+
+    @rule(owner=owners, numbers=st.none() | st.sets(st.integers(0, 5)))
+    def release(self, owner, numbers):
+        chunks = None if numbers is None else [self.chunks[number] for number in numbers]
+        gone = [key for key in self.until if key[0] == owner and (chunks is None or key[1] in chunks)]
+        assert self.holds.release(owner, chunks) == len(gone)
+        for key in gone:
+            del self.until[key]
+
+    @rule(number=st.integers(0, 5), seconds=seconds)
+    def expire(self, number, seconds):
+        chunk = self.chunks[number]
+        self.holds.expire(chunk, self.now + seconds)
+        self.expiries[chunk] = max(self.expiries.get(chunk, 0.0), self.now + seconds)
+
+    @rule(number=st.integers(0, 5))
+    def left(self, number):
+        self.holds.left(self.chunks[number])
+        self.expiries.pop(self.chunks[number], None)
+
+    @rule(seconds=st.integers(0, 8))
+    def due(self, seconds):
+        self.now += seconds
+        over = self.holds.due(self.now)
+        assert len(set(over)) == len(over)
+        assert set(over) == {chunk for chunk, at in self.expiries.items() if at <= self.now}
+        self.expiries = {chunk: at for chunk, at in self.expiries.items() if at > self.now}
+        self.until = {key: until for key, until in self.until.items() if until > self.now}
+
+    @rule()
+    def forget(self):
+        self.holds.forget()
+        self.until, self.expiries = {}, {}
+
+    @invariant()
+    def agree(self):
+        self.holds.check_integrity()
+        assert {chunk for chunk, pins in self.tier.pins.items() if pins} == self.held()
+        assert all(pins <= 1 for pins in self.tier.pins.values()), "several owners pin a chunk once"
+        assert self.holds.pages == self.pages(self.held()) <= SHARE * PAGES
+        assert all(self.holds.expiry(chunk) == self.expiries.get(chunk, 0.0) for chunk in self.chunks)
+
+
+def test_state_machine():
+    run_state_machine_as_test(Machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None))
+
+
+@pytest.fixture
+def tier():
+    return Tier()
+
+
+@pytest.fixture
+def holds(tier):
+    made = Holds(PAGES, tier.pin, tier.unpin)
+    yield made
+    made.check_integrity()
+
+
+def test_a_pin_ends_when_its_time_is_over(holds, tier):
+    chunk = chunk_of(2)
+    assert holds.hold("a", chunk, 10.0)
+    assert holds.due(9.9) == [] and tier.pins[chunk] == 1
+    assert holds.due(10.0) == [] and tier.pins[chunk] == 0 and holds.pages == 0
+
+
+def test_a_renewal_counts_even_where_it_is_shorter(holds, tier):
+    chunk = chunk_of(2)
+    holds.hold("a", chunk, 10.0)
+    holds.hold("a", chunk, 30.0)
+    holds.due(20.0)
+    assert tier.pins[chunk] == 1
+    holds.hold("a", chunk, 25.0)
+    holds.due(25.0)
+    assert tier.pins[chunk] == 0
+
+
+def test_a_chunk_of_several_owners_counts_once_and_stays_for_the_last(holds, tier):
+    chunk = chunk_of(8)
+    assert holds.hold("a", chunk, 10.0) and holds.hold("b", chunk, 20.0)
+    assert holds.pages == 8
+    assert holds.release("a") == 1 and tier.pins[chunk] == 1
+    assert holds.release("a") == 0
+    holds.due(20.0)
+    assert tier.pins[chunk] == 0 and holds.pages == 0
+
+
+def test_the_share_is_never_exceeded(holds):
+    first, second, third = chunk_of(6, 1), chunk_of(5, 2), chunk_of(4, 3)
+    assert holds.hold("a", first, 10.0)
+    assert not holds.hold("b", second, 10.0)
+    assert holds.hold("b", third, 10.0) and holds.pages == 10
+    assert not holds.hold("c", chunk_of(1, 4), 10.0)
+    assert holds.hold("c", first, 10.0), "it is pinned already: that costs nothing"
+
+
+def test_renewals_take_no_memory(holds):
+    chunks = [chunk_of(1, number) for number in range(3)]
+    for number in range(5000):
+        for chunk in chunks:
+            holds.hold("a", chunk, 1e6 + number)
+        holds.expire(chunks[0], 1e6 + number)
+    assert len(holds._queue) <= 2 * 3 + 16 + 1
+    assert len(holds._expiring) <= 2 * 1 + 16 + 1
+    assert holds.due(1e6 + 4998) == [] and holds.pages == 3
+    assert holds.due(1e6 + 4999) == chunks[:1] and holds.pages == 0
+
+
+def test_chunks_that_left_long_before_their_time_take_no_memory(holds):
+    """Requests may name a time of years."""
+    stays = chunk_of(1, 7)
+    holds.expire(stays, 1e9)
+    for number in range(5000):
+        chunk = chunk_of(1)
+        holds.expire(chunk, 2e9 + number)
+        holds.left(chunk)
+    assert len(holds._expiring) <= 2 * 1 + 16 + 1 and len(holds._expiries) == 1
+    assert holds.due(1e9) == [stays]
+
+
+def test_a_chunk_that_must_go_is_told_once_at_its_latest_time(holds):
+    chunk = chunk_of(1)
+    for at in (20.0, 10.0, 30.0, 30.0):
+        holds.expire(chunk, at)
+    assert holds.expiry(chunk) == 30.0
+    assert holds.due(29.0) == [] and holds.due(30.0) == [chunk] and holds.due(99.0) == []
+    assert holds.expiry(chunk) == 0.0
