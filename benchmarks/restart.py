@@ -1,8 +1,8 @@
 """What outlives the engine: TTFT and hits of a second engine, from what a first one left on disk or in Redis.
 
-One engine reads some documents and ends. A second one is asked the same again, each document twice, with vLLM's own
-cache emptied before each time: first it comes from the lower tier, then from memory. Both are times of one engine, in
-one run, on the same prompt.
+One engine reads some documents and ends. A second one is asked the same again, each document twice, with vLLM's
+own cache emptied before each time: first it comes from the lower tier, then from memory. Both are times of one
+engine, in one run, on the same prompt.
 """
 
 import contextlib
