@@ -62,8 +62,9 @@ class Gap:
 @dataclass(eq=False, slots=True)
 class Fetch:
     """What is being brought up for a request. `have`: tokens that it has without it; `limit`: that it can use.
-    `sources`: the tier that each chunk came from. `over`: the request need not wait any more. `probes`: it does
-    not pay, but somebody has to try."""
+    `sources`: the tier that each chunk came from. `waiting_for`: a tier for each question, and for the tail, that
+    is not answered yet. `over`: the request need not wait any more. `probes`: it does not pay, but somebody has
+    to try."""
 
     namespace: bytes
     chain: TokenChain
@@ -77,6 +78,7 @@ class Fetch:
     sizes: dict[str, int] = field(default_factory=dict)
     sources: dict[Chunk, str] = field(default_factory=dict)
     tail: tuple[StoreTier, Chunk, Header, memoryview] | None = None
+    waiting_for: list[StoreTier] = field(default_factory=list)
     over: bool = False
     probes: bool = False
     result: str = "missed"
@@ -126,6 +128,12 @@ class Promotion:
     def waits(self, fetch: Fetch) -> bool:
         """Whether a request should go on waiting."""
         if not fetch.over and self._clock() >= fetch.deadline:
+            reads = {
+                first.sources[chunk] for chunk, (first, *more) in self._loading.items() if fetch in (first, *more)
+            }
+            for tier in self._tiers:
+                if tier in fetch.waiting_for or tier.name in reads:
+                    tier.late()
             self._end(fetch, "deadline")
         return not fetch.over
 
@@ -160,10 +168,12 @@ class Promotion:
             return
 
         def done(answers: list[bool]) -> None:
+            fetch.waiting_for.remove(tier)
             found.update(zip(unsure, answers, strict=True))
             self._answered(fetch)
 
         fetch.asking += 1
+        fetch.waiting_for.append(tier)
         tier.ask(unsure, done)
 
     def _answered(self, fetch: Fetch) -> None:
@@ -261,11 +271,13 @@ class Promotion:
 
     def _order_tail(self, fetch: Fetch, tier: StoreTier, parent: Chunk, position: int, rest: bytes) -> None:
         def done(found: list[Any]) -> None:
+            fetch.waiting_for.remove(tier)
             if found[0] is not None and shared_tokens(found[0][0].tokens, rest):
                 fetch.tail = (tier, parent, *found[0])
             self._loaded(fetch)
 
         fetch.loading += 1
+        fetch.waiting_for.append(tier)
         accept = self._payloads.tail(parent.key, fetch.namespace, position)
         tier.read([Wanted(tail_key(parent.key), accept)], done)
 

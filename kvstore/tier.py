@@ -193,6 +193,12 @@ class StoreTier:
         self._rescan(write.size)
         return True
 
+    def late(self) -> None:
+        """A request gave up waiting for this tier: that counts as a failure, since one that hangs says nothing."""
+        self._metrics.count(m.TIER_ERRORS, tier=self.name, reason="deadline")
+        self._reading.failed()
+        self._report()
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """Note a use of a chain, root first."""
         if self.index is not None:

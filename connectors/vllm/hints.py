@@ -6,8 +6,8 @@
 
 `documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
 that names it. `pin`: keep in memory, for an owner and so many seconds, the prompt up to the end of the last of
-these documents, or all of it where none is named; `unpin` takes all of an owner's pins back. `ttl`: keep what this
-request adds no longer than so many seconds, in any tier. `priority`: 0 to 9; what has less goes first.
+these documents, or all of it where none is named; `unpin` takes all of an owner's pins back. `ttl`: serve what
+this request adds no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first.
 """
 
 from collections.abc import Mapping

@@ -194,6 +194,24 @@ def test_at_the_deadline_it_is_a_miss_and_the_load_goes_on(stack, disk):
     assert stack.metrics.get(m.WAITS, "loaded") == 1 and stack.metrics.get(m.WAITS, "deadline") == 1
 
 
+def test_a_tier_that_hangs_is_put_to_rest(stack, disk):
+    """No job of it ever ends: three requests wait for it, no more, and it serves again once it answers."""
+    emptied(stack)
+    disk.store.delete([tail_key(stack.chain(TEXT).keys[-1])])
+    for number in range(3):
+        fetch = stack.fetch(TEXT)
+        stack.clock.now += 2
+        assert not stack.placement.waits(fetch)
+        assert stack.metrics.get(m.TIER_ERRORS, "disk", "deadline") == number + 1
+    assert stack.fetch(TEXT) is None
+    stack.settle()
+    assert stack.match(TEXT).length == 44, "all but the tail"
+    emptied(stack)
+    stack.clock.now += 1
+    stack.settle()
+    assert stack.get(TEXT) == 60
+
+
 def test_an_answer_after_the_deadline_orders_nothing():
     stack = emptied(Stack(redis()))
     fetch = stack.fetch(TEXT)
