@@ -43,7 +43,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.metrics = Metrics()
         self.tier = MemoryTier(PAGES, make_policy(self.policy))
-        self.device = DeviceTier(DEVICE_PAGES, make_policy(self.policy), after=2)
+        self.device = DeviceTier(DEVICE_PAGES, make_policy(self.policy), after=1)
         self.door = Door()
         self.hierarchy = Hierarchy(
             self.tier, PAGE_TOKENS, PAGE_BYTES, self.metrics, self.door, self.device, attention_tokens=50.0
