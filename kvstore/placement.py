@@ -55,12 +55,16 @@ class Placement:
         """As `Promotion.fetch`."""
         return self._up.fetch(namespace, chain, match, computed, limit) if self._tiers else None
 
-    def waits(self, fetch: Fetch, answer_seconds: float = 0.0) -> bool:
+    def waits(self, fetch: Fetch, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
         """Whether a request should go on waiting for a fetch. Stands still for at most `answer_seconds` where the
-        tiers have not yet said what they hold: mostly nothing, and an answer now saves the engine a step."""
-        end = self._clock() + answer_seconds
-        while fetch.asking and (left := end - self._clock()) > 0 and self._completions.drain(left):
-            pass
+        tiers have not yet said what they hold (mostly nothing, and an answer now saves the engine a step), and for
+        at most `load_seconds` while they load (for an engine that has nothing else to do but ask again)."""
+        begun = self._clock()
+        while not fetch.over:
+            seconds = max(load_seconds, answer_seconds if fetch.asking else 0.0)
+            left = min(begun + seconds, fetch.deadline) - self._clock()
+            if left <= 0 or not self._completions.drain(left):
+                break
         return self._up.waits(fetch)
 
     def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:

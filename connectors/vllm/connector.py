@@ -62,7 +62,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         page = page_shape(settings, shape)
         self._workers = shape.ranks
         size = memory_pages(settings, page) * page.page_bytes
-        self._segment = Segment(config.kv_transfer_config.engine_id, size)
+        reads = settings.disk.path is not None or settings.redis.url is not None  # this side fills pages then
+        self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
         hidden = config.model_config.get_hidden_size()
         sizes = settings.chunks

@@ -19,6 +19,9 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
 ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
+IDLE_SECONDS = (
+    0.005  # that an engine with nothing to compute stands still for a load, not to take its threads' time
+)
 Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
 
 
@@ -54,6 +57,7 @@ class SchedulerSide:
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
         self._jobs = 0
+        self._idle = False
 
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
@@ -64,7 +68,7 @@ class SchedulerSide:
             return 0
         tracked.computed = computed
         if tracked.fetch is not None:
-            if self._placement.waits(tracked.fetch):
+            if self._placement.waits(tracked.fetch, 0.0, IDLE_SECONDS if self._idle else 0.0):
                 return None
         elif not tracked.fetched:
             self._look_up(tracked)
@@ -121,6 +125,7 @@ class SchedulerSide:
         """What the workers shall do in this step."""
         self._placement.tick()
         self._orders.tokens = scheduler_output.total_num_scheduled_tokens
+        self._idle = not scheduler_output.total_num_scheduled_tokens
         for request_id, after in self._progress(scheduler_output):
             tracked = self._tracked.get(request_id)
             if tracked is not None:

@@ -222,6 +222,16 @@ def test_an_answer_after_the_deadline_orders_nothing():
     assert stack.get(TEXT) == 60
 
 
+def test_an_engine_with_nothing_else_to_do_stands_still_for_a_load(stack, disk):
+    emptied(stack)
+    fetch = stack.fetch(TEXT)
+    begun = stack.clock.now
+    assert stack.placement.waits(fetch, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
+    stack.completions.meanwhile = disk.reads.run
+    assert not stack.placement.waits(fetch, 0.0, 0.005) and stack.match(TEXT).length == 60
+    assert stack.clock.now < begun + 0.01, "it goes on as soon as all has come"
+
+
 def test_an_answer_that_comes_at_once_saves_a_step():
     stack = Stack(redis())
     stack.completions.meanwhile = stack.lowers[0].reads.run
