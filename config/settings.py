@@ -92,7 +92,7 @@ class DeviceSettings(Section):
 
     capacity: Size = Field(default=0, ge=0, description="accelerator memory to use, of each worker")
     policy: Policy = Field(default="lru", description="eviction policy")
-    after: Count = Field(default=2, ge=1, le=1000, description="copied at this hit")
+    after: Count = Field(default=2, ge=1, le=7, description="copied at this hit")
 
 
 class DiskSettings(Section):

@@ -14,29 +14,61 @@ from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
 class Chunk:
     """KV of `tokens` (int32 bytes) behind the chunks from `parent` up. Compared by identity.
 
-    `pages`: int32 bytes, the pages that hold it, in order. `ready`: its bytes have been written; before that
-    nobody may read them. `children`: None, one chunk, or a list sorted by tokens (most chunks have one).
-    `open`: an open tail, whose end is not a cut. `below`: a bit for each lower tier that has been given it.
-    `device`: as `pages`, in the device tier. `hits`: uses, as long as it is in memory.
+    `pages`: int32 bytes, the pages that hold it, in order; `device`: likewise, in the device tier. `children`:
+    None, one chunk, or a list sorted by tokens (most chunks have one). `ready`, `open`, `below` and `hits` share
+    one small integer: there may be millions of chunks.
     """
 
-    __slots__ = (
-        *("below", "children", "device", "hits", "key", "open"),
-        *("pages", "parent", "pins", "ready", "tokens"),
-    )
+    __slots__ = ("_state", "children", "device", "key", "pages", "parent", "pins", "tokens")
+
+    MOST_BELOW, MOST_HITS = 0b111, 7
+    _READY, _OPEN, _BELOW, _HITS = 1, 2, 2, 5  # two masks, two shifts
 
     def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
         self.key = key
         self.parent = parent
         self.tokens = tokens
         self.pages = b""
-        self.ready = False
-        self.open = False
-        self.below = 0
         self.device = b""
-        self.hits = 0
         self.pins = 0
         self.children: Chunk | list[Chunk] | None = None
+        self._state = 0
+
+    @property
+    def ready(self) -> bool:
+        """Its bytes have been written; before that nobody may read them."""
+        return bool(self._state & self._READY)
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        self._state = self._state | self._READY if ready else self._state & ~self._READY
+
+    @property
+    def open(self) -> bool:
+        """It is an open tail, whose end is not a cut."""
+        return bool(self._state & self._OPEN)
+
+    @open.setter
+    def open(self, tail: bool) -> None:
+        self._state = self._state | self._OPEN if tail else self._state & ~self._OPEN
+
+    @property
+    def below(self) -> int:
+        """A bit for each lower tier that has been given it."""
+        return self._state >> self._BELOW & self.MOST_BELOW
+
+    @below.setter
+    def below(self, tiers: int) -> None:
+        self._state = self._state & ~(self.MOST_BELOW << self._BELOW) | (tiers & self.MOST_BELOW) << self._BELOW
+
+    @property
+    def hits(self) -> int:
+        """Uses, as long as it is in memory, counted up to `MOST_HITS`."""
+        return self._state >> self._HITS
+
+    @hits.setter
+    def hits(self, uses: int) -> None:
+        self._state = self._state & ~(-1 << self._HITS) | min(uses, self.MOST_HITS) << self._HITS
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES

@@ -10,7 +10,7 @@ turns into LRU, LFU, or MRU where the requests say so, and knows the pause after
 
 import random
 from collections import OrderedDict
-from typing import Any, cast
+from typing import cast
 
 from ragkv.policies.chain import ARRIVED, SLACK, ChainPolicy, Node
 from ragkv.policies.contract import K
@@ -46,7 +46,7 @@ Ghost = tuple[ReuseTable, int, float]  # table, stamp, uses
 class Adaptive(ChainPolicy[K]):
     """Deterministic: the sample comes from a seeded generator. `queued` is a node's place in `_frontier`."""
 
-    node_type: type[Node[Any]] = AdaptiveNode
+    node_type = AdaptiveNode
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -17,37 +17,24 @@ ARRIVED = object()
 SLACK = 64  # entries that mean nothing any more which are never too many
 
 
-class Node(Generic[K]):
+class SlimNode(Generic[K]):
     """One tracked key. `queued`: the rank under which its queue knows it, ARRIVED before that, or None."""
 
     __slots__ = (
-        "children",
-        "cost",
-        "held_children",
-        "key",
-        "mark",
-        "parent",
-        "pins",
-        "queue",
-        "queued",
-        "rank",
-        "uses",
-        "weight",
+        *("children", "held_children", "key", "parent", "pins"),
+        *("queue", "queued", "rank", "weight"),
     )
 
     def __init__(self, key: K, parent: "Node[K] | None", weight: int, cost: float) -> None:
         self.key = key
         self.parent = parent
         self.weight = weight
-        self.cost = cost
         self.pins = 0
         self.children = 0
         self.held_children = 0
         self.rank: Rank = 0
         self.queued: Rank = None
         self.queue: Queue[K] | None = None
-        self.uses: float = 1
-        self.mark = 0
 
     @property
     def held(self) -> bool:
@@ -57,6 +44,18 @@ class Node(Generic[K]):
     def ready(self) -> bool:
         """In the frontier."""
         return not (self.children or self.pins or self.held_children)
+
+
+class Node(SlimNode[K]):
+    """With what most policies need beside; those that rank by use alone take `SlimNode`, 48 bytes less a key."""
+
+    __slots__ = ("cost", "mark", "uses")
+
+    def __init__(self, key: K, parent: "Node[K] | None", weight: int, cost: float) -> None:
+        super().__init__(key, parent, weight, cost)
+        self.cost = cost
+        self.uses: float = 1
+        self.mark = 0
 
 
 class Queue(Generic[K]):
@@ -120,7 +119,7 @@ class Queue(Generic[K]):
 class ChainPolicy(EvictionPolicy[K]):
     """Implementers rank a new node (`_add`) and a used one (`_use`), and may choose between queues (`_next`)."""
 
-    node_type: type[Node[Any]] = Node
+    node_type: type[Any] = Node  # or SlimNode, or a kind of Node
 
     def __init__(self) -> None:
         self._nodes: dict[K, Node[K]] = {}

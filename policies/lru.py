@@ -5,12 +5,14 @@ Language Model Serving with PagedAttention", SOSP 2023): the longest unused goes
 chunks the last ones.
 """
 
-from ragkv.policies.chain import ChainPolicy, Node
+from ragkv.policies.chain import ChainPolicy, Node, SlimNode
 from ragkv.policies.contract import K
 
 
 class LRU(ChainPolicy[K]):
     """Ranked by last use."""
+
+    node_type = SlimNode
 
     def _use(self, node: Node[K]) -> None:
         node.rank = self._clock

@@ -1,7 +1,7 @@
 """Classes of priority over any policy: what is in a lower class goes first, whatever its use."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 from ragkv.policies.chain import ChainPolicy, Node, Queue
 from ragkv.policies.contract import EvictionPolicy, K
@@ -22,7 +22,7 @@ class Prioritized(ChainPolicy[K]):
     takes time in proportion to the keys raised, which a key is `levels` - 1 times at most.
     """
 
-    node_type: type[Node[Any]] = PrioritizedNode
+    node_type = PrioritizedNode
 
     def __init__(self, make: Callable[[], EvictionPolicy[K]], levels: int = 4) -> None:
         super().__init__()
