@@ -96,7 +96,8 @@ class Placement:
             for chunk in self.hierarchy.everything():
                 while tier.busy and self._completions.drain(max(0.0, end - self._clock())):
                     pass
-                if not chunk.below and self._clock() < end:
+                lacks = not chunk.below & tier.bit if tier.through else not chunk.below
+                if lacks and _may_take(tier, chunk) and self._clock() < end:
                     self._write(chunk, tier, *origin(chunk), copy=False)
             ended &= tier.close(max(0.0, end - self._clock()))
             self._completions.drain()  # what this tier has, the next need not take
@@ -104,12 +105,14 @@ class Placement:
         return ended and not (self._tiers and any(not chunk.below for chunk in self.hierarchy.everything()))
 
     def _demote(self, chunk: Chunk) -> None:
-        """Memory evicts a chunk: give it to the first tier that takes it, unless one has it. A tier that has
-        judged it when it was stored is asked again only if it was used since."""
-        if self._tiers and not any(chunk.below & tier.bit and tier.keeps(address(chunk)) for tier in self._tiers):
-            namespace, position = origin(chunk)
-            takers = (tier for tier in self._tiers if chunk.hits or not (tier.through and tier.choosy))
-            any(self._write(chunk, tier, namespace, position, copy=True) for tier in takers)
+        """Memory evicts a chunk: give it to the tiers that should have it and could not take it when it was
+        stored, and else, unless one has it, to the first that takes it."""
+        lack = [t for t in self._tiers if not (chunk.below & t.bit and t.keeps(address(chunk)))]
+        lost = len(lack) == len(self._tiers)
+        for tier in lack:
+            if (tier.through or lost) and _may_take(tier, chunk):
+                written = self._write(chunk, tier, *origin(chunk), copy=True)
+                lost = lost and not written
 
     def _write(self, chunk: Chunk, tier: StoreTier, namespace: bytes, position: int, *, copy: bool) -> bool:
         """Order a chunk to be written; its bytes are copied now, or it is pinned until it is done. (An open
@@ -145,3 +148,8 @@ class Placement:
         if not copy:
             self.hierarchy.pin([chunk])
         return True
+
+
+def _may_take(tier: StoreTier, chunk: Chunk) -> bool:
+    """A tier that has judged a chunk when it was stored is asked again only if it was used since."""
+    return chunk.hits > 0 or not (tier.through and tier.choosy)

@@ -167,7 +167,7 @@ def _tier(
         metrics,
         faults.note,
         through=section.write == "through",
-        queue_bytes=min(settings.placement.queue, settings.memory.capacity // 2),  # what waits is pinned there
+        queue_bytes=min(settings.placement.queue, settings.memory.capacity),  # what waits is pinned there
         asks=asks,
     )
 

@@ -169,6 +169,17 @@ def test_what_the_queue_did_not_take_is_demoted_later():
     assert address(chunks[2]) in disk.stored()
 
 
+def test_what_one_tier_took_and_the_other_could_not_is_offered_to_that_again():
+    stack = Stack(Lower(), redis(queue=BLOCK_BYTES), pages=18)
+    disk, server = stack.lowers
+    chunks = stack.keep(TEXT)
+    stack.settle()
+    assert address(chunks[2]) in disk.stored() and address(chunks[2]) not in server.stored()
+    stack.keep(words(2, 20), named=[20])
+    stack.settle()
+    assert address(chunks[2]) in server.stored()
+
+
 def test_a_failed_write_is_demoted_later():
     stack, disk = one(pages=18, plan=on_calls({("put", 2): Fault.FAIL}))
     chunks = stack.keep(TEXT)
