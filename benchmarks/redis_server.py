@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,23 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_
         time.sleep(0.01)
 
 
-class Server:
+class _Closing(ABC):
+    """A context manager that closes."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything, and leave nothing. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Server(_Closing):
     """One server, from construction to `close`; a context manager. ServerError shows the end of its log.
 
     `config`: more lines of its configuration, such as "user bob on >secret ~* +@all". `maxmemory`: bytes, 0 for no
@@ -145,14 +162,6 @@ class Server:
         self._end(signal.SIGTERM)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _start_anywhere(self) -> None:
         """A free port may be taken by others before the server has it."""
         for left in reversed(range(PORT_TRIES)):
@@ -219,7 +228,7 @@ class Server:
             self._process = None
 
 
-class Cluster:
+class Cluster(_Closing):
     """Some masters that share the slots evenly, in order; a context manager. A dead one takes only its own slots
     along (`cluster-require-full-coverage no`)."""
 
@@ -241,14 +250,6 @@ class Cluster:
     def close(self) -> None:
         for server in self.servers:
             server.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _join(self) -> None:
         """What `redis-cli --cluster create` does."""

@@ -10,6 +10,8 @@ import numpy as np
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
 
+PAGE_NUMBER_BYTES = 4
+
 
 class Chunk:
     """KV of `tokens` (int32 bytes) behind the chunks from `parent` up. Compared by identity.
@@ -72,6 +74,11 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def page_count(self) -> int:
+        """Pages of memory that it holds."""
+        return len(self.pages) // PAGE_NUMBER_BYTES
 
 
 @dataclass(frozen=True, slots=True)

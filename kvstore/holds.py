@@ -37,7 +37,7 @@ class Holds:
         """Pin a chunk of memory for an owner until then; a second call renews. False: the share is used up."""
         known = self._pins.get((owner, chunk))
         if known is None:
-            size = len(chunk.pages) // 4
+            size = chunk.page_count
             if chunk not in self._owners:
                 if self.pages + size > self._budget:
                     return False
@@ -104,7 +104,7 @@ class Holds:
         for _, chunk in self._pins:
             owners[chunk] = owners.get(chunk, 0) + 1
         assert owners == self._owners
-        assert self.pages == sum(len(chunk.pages) // 4 for chunk in owners) <= self._budget
+        assert self.pages == sum(chunk.page_count for chunk in owners) <= self._budget
         assert len(self._queue) >= len(self._pins)
 
     def _end(self, key: tuple[str, Chunk]) -> None:
@@ -113,5 +113,5 @@ class Holds:
         self._owners[chunk] -= 1
         if not self._owners[chunk]:
             del self._owners[chunk]
-            self.pages -= len(chunk.pages) // 4
+            self.pages -= chunk.page_count
             self._unpin([chunk])

@@ -78,7 +78,7 @@ class MemoryTier:
     def add(self, chunk: Chunk, cost: float = 1.0, priority: int = 0) -> None:
         """Put a chunk that owns taken pages under the policy; `priority` counts where the policy has classes."""
         parent = chunk.parent if chunk.parent is not None and chunk.parent.pages else None
-        pages = len(chunk.pages) // 4
+        pages = chunk.page_count
         if self._classes is None:
             self._policy.insert(chunk, parent, pages, cost)
         else:
@@ -176,7 +176,7 @@ class DeviceTier:
 
     def _give_pages(self, chunk: Chunk) -> bool:
         """Make room for a chunk; it comes pinned in the policy."""
-        pages = len(chunk.pages) // 4
+        pages = chunk.page_count
         victims = self._policy.evict(pages - self._pool.free)
         if victims is None:
             return False

@@ -53,7 +53,7 @@ class Placement:
 
     def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
         """As `Promotion.fetch`."""
-        return self._up.fetch(namespace, chain, match, computed, limit) if self._tiers else None
+        return self._up.fetch(namespace, chain, match, computed, limit)
 
     def waits(self, fetch: Fetch, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
         """Whether a request should go on waiting for a fetch. Stands still for at most `answer_seconds` where the

@@ -7,9 +7,9 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import Faults, logger
-from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.scheduler import Recorder
-from ragkv.errors import LayoutError, StoreError
+from ragkv.connectors.vllm.sizes import device_pages, memory_pages
+from ragkv.errors import StoreError
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.hierarchy import Hierarchy
@@ -29,44 +29,19 @@ from ragkv.policies import EvictionPolicy, Prioritized, make_admission, make_pol
 READING_THREADS = 3  # a tier; writing takes one more
 
 
-def page_shape(settings: Settings, shape: Shape) -> PageShape:
-    """The pages of an engine's memory tier."""
-    geometry = shape.geometry
-    return PageShape(
-        shape.ranks,
-        geometry.layers,
-        settings.memory.page_tokens,
-        geometry.heads * geometry.head_dim,
-        geometry.itemsize,
-        str(shape.dtype).removeprefix("torch."),
-    )
-
-
-def memory_pages(settings: Settings, page: PageShape) -> int:
-    """Pages that the memory tier has. LayoutError: not even one chunk would fit."""
-    memory = settings.memory
-    pages, least = memory.capacity // page.page_bytes, -(-settings.chunks.max_tokens // memory.page_tokens)
-    if pages < least:
-        raise LayoutError(
-            f"memory.capacity = {memory.capacity} holds {pages} pages of {page.page_bytes} bytes; "
-            f"one chunk of chunks.max_tokens needs {least}"
-        )
-    return pages
-
-
 def make_placement(
     settings: Settings, page: PageShape, buffer: Any, hidden_size: int, metrics: Metrics, faults: Faults
 ) -> Placement:
     """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs."""
     memory, device = settings.memory, settings.device
-    device_pages = device.capacity * page.ranks // page.page_bytes
+    copies = device_pages(settings, page)
     hierarchy = Hierarchy(
         MemoryTier(memory_pages(settings, page), _memory_policy(settings)),
         memory.page_tokens,
         page.page_bytes,
         metrics,
         make_admission(memory.admission),
-        DeviceTier(device_pages, make_policy(device.policy), device.after) if device_pages else None,
+        DeviceTier(copies, make_policy(device.policy), device.after) if copies else None,
         12.0 * hidden_size,
     )
     completions = Completions()

@@ -10,12 +10,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from ragkv.connectors.vllm.compose import make_placement, make_recorder, memory_pages, page_shape
+from ragkv.connectors.vllm.compose import make_placement, make_recorder
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.scheduler import SchedulerSide
+from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import RagKVError

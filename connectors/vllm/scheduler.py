@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
 ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
-IDLE_SECONDS = (
-    0.005  # that an engine with nothing to compute stands still for a load, not to take its threads' time
-)
+IDLE_SECONDS = 0.005  # that an engine with nothing to compute stands still, and leaves its time to the load
 Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
 
 
@@ -106,9 +105,7 @@ class SchedulerSide:
         tracked.tail = tracked.match.whole_tail
         self._copy_hot(tracked, blocks)
         self._placement.used(chunks)
-        if tracked.hints.pin is not None:
-            ends = np.cumsum([len(chunk) for chunk in chunks]).tolist()
-            self._keep(tracked.hints, chunks, [0, *ends[:-1]])
+        self._keep(tracked.hints, chunks, _starts(chunks))
 
     def sources(self, request: Any) -> dict[str, int]:
         """Tokens by the tier that they came from, as last allocated."""
@@ -242,15 +239,13 @@ class SchedulerSide:
         found: dict[bool, list[Part]] = {True: [], False: []}
         device, brought = self._hierarchy.device, tracked.fetch.sources if tracked.fetch is not None else {}
         tracked.sources = {}
-        first = 0
-        for chunk in tracked.match.chunks:
+        for chunk, first in zip(tracked.match.chunks, _starts(tracked.match.chunks), strict=True):
             at, upto = max(start, first), min(end, first + len(chunk))
             if at < upto:
                 on_device = device is not None and chunk in device
                 found[on_device].append((chunk, first, at, upto))
                 tier = brought.get(chunk, m.DEVICE if on_device else m.MEMORY)
                 tracked.sources[tier] = tracked.sources.get(tier, 0) + upto - at
-            first += len(chunk)
         return [(on_device, parts) for on_device, parts in found.items() if parts]
 
     def _copy_hot(self, tracked: Tracked, blocks: list[int]) -> None:
@@ -259,10 +254,7 @@ class SchedulerSide:
         hot = self._hierarchy.touch(tracked.match, tracked.hints.priority)
         if not hot:
             return
-        places, first = {}, 0
-        for chunk in tracked.match.chunks:
-            places[chunk] = first
-            first += len(chunk)
+        places = dict(zip(tracked.match.chunks, _starts(tracked.match.chunks), strict=True))
         where = [_slots(blocks, places[c], places[c] + len(c), self._block_tokens) for c in hot]
         job = self._new_job(
             rows(hot, self._hierarchy.page_tokens, device=True), np.concatenate(where), device=True
@@ -378,6 +370,11 @@ class SchedulerSide:
             raise ValueError(f"job: {len(tier_rows)} rows for {len(slots)} slots")
         self._jobs += 1
         return Job(self._jobs, tier_rows, slots, finishes, device)
+
+
+def _starts(chunks: Sequence[Chunk]) -> list[int]:
+    """Where each chunk of a chain begins, from its root on."""
+    return list(accumulate(map(len, chunks[:-1]), initial=0))[: len(chunks)]
 
 
 def _slots(blocks: list[int], start: int, end: int, block_tokens: int) -> Indices:

@@ -11,6 +11,7 @@ from ragkv.connectors.vllm.faults import Faults, logger
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.layout import RAW, probe
 from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
 from ragkv.connectors.vllm.transfer import DirectMover, Mover, Ticket, Tier, make_mover, pin_memory
 from ragkv.errors import RagKVError
@@ -122,24 +123,20 @@ class WorkerSide:
         ours = {name: caches[name] for name in shape.layers}
         blocks = self._kv_cache_config.num_blocks
         found = probe(layers, ours, shape.geometry, blocks, self._vllm_config.model_config.dtype)
-        page_tokens = self._settings.memory.page_tokens
-        pages = self._settings.memory.capacity // shape.page_bytes(page_tokens)
-        engine = self._vllm_config.kv_transfer_config.engine_id
-        self._segment = Segment(engine, pages * shape.page_bytes(page_tokens), populate=True)
+        page = page_shape(self._settings, shape)
+        size = memory_pages(self._settings, page) * page.page_bytes
+        self._segment = Segment(self._vllm_config.kv_transfer_config.engine_id, size, populate=True)
         elements = torch.frombuffer(self._segment.buffer, dtype=RAW[shape.geometry.itemsize])
         device = next(iter(ours.values())).device
         if device.type == "cuda" and not pin_memory(elements):
             logger.warning("ragkv: shared memory could not be pinned; copies will be slower")
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-        tier = Tier(elements, shape.geometry, page_tokens, shape.ranks, get_tensor_model_parallel_rank())
-        if pages := self._settings.device.capacity * shape.ranks // shape.page_bytes(page_tokens):
-            pool = torch.empty(
-                pages * page_tokens * shape.geometry.token_bytes // shape.geometry.itemsize,
-                dtype=RAW[shape.geometry.itemsize],
-                device=device,
-            )
-            self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page_tokens, 1, 0))
+        tier = Tier(elements, shape.geometry, page.page_tokens, shape.ranks, get_tensor_model_parallel_rank())
+        if copies := device_pages(self._settings, page):
+            share = copies * page.page_bytes // page.ranks // page.itemsize
+            pool = torch.empty(share, dtype=RAW[page.itemsize], device=device)
+            self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page.page_tokens, 1, 0))
         self._stopwatch = Stopwatch(device)
         self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
 

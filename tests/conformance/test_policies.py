@@ -1,8 +1,5 @@
 """One suite for every policy: the contract, and a state machine against a naive model."""
 
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from processes import told_by_seeds
 from ragkv.policies import LRU, POLICIES, Adaptive, Prioritized, make_policy
 
 FACTORIES = dict(POLICIES)
@@ -197,18 +195,9 @@ for name in sorted(FACTORIES):
 
 
 def test_decisions_are_the_same_in_every_process():
-    program = VICTIMS.format(path=[str(Path(__file__).parent)])
-    told = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert told[0] == told[1] and len(told[0].splitlines()) == len(FACTORIES)
+    program = VICTIMS.format(path=[str(each) for each in Path(__file__).parents[:2]])
+    told = told_by_seeds(program)
+    assert told[0] == told[1] and len(told[0]) == len(FACTORIES)
 
 
 class Naive:

@@ -9,9 +9,10 @@ import torch
 from engine_config import caches, config, spec
 from ragkv.config import Settings
 from ragkv.connectors.vllm import compose
-from ragkv.connectors.vllm.compose import make_placement, make_recorder, memory_pages, page_shape
+from ragkv.connectors.vllm.compose import make_placement, make_recorder
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.identity import examine
+from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.errors import LayoutError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
