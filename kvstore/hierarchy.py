@@ -188,8 +188,7 @@ class Hierarchy:
 
     def tick(self, now: float) -> None:
         """Let go of pins whose time is over, and of chunks that must be kept no longer, with all behind them."""
-        over = [chunk for chunk in self.holds.due(now) if chunk in self._catalogue]
-        for chunk in over:
+        for chunk in self.holds.due(now):
             self.forget(chunk, m.EXPIRED)
 
     def forget(self, chunk: Chunk, reason: str) -> None:
