@@ -3,9 +3,10 @@
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import numpy as np
+import xxhash
 
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
@@ -81,6 +82,18 @@ class Chunk:
         return len(self.pages) // PAGE_NUMBER_BYTES
 
 
+class LooseRoot(Chunk):
+    """The root of one loose chunk: of KV that is in memory without what it was computed behind, so that it never
+    matches a prompt, and is found by its tokens alone. `holder`: key of the chunk that it is a copy of, which
+    began at token `position` of a prompt of `namespace`. The loose chunk has the root's key."""
+
+    __slots__ = ("holder", "namespace", "position")
+
+    def __init__(self, namespace: bytes, holder: bytes, position: int) -> None:
+        super().__init__(loose_key(holder), None, b"")
+        self.namespace, self.holder, self.position = namespace, holder, position
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A stored prefix of a prompt: whole chunks, of which the last may match with its first tokens only.
@@ -118,6 +131,10 @@ class Catalogue:
         if chunk is None or chunk.parent is not parent or chunk.tokens != tokens:
             return None
         return chunk
+
+    def get_loose(self, holder: bytes) -> Chunk | None:
+        """The loose copy of the chunk of that key."""
+        return self._chunks.get(loose_key(holder))
 
     def match(self, root: Chunk, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that stands ready behind `root`.
@@ -243,8 +260,25 @@ def rows(
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
+def loose_key(holder: bytes) -> bytes:
+    """Key of a loose copy of a chunk, given that chunk's key."""
+    return xxhash.xxh3_128_digest(b"loose" + holder)
+
+
+def is_loose(chunk: Chunk) -> bool:
+    """Whether a chunk stands outside of the tree of prompts."""
+    return isinstance(chunk.parent, LooseRoot)
+
+
+def starts(chunks: Sequence[Chunk]) -> list[int]:
+    """Where each chunk of a chain begins, from its root on."""
+    return list(accumulate(map(len, chunks[:-1]), initial=0))[: len(chunks)]
+
+
 def origin(chunk: Chunk) -> tuple[bytes, int]:
-    """The namespace of a chunk, and the position of its first token."""
+    """The namespace of a chunk, and the position of its first token; of a loose chunk, where it was computed."""
+    if isinstance(chunk.parent, LooseRoot):
+        return chunk.parent.namespace, chunk.parent.position
     position, above = 0, chunk.parent
     while above is not None and above.parent is not None:
         position += len(above)

@@ -3,7 +3,8 @@
     magic 8 | version 2 | header length 4 | header, msgpack | tensor bytes | xxh3-128 of all before, 16
 
 Integers are little-endian. The header says how many tensor bytes follow, so every byte is accounted for; reading
-costs time and memory in proportion to the bytes at hand, whatever they claim.
+costs time and memory in proportion to the bytes at hand, whatever they claim. An alias (`AliasHeader`) has the
+same layout under another magic.
 """
 
 import math
@@ -20,6 +21,7 @@ from ragkv.errors import PayloadError
 Buffer = bytes | bytearray | memoryview
 
 MAGIC = b"\x89RAGKV\r\n"
+ALIAS_MAGIC = b"\x89RAGKA\r\n"
 VERSION = 1
 MOST_HEADER_BYTES = 1 << 20
 CHECKSUM_BYTES = 16
@@ -75,7 +77,20 @@ class Header:
         return math.prod(self.shape) * DTYPES[self.dtype]
 
 
+class AliasHeader(Header):
+    """Of an alias, which holds no KV but says where some tokens' KV lies: `key` is their content key, `parent`,
+    `tokens`, `position` and `expires` are of the chunk that holds it, and the tensor is that chunk's key."""
+
+    __slots__ = ()
+
+    @property
+    def token_count(self) -> int:
+        """Tokens whose KV it holds: none."""
+        return 0
+
+
 _FIELDS = tuple(Header.__dataclass_fields__)
+_KINDS: dict[bytes, type[Header]] = {MAGIC: Header, ALIAS_MAGIC: AliasHeader}
 
 
 def encode(header: Header, raw: Sequence[Buffer]) -> list[Buffer]:
@@ -89,7 +104,8 @@ def encode(header: Header, raw: Sequence[Buffer]) -> list[Buffer]:
     packed = msgpack.packb({name: getattr(header, name) for name in _FIELDS})
     if len(packed) > MOST_HEADER_BYTES:
         raise PayloadError("header", f"payload: a header of {len(packed)} bytes; allowed: {MOST_HEADER_BYTES}")
-    parts: list[Buffer] = [_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed, *raw]
+    magic = ALIAS_MAGIC if isinstance(header, AliasHeader) else MAGIC
+    parts: list[Buffer] = [_PREFIX.pack(magic, VERSION, len(packed)) + packed, *raw]
     checksum = xxhash.xxh3_128()
     for part in parts:
         checksum.update(part)
@@ -97,8 +113,8 @@ def encode(header: Header, raw: Sequence[Buffer]) -> list[Buffer]:
 
 
 def decode(value: Buffer) -> tuple[Header, memoryview]:
-    """Header and tensor bytes (a view into `value`) of a whole payload. PayloadError: it is not one; `reason` is
-    "truncated", "magic", "version", "header", "size" or "checksum"."""
+    """Header and tensor bytes (a view into `value`) of a whole payload or alias. PayloadError: it is neither;
+    `reason` is "truncated", "magic", "version", "header", "size" or "checksum"."""
     view = memoryview(value).cast("B")
     start = header_end(view)
     header = _header(view, start)
@@ -123,7 +139,7 @@ def read_header(first: Buffer) -> tuple[Header, int]:
 def header_end(first: Buffer) -> int:
     """Where the header of a payload ends, by its first `PREFIX_BYTES` bytes. PayloadError as in `decode`."""
     start = bytes(first[:PREFIX_BYTES])
-    if start[: len(MAGIC)] != MAGIC[: len(start)]:
+    if not any(start[: len(magic)] == magic[: len(start)] for magic in _KINDS):
         raise PayloadError("magic", "payload: not one of ragkv's")
     if len(start) < PREFIX_BYTES:
         raise PayloadError("truncated", f"payload: cut off at byte {len(start)}")
@@ -148,7 +164,7 @@ def _header(view: memoryview, end: int) -> Header:
         raise PayloadError("header", f"payload: the header's fields must be {', '.join(_FIELDS)}")
     if type(fields["shape"]) is list:
         fields["shape"] = tuple(fields["shape"])
-    return Header(**fields)
+    return _KINDS[bytes(view[: len(MAGIC)])](**fields)
 
 
 def _is_key(value: Any) -> bool:

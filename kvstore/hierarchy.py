@@ -5,11 +5,12 @@ hold is brought here first (`ragkv.kvstore.placement`).
 """
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Catalogue, Chunk, Match, descendants
+from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot, Match, descendants, is_loose, origin
 from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.holds import Holds
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
 from ragkv.kvstore.memory import DeviceTier, MemoryTier
@@ -38,6 +39,7 @@ class Hierarchy:
         self.device = device
         self.classes = memory.classes
         self.evicting: Callable[[Chunk], None] | None = None
+        self.contents: Contents | None = None  # of all ready chunks, from `index_contents` on
         self._catalogue = Catalogue()
         self._memory = memory
         self._metrics = metrics
@@ -63,6 +65,14 @@ class Hierarchy:
     def get(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
         """The chunk of that key, ready or not, if it stands behind `parent` and holds just these tokens."""
         return self._catalogue.get(key, parent, tokens)
+
+    def get_loose(self, holder: bytes) -> Chunk | None:
+        """The loose copy of the chunk of that key, ready or not."""
+        return self._catalogue.get_loose(holder)
+
+    def place(self, chunk: Chunk) -> tuple[bytes, int]:
+        """The namespace in which a chunk was computed, in or out of the tree, and its first token's position."""
+        return origin(chunk)
 
     def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
@@ -125,6 +135,8 @@ class Hierarchy:
             if self.evicting is not None and victim.ready:
                 self.evicting(victim)
             self._catalogue.remove(victim)
+            if self.contents is not None:
+                self.contents.remove(victim)
             self._left(victim)
         if victims:
             self.version += 1
@@ -140,8 +152,16 @@ class Hierarchy:
         self.unpin(behind)
         return chunk
 
+    def reserve_loose(self, namespace: bytes, holder: bytes, tokens: bytes, position: int) -> Chunk | None:
+        """As `reserve_chunk`, for a copy of the chunk of key `holder`, which began at token `position` of a prompt
+        of `namespace`. What stood before it is not there: it is in `contents` alone, and never matches."""
+        root = LooseRoot(namespace, holder, position)
+        return self.reserve_chunk(root.key, root, tokens, position)
+
     def commit(self, chunk: Chunk) -> None:
         """The bytes of a reserved chunk are written: from now on it matches."""
+        if self.contents is not None and not chunk.ready and chunk in self._catalogue:
+            self.contents.add(chunk)
         chunk.ready = True
         self.version += 1
         self.unpin([chunk])
@@ -173,18 +193,30 @@ class Hierarchy:
             self._drop_doomed()
             self._report()
 
+    def index_contents(self) -> Contents:
+        """From now on know which chunks hold some tokens; the first call looks at all."""
+        if self.contents is None:
+            self.contents = Contents()
+            for chunk in self.everything():
+                self.contents.add(chunk)
+        return self.contents
+
     def touch(self, match: Match, priority: int = 0) -> list[Chunk]:
         """Note that a match was used, by a request of that priority; the chunks that are to be copied to the
         device tier now."""
-        self._memory.touch(match.chunks, priority)
-        for chunk in match.chunks:
-            chunk.hits += 1
-        if self.device is None:
+        self.used(match.chunks, priority)
+        if self.device is None or any(map(is_loose, match.chunks)):
             return []
         whole = sum(map(len, match.chunks)) == match.length  # else the engine holds only some of the last
         due = self.device.used_now(match.chunks if whole else match.chunks[:-1])
         self._report()
         return due
+
+    def used(self, chunks: Sequence[Chunk], priority: int = 0) -> None:
+        """Note a use of chunks, by a request of that priority."""
+        self._memory.touch(chunks, priority)
+        for chunk in chunks:
+            chunk.hits += 1
 
     def tick(self, now: float) -> None:
         """Let go of pins whose time is over, and of chunks that must be kept no longer, with all behind them."""
@@ -209,7 +241,7 @@ class Hierarchy:
         self.holds.forget()
 
     def everything(self) -> list[Chunk]:
-        """All chunks that match, parents before their children."""
+        """All chunks that can be read, loose ones too, parents before their children."""
         return [chunk for chunk in self._catalogue.everything() if chunk.ready]
 
     def check_integrity(self) -> None:
@@ -217,6 +249,8 @@ class Hierarchy:
         self._memory.check_integrity()
         self.holds.check_integrity()
         chunks = self._catalogue.everything() + self._doomed
+        if self.contents is not None:
+            self.contents.check_integrity(self.everything())
         owned = [page for chunk in chunks for page in memoryview(chunk.pages).cast("i")]
         assert len(owned) == len(set(owned)) == self._memory.used, "pages and chunks disagree"
         assert self._pins == sum(chunk.pins for chunk in chunks), "pins and chunks disagree"
@@ -256,6 +290,9 @@ class Hierarchy:
                 start = end
 
     def _doom(self, gone: list[Chunk], reason: str) -> None:
+        if self.contents is not None:
+            for chunk in gone:
+                self.contents.remove(chunk)
         if gone:
             self._metrics.count(m.EVICTED_CHUNKS, len(gone), tier=m.MEMORY, reason=reason)
         self._doomed = gone + self._doomed  # before what may have stood behind them

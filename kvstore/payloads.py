@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from ragkv.errors import PayloadError
-from ragkv.kvstore.catalogue import Chunk
-from ragkv.kvstore.codec import Header, decode, encode
+from ragkv.kvstore.catalogue import Chunk, LooseRoot
+from ragkv.kvstore.codec import AliasHeader, Header, decode, encode
 from ragkv.kvstore.keys import chain_key, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.stores.contract import Buffer
@@ -18,7 +18,9 @@ HEADER_BYTES, BLOCK_BYTES = 256, 4096
 
 
 def address(chunk: Chunk) -> bytes:
-    """Where a chunk lies."""
+    """Where a chunk lies; of a loose chunk, where what it is a copy of lies."""
+    if isinstance(chunk.parent, LooseRoot):
+        return chunk.parent.holder
     if not chunk.open:
         return chunk.key
     assert chunk.parent is not None
@@ -61,13 +63,15 @@ class Payloads:
 
     def filler(self, chunk: Chunk, namespace: bytes, position: int) -> Callable[[Buffer], Header]:
         """What checks a payload against all that is known of a reserved chunk, and fills the chunk's pages."""
-        parent = chunk.parent
+        parent, key = chunk.parent, address(chunk)
         assert parent is not None
-        expected = (chunk.key, parent.key, chunk.tokens, position, False)
+        loose = isinstance(parent, LooseRoot)  # its parent is not known, but follows from its key
 
         def accept(value: Buffer) -> Header:
             header, raw = self._read(value, namespace)
-            if (header.key, header.parent, header.tokens, header.position, header.open) != expected:
+            behind = chain_key(header.parent, header.tokens) == key if loose else header.parent == parent.key
+            found = (header.key, header.tokens, header.position, header.open)
+            if not behind or found != (key, chunk.tokens, position, False):
                 raise PayloadError("tokens", "payload: it is of other tokens than its key says")
             self.pages.fill(chunk, raw)
             return header
@@ -92,6 +96,8 @@ class Payloads:
     def _read(self, value: Buffer, namespace: bytes) -> tuple[Header, memoryview]:
         """Header and bytes of a payload that fits this engine. PayloadError."""
         header, raw = decode(value)
+        if isinstance(header, AliasHeader):
+            raise PayloadError("magic", "payload: it is an alias")
         shape = self.pages.shape
         if header.namespace != namespace:
             raise PayloadError("namespace", "payload: it is of another namespace")

@@ -1,16 +1,20 @@
 """What lies where: memory with the tiers below it. Chunks are written down as soon as they are stored ("through")
 or when memory evicts them ("back"), and brought up again by `ragkv.kvstore.promotion`.
 
-One thread drives all of it; what the lanes have done meanwhile takes effect in `tick`.
+One thread drives all of it; what the lanes have done meanwhile takes effect in `tick`. From `index_contents` on,
+what is written down can be found by its tokens too (`ragkv.kvstore.aliases`, `ragkv.kvstore.gathering`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ragkv.kvstore.catalogue import Chunk, Match, origin
+from ragkv.kvstore.aliases import Aliases
+from ragkv.kvstore.catalogue import Chunk, Match, is_loose, origin
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gathering import Gather, Gathering
 from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.keys import content_key
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.payloads import Payloads, address
@@ -39,6 +43,8 @@ class Placement:
         self._tiers, self._completions, self._clock = tuple(tiers), completions, clock
         self._payloads = Payloads(pages, wall)
         self._up = Promotion(hierarchy, self._payloads, self._tiers, gate, metrics, clock, deadline)
+        self._loose = Gathering(hierarchy, self._payloads, self._tiers, gate, metrics, clock, deadline)
+        self.aliases: Aliases | None = None  # from `index_contents` on
         hierarchy.evicting = self._demote
         for number, tier in enumerate(self._tiers):
             tier.bit = 1 << number
@@ -50,12 +56,26 @@ class Placement:
         for tier in self._tiers:
             tier.tick()
         self.hierarchy.tick(self._clock())
+        if self.aliases is not None:
+            self.aliases.order()
+
+    def index_contents(self) -> None:
+        """From now on know which chunks in memory hold some tokens, and leave an alias with every chunk that is
+        written down. What was written down before gets its alias when it is used again, in a tier with an index;
+        elsewhere (Redis) only when it is written again."""
+        self.hierarchy.index_contents()
+        if self.aliases is None:
+            self.aliases = Aliases(self._payloads, self.hierarchy.cost)
 
     def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
         """As `Promotion.fetch`."""
         return self._up.fetch(namespace, chain, match, computed, limit)
 
-    def waits(self, fetch: Fetch, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
+    def gather(self, namespace: bytes, wanted: Sequence[bytes]) -> Gather | None:
+        """As `Gathering.gather`; None before `index_contents`."""
+        return None if self.aliases is None else self._loose.gather(namespace, wanted)
+
+    def waits(self, fetch: Fetch | Gather, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
         """Whether a request should go on waiting for a fetch. Stands still for at most `answer_seconds` where the
         tiers have not yet said what they hold (mostly nothing, and an answer now saves the engine a step), and for
         at most `load_seconds` while they load (for an engine that has nothing else to do but ask again)."""
@@ -65,7 +85,7 @@ class Placement:
             left = min(begun + seconds, fetch.deadline) - self._clock()
             if left <= 0 or not self._completions.drain(left):
                 break
-        return self._up.waits(fetch)
+        return self._loose.waits(fetch) if isinstance(fetch, Gather) else self._up.waits(fetch)
 
     def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:
         """Chunks, each with its position, have been computed and stored: write them through. So is what stands
@@ -81,12 +101,20 @@ class Placement:
             for tier in through:
                 if chunk.ready and chunk in self.hierarchy and not chunk.below & tier.bit:
                     self._write(chunk, tier, namespace, position, copy=chunk.open)
+        if self.aliases is not None:
+            self.aliases.order()
 
     def used(self, chunks: Sequence[Chunk]) -> None:
-        """A chain was used, root first: the tiers that hold it note that too."""
+        """A chain was used, root first, or loose chunks: the tiers that hold them note that too."""
         for tier in self._tiers:
-            if keys := [address(chunk) for chunk in chunks if chunk.below & tier.bit]:
+            held = [chunk for chunk in chunks if chunk.below & tier.bit]
+            keys = [address(chunk) for chunk in held]
+            if self.aliases is not None:
+                keys = [key for pair in zip(keys, self._aliased(held, tier), strict=True) for key in pair]
+            if keys:
                 tier.touch(keys)
+        if self.aliases is not None:
+            self.aliases.order(compare=False)  # what an index does not know may be there: kept, and then known
 
     def close(self, seconds: float) -> bool:
         """Write down what no lower tier has, within a bound, and let the tiers go. Whether all was written."""
@@ -97,8 +125,10 @@ class Placement:
                 while tier.busy and self._completions.drain(max(0.0, end - self._clock())):
                     pass
                 lacks = not chunk.below & tier.bit if tier.through else not chunk.below
-                if lacks and _may_take(tier, chunk) and self._clock() < end:
+                if lacks and _may_take(tier, chunk) and not is_loose(chunk) and self._clock() < end:
                     self._write(chunk, tier, *origin(chunk), copy=False)
+            if self.aliases is not None:
+                self.aliases.finish()
             ended &= tier.close(max(0.0, end - self._clock()))
             self._completions.drain()  # what this tier has, the next need not take
         self._payloads.pages.close()
@@ -107,6 +137,8 @@ class Placement:
     def _demote(self, chunk: Chunk) -> None:
         """Memory evicts a chunk: give it to the tiers that should have it and could not take it when it was
         stored, and else, unless one has it, to the first that takes it."""
+        if is_loose(chunk):
+            return  # it came from there
         lack = [t for t in self._tiers if not (chunk.below & t.bit and t.keeps(address(chunk)))]
         lost = len(lack) == len(self._tiers)
         for tier in lack:
@@ -121,9 +153,9 @@ class Placement:
         assert parent is not None
         if not chunk.open and tier.knows(chunk.key):
             chunk.below |= tier.bit
+            self._alias(chunk, tier, namespace, position)
             return True
-        expiry = self.hierarchy.holds.expiry(chunk)
-        expires = self._payloads.wall() + expiry - self._clock() if expiry else 0.0
+        expires = self._expires(chunk)
 
         def parts() -> Callable[[], Sequence[bytes | bytearray | memoryview]]:
             return self._payloads.writer(chunk, namespace, position, expires=expires, copy=copy)
@@ -147,7 +179,32 @@ class Placement:
             return False
         if not copy:
             self.hierarchy.pin([chunk])
+        self._alias(chunk, tier, namespace, position)
         return True
+
+    def _expires(self, chunk: Chunk) -> float:
+        """Seconds since the epoch, 0.0: never."""
+        expiry = self.hierarchy.holds.expiry(chunk)
+        return self._payloads.wall() + expiry - self._clock() if expiry else 0.0
+
+    def _alias(self, chunk: Chunk, tier: StoreTier, namespace: bytes, position: int) -> None:
+        """Let a chunk be found by its tokens in a tier that has it. (Not an open tail: what lies in its place
+        changes, and the same tokens are seldom cut again in the same place.)"""
+        if self.aliases is not None and not chunk.open:
+            self.aliases.offer(tier, chunk, namespace, position, self._expires(chunk))
+
+    def _aliased(self, chunks: Sequence[Chunk], tier: StoreTier) -> Iterator[bytes]:
+        """Where the aliases of chunks lie that were used; those that an index has not are offered."""
+        namespace, position, before = b"", 0, None
+        for chunk in chunks:
+            if before is not None and chunk.parent is before:
+                position += len(before)
+            else:
+                namespace, position = origin(chunk)
+            before, key = chunk, content_key(namespace, chunk.tokens)
+            if tier.index is not None and key not in tier.index and not is_loose(chunk):
+                self._alias(chunk, tier, namespace, position)
+            yield key
 
 
 def _may_take(tier: StoreTier, chunk: Chunk) -> bool:

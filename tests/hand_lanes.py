@@ -6,6 +6,7 @@ from random import Random
 
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
+from ragkv.kvstore.catalogue import is_loose
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.hierarchy import Hierarchy
@@ -326,6 +327,39 @@ class Stack:
         assert not self.placement._up._loading
         for lower in self.lowers:
             lower.check()
+
+
+class ContentStack(Stack):
+    """A stack that knows its contents, in memory and below."""
+
+    def start(self):
+        super().start()
+        self.placement.index_contents()
+
+    def gather(self, *passages, space=Stack.SPACE):
+        """Gather passages, each of all tokens of a chunk."""
+        return self.placement.gather(space, [as_tokens(tokens).tobytes() for tokens in passages])
+
+    def holders(self, tokens):
+        """The chunks in memory that hold these tokens; their bytes are checked."""
+        found = self.hierarchy.contents.holders(as_tokens(tokens).tobytes())
+        for chunk in found:
+            made = Random(chunk.parent.holder if is_loose(chunk) else chunk.key)
+            assert b"".join(self.pages.parts(chunk)) == made.randbytes(self.pages.size(chunk)), "wrong KV"
+        return found
+
+    def bring(self, *passages):
+        """Gather, let all lanes work, and see for each how many hold it then."""
+        gather = self.gather(*passages)
+        self.settle()
+        assert gather is None or not self.placement.waits(gather)
+        return [len(self.holders(tokens)) for tokens in passages]
+
+    def check(self):
+        super().check()
+        assert not self.placement._loose._loading
+        aliases = self.placement.aliases
+        assert not aliases._coming and not aliases._offered and not aliases._comparing
 
 
 def words(seed, length):

@@ -49,6 +49,7 @@ class Machine(RuleBasedStateMachine):
             self.tier, PAGE_TOKENS, PAGE_BYTES, self.metrics, self.door, self.device, attention_tokens=50.0
         )
         self.hierarchy.evicting = self.evicting
+        self.hierarchy.index_contents()
         self.memory = np.zeros(PAGES * PAGE_TOKENS, dtype=np.int64)
         self.device_memory = np.zeros(DEVICE_PAGES * PAGE_TOKENS, dtype=np.int64)
         self.gauges, self.counters = {}, {}
