@@ -4,6 +4,7 @@
     ├── ConfigError      (also a ValueError)  a setting that cannot be: names key, value and what is allowed
     ├── LayoutError      the engine's cache layout cannot be proven, or is of a kind that is not supported
     ├── SegmentError     shared memory cannot be had or does not fit
+    ├── FusionError      a model whose keys cannot be moved to another position; exact reuse goes on
     ├── PayloadError     bytes that are not a whole, unharmed payload of this version
     └── StoreError       a storage backend cannot answer: gone, full, slow, refusing
 
@@ -25,6 +26,10 @@ class LayoutError(RagKVError):
 
 class SegmentError(RagKVError):
     """The shared segment cannot be made or opened."""
+
+
+class FusionError(RagKVError):
+    """A model, or a setting, that fusion cannot serve; the engine then runs with exact reuse."""
 
 
 class PayloadError(RagKVError):
