@@ -56,11 +56,12 @@ class Line:
 
 
 class Gate:
-    """`prefill`: seconds over tokens of a step; `copy`: memory tier to engine, over tokens; `tiers`: lower tier
-    to memory, over bytes, from the question on. Where a cost is not known yet, the load is made."""
+    """`prefill`: seconds over tokens of a step; `copy`: memory tier to engine, over tokens; `fuse`: fusion, over
+    its work in tokens; `tiers`: lower tier to memory, over bytes, from the question on. Where a cost is not known
+    yet, the load is made."""
 
     def __init__(self, *, active: bool = True) -> None:
-        self.prefill, self.copy = Line(), Line()
+        self.prefill, self.copy, self.fuse = Line(), Line(), Line()
         self.tiers: dict[str, Line] = {}
         self._active = active
         self._declined: dict[str, int] = {}
@@ -69,10 +70,21 @@ class Gate:
         """The cost of a lower tier."""
         return self.tiers.setdefault(name, Line())
 
+    @property
+    def judges(self) -> bool:
+        """Whether it compares at all: it is active, and knows what prefill costs."""
+        return self._active and self.prefill.known
+
+    def declines(self, name: str, *, pays: bool) -> bool:
+        """Whether to leave something be: it does not pay, and it is no probe's turn. `name`: of the decision, for
+        the probes."""
+        self._declined[name] = 0 if pays else (self._declined.get(name, 0) + 1) % PROBE
+        return self._declined[name] != 0
+
     def pays(self, tokens: int, sizes: dict[str, int] | None = None) -> bool:
         """Whether loading `tokens` tokens will take no longer than computing them. `sizes`: bytes that must first
         be read from lower tiers."""
-        if not self._active or not self.prefill.known:
+        if not self.judges:
             return True
         cost = self.copy.at(tokens) if self.copy.known else 0.0
         for name, size in (sizes or {}).items():
@@ -81,8 +93,4 @@ class Gate:
 
     def allows(self, tokens: int, tier: str, sizes: dict[str, int] | None = None) -> bool:
         """Whether to load: it pays, or it is a probe's turn. `tier` only names the decision, for the probes."""
-        if self.pays(tokens, sizes):
-            self._declined[tier] = 0
-            return True
-        self._declined[tier] = (self._declined.get(tier, 0) + 1) % PROBE
-        return self._declined[tier] == 0
+        return not self.declines(tier, pays=self.pays(tokens, sizes))

@@ -1,0 +1,223 @@
+"""What becomes of each token of a prompt that fusion finds moved pieces of.
+
+Exact, reused, recomputed (chosen among the moved, or in a gap between pieces), or left to the engine: every token
+is one of these. A plan that would take longer than plain prefill is declined, with the figures.
+"""
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate, pairwise
+from typing import Any
+
+from ragkv.kvstore.fusion.matching import Piece
+from ragkv.kvstore.gate import Gate
+
+REUSED, MOVED, MISSING = "reused", "moved", "missing"
+TOO_SHORT, DECLINED, UNSUPPORTED = "too_short", "declined", "unsupported"
+KINDS = (REUSED, MOVED, MISSING, TOO_SHORT, DECLINED, UNSUPPORTED)
+
+Span = tuple[int, int]
+Run = tuple[Piece, ...]  # without a gap, and of one shift
+
+
+class Fate(Enum):
+    """What becomes of a token. The selection tells which of the moved are `REUSED` and which `RECOMPUTED`."""
+
+    EXACT = "exact"
+    REUSED = "reused"
+    RECOMPUTED = "recomputed"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tokens up to `exact` are had exactly; from there to `end`, `pieces` are moved, and `gaps`, which nobody
+    holds, recomputed; so are `budget` of the moved tokens. The engine computes what is behind `end`.
+
+    `work`: what the fusion computes, in tokens of prefill. `short`: pieces found but left out, for their runs are
+    shorter than `min_tokens`.
+    """
+
+    exact: int
+    end: int
+    pieces: tuple[Piece, ...]
+    gaps: tuple[Span, ...]
+    budget: int
+    work: float
+    short: tuple[Piece, ...] = ()
+
+    @property
+    def moved(self) -> int:
+        """Tokens of the pieces."""
+        return sum(map(len, self.pieces))
+
+    def fates(self, length: int, chosen: Sequence[int]) -> list[Fate]:
+        """What becomes of each token of a prompt of `length` tokens, when the selection chose these positions.
+
+        ValueError: the prompt ends before the plan, or something is chosen that is not moved, or twice.
+        """
+        if length < self.end:
+            raise ValueError(f"plan: it ends at {self.end}, the prompt at {length}")
+        fates = [Fate.EXACT] * self.exact + [Fate.RECOMPUTED] * (self.end - self.exact)
+        fates += [Fate.ENGINE] * (length - self.end)
+        for piece in self.pieces:
+            fates[piece.start : piece.end] = [Fate.REUSED] * len(piece)
+        for position in chosen:
+            if not 0 <= position < length or fates[position] is not Fate.REUSED:
+                raise ValueError(f"plan: token {position} is chosen, but not moved, or chosen twice")
+            fates[position] = Fate.RECOMPUTED
+        return fates
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """No fusion: `kind` is one of `KINDS`, `reason` a line for people; `short` as in `Plan`."""
+
+    kind: str
+    reason: str
+    short: tuple[Piece, ...] = ()
+
+
+def runs_of(pieces: Sequence[Piece]) -> list[Span]:
+    """Where ascending, disjoint pieces stand in a prompt: one span for what lies side by side and moves alike."""
+    return [(run[0].start, run[-1].end) for run in _runs(pieces)]
+
+
+def make_plan(
+    pieces: Sequence[Piece], exact: int, limit: int, ratio: float, min_tokens: int, scoring: float, gate: Gate
+) -> Plan | Declined:
+    """The plan for what `find_moved` found between `exact` and `limit`.
+
+    `ratio`: of the moved tokens, the part that is recomputed. `scoring`: what the selection's look costs for each
+    token between `exact` and the plan's end, as a part of that token's prefill (deviation at the first layers:
+    about 1.5 / layers; selections that look at nothing: 0). Where the gate knows what things cost, the plan ends
+    behind the run with which it saves the most; else behind the last. ValueError: pieces beyond the bounds.
+    """
+    if pieces and not exact <= pieces[0].start < pieces[-1].end <= limit:
+        raise ValueError(f"plan: pieces from {pieces[0].start} to {pieces[-1].end}, not in {exact} to {limit}")
+    found = _runs(pieces)
+    runs = [run for run in found if _size(run) >= min_tokens]
+    short = tuple(piece for run in found if _size(run) < min_tokens for piece in run)
+    if not runs:
+        longest = max(map(_size, found), default=0)
+        few = f"the longest run found has {longest} tokens; fusion.min_tokens = {min_tokens}"
+        return Declined(TOO_SHORT, few, short) if found else Declined(MISSING, "nothing found")
+    if not gate.judges:
+        return _planned(exact, runs, short, ratio, scoring)
+
+    def seconds(count: int) -> tuple[float, float]:
+        moved, end = sizes[count], runs[count - 1][-1].end
+        fused = _seconds(_work(exact, end, moved, ratio, scoring), moved, gate)
+        return fused, gate.prefill.slope() * (end - exact)
+
+    sizes = list(accumulate(map(_size, runs), initial=0))
+    best = max(range(len(runs), 0, -1), key=lambda count: seconds(count)[1] - seconds(count)[0])
+    plan = _planned(exact, runs[:best], short, ratio, scoring)
+    fused, computed = seconds(best)
+    if gate.declines("fusion", pays=fused < computed):
+        return Declined(
+            DECLINED,
+            f"to fuse {plan.moved} moved tokens would take {1e3 * fused:.1f} ms (work of {plan.work:.0f} tokens), "
+            f"to compute all {plan.end - exact} takes {1e3 * computed:.1f} ms",
+            short,
+        )
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A document's fate; `kind` is one of `KINDS`. `by`: the shift of most of its moved tokens. `reused_tokens`:
+    those that come from the store; of the moved ones some are then recomputed."""
+
+    id: str
+    start: int
+    end: int
+    kind: str
+    by: int = 0
+    reused_tokens: int = 0
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it; `reason` only where there is one."""
+        entry: dict[str, Any] = {"id": self.id, "start": self.start, "end": self.end, "decision": self.kind}
+        entry |= {"by": self.by, "reused_tokens": self.reused_tokens}
+        return entry | ({"reason": self.reason} if self.reason else {})
+
+
+def decisions(
+    documents: Sequence[tuple[str, int, int]], exact: int, pieces: Sequence[Piece], outcome: Plan | Declined
+) -> list[Decision]:
+    """One decision for each document (id, start, end); without documents, one for each run found, with no id.
+
+    `exact`, `pieces`: what was found; `outcome`: what was made of it. A document that is had in part exactly and
+    in part moved is called by the larger part; less than a tenth of it is a neighbour's blank line, or chance.
+    """
+    spans = documents or [("", start, end) for start, end in runs_of(pieces)]
+    return [_decide(name, start, end, exact, pieces, outcome) for name, start, end in spans]
+
+
+def _decide(
+    name: str, start: int, end: int, exact: int, found: Sequence[Piece], outcome: Plan | Declined
+) -> Decision:
+    moved: dict[int, int] = {}
+    for piece, common in within(outcome.pieces if isinstance(outcome, Plan) else (), start, end):
+        moved[piece.shift] = moved.get(piece.shift, 0) + common
+    had, total = max(0, min(end, exact) - start), sum(moved.values())
+    little = (end - start) // 10
+    if had + total > little:
+        kind = MOVED if total > had else REUSED
+        by = max(moved, key=lambda shift: moved[shift]) if kind == MOVED else 0
+        return Decision(name, start, end, kind, by, had + total)
+    if isinstance(outcome, Declined) and outcome.kind == UNSUPPORTED:
+        return Decision(name, start, end, UNSUPPORTED, reason=outcome.reason)
+    there = sum(common for _, common in within(found, start, end))
+    if there <= little:
+        return Decision(name, start, end, MISSING)
+    if there - sum(common for _, common in within(outcome.short, start, end)) <= little:
+        return Decision(name, start, end, TOO_SHORT)
+    behind = f"nothing behind token {outcome.end} pays" if isinstance(outcome, Plan) else outcome.reason
+    return Decision(name, start, end, DECLINED, reason=behind)
+
+
+def _seconds(work: float, moved: int, gate: Gate) -> float:
+    """What a fusion takes: the copies, and its work, which until one was measured is taken to cost what prefill
+    does."""
+    copy = gate.copy.at(moved) if gate.copy.known else 0.0
+    return copy + (gate.fuse.at(work) if gate.fuse.known else gate.prefill.slope() * work)
+
+
+def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
+    moved, end = sum(map(_size, runs)), runs[-1][-1].end
+    edges = [exact, *(edge for run in runs for edge in (run[0].start, run[-1].end))]
+    gaps = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < b)
+    pieces, work = tuple(piece for run in runs for piece in run), _work(exact, end, moved, ratio, scoring)
+    return Plan(exact, end, pieces, gaps, _budget(moved, ratio), work, short)
+
+
+def _work(exact: int, end: int, moved: int, ratio: float, scoring: float) -> float:
+    return end - exact - moved + _budget(moved, ratio) + scoring * (end - exact)
+
+
+def _budget(moved: int, ratio: float) -> int:
+    return min(moved, math.ceil(ratio * moved - 1e-6))  # of 100, 0.07 is 7, though 0.07 * 100 is a little more
+
+
+def _runs(pieces: Sequence[Piece]) -> list[Run]:
+    cuts = [index for index, (a, b) in enumerate(pairwise(pieces), 1) if a.end != b.start or a.shift != b.shift]
+    return [tuple(pieces[start:end]) for start, end in pairwise([0, *cuts, len(pieces)]) if start < end]
+
+
+def _size(run: Run) -> int:
+    return run[-1].end - run[0].start
+
+
+def within(pieces: Sequence[Piece], start: int, end: int) -> Iterator[tuple[Piece, int]]:
+    """Of ascending, disjoint pieces those with tokens from `start` to `end`, and how many."""
+    for index in range(bisect.bisect_right(pieces, start, key=lambda piece: piece.end), len(pieces)):
+        piece = pieces[index]
+        if piece.start >= end:
+            return
+        yield piece, min(end, piece.end) - max(start, piece.start)

@@ -1,0 +1,69 @@
+"""A store of chunks without bytes, for tests of matching; and passages as an application sends them."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ragkv.kvstore.catalogue import Catalogue, Chunk, origin
+from ragkv.kvstore.chunking import Chunker, TokenChain
+from ragkv.kvstore.contents import Contents
+from ragkv.kvstore.fusion.matching import Piece, find_moved
+from ragkv.kvstore.keys import TOKEN_BYTES, as_tokens, chain_key
+
+NAMESPACE = b"n" * 16
+
+
+def part(chunk: Chunk, first: int, size: int) -> list[int]:
+    """Tokens of a chunk, from its token `first` on."""
+    return np.frombuffer(chunk.tokens, dtype="<i4")[first : first + size].tolist()
+
+
+class TokenStore:
+    """Stores prompts as `Hierarchy.reserve` does: cuts, and an open tail; without pages."""
+
+    def __init__(self, chunker: Chunker) -> None:
+        self.chunker = chunker
+        self.catalogue, self.contents = Catalogue(), Contents()
+
+    def chain(self, tokens: Sequence[int], named: Sequence[int] = (), namespace: bytes = NAMESPACE) -> TokenChain:
+        """A prompt, cut."""
+        chain = TokenChain(namespace, self.chunker, named)
+        chain.extend(as_tokens(tokens))
+        return chain
+
+    def add(self, tokens: Sequence[int], named: Sequence[int] = (), namespace: bytes = NAMESPACE) -> list[Chunk]:
+        """Store a prompt; all its chunks, from the root on."""
+        chain = self.chain(tokens, named, namespace)
+        ends = [*chain.ends, len(tokens)] if (chain.ends or [0])[-1] < len(tokens) else chain.ends
+        return self.add_cut(tokens, ends, namespace)
+
+    def add_cut(self, tokens: Sequence[int], ends: Iterable[int], namespace: bytes = NAMESPACE) -> list[Chunk]:
+        """Store a prompt cut at these ends."""
+        raw = as_tokens(tokens).tobytes()
+        chunks, parent, key, start = [], self.catalogue.root(namespace), namespace, 0
+        for end in ends:
+            piece = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
+            key = chain_key(key, piece)
+            chunk = self.catalogue.get(key, parent, piece)
+            if chunk is None:
+                chunk = self.catalogue.insert(key, parent, piece)
+                chunk.ready = True
+                self.contents.add(chunk)
+            chunks.append(chunk)
+            parent, start = chunk, end
+        return chunks
+
+    def found(
+        self, tokens: Sequence[int], named: Sequence[int] = (), namespace: bytes = NAMESPACE
+    ) -> tuple[int, list[Piece]]:
+        """As a request looks a prompt up: the length of its exact match, and what is found of the rest."""
+        chain, limit = self.chain(tokens, named, namespace), len(tokens) - 1
+        match = self.catalogue.match(self.catalogue.root(namespace), chain, limit)
+        pieces = find_moved(self.contents, origin, namespace, chain, match.length, limit, match.chunks)
+        return match.length, pieces
+
+
+def covered(start: int, end: int, exact: int, pieces: Sequence[Piece]) -> int:
+    """Tokens from `start` to `end` of a prompt that are matched, exactly or moved."""
+    spans = [(0, exact), *((piece.start, piece.end) for piece in pieces)]
+    return sum(max(0, min(end, b) - max(start, a)) for a, b in spans)
