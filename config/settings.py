@@ -13,6 +13,7 @@ from ragkv.policies import ADMISSIONS, POLICIES
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
+SELECTION_NAMES = ("deviation", "first_tokens", "query", "query_deviation", "random")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -65,14 +66,15 @@ def one_of(names: Mapping[str, object]) -> Any:
 
 
 def refuse_nonsense(value: object) -> object:
-    """`true` is no number of seconds, and neither are nan and inf."""
+    """`true` is no number here, and neither are nan and inf."""
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError("allowed: a number of seconds")
+        raise ValueError("allowed: a number")
     return value
 
 
 Policy = Annotated[str, one_of(POLICIES)]
 Admission = Annotated[str, one_of(ADMISSIONS)]
+Ratio = Annotated[float, BeforeValidator(refuse_nonsense)]
 Seconds = Annotated[float, BeforeValidator(refuse_nonsense)]
 Write = Literal["through", "back"]
 
@@ -144,6 +146,24 @@ class PlacementSettings(Section):
     flush: Seconds = Field(default=5.0, ge=0, le=600, description="seconds for writing down at the end")
 
 
+class FusionSettings(Section):
+    """Reuse of documents at other positions, mended by recomputing some of their tokens."""
+
+    enabled: bool = Field(default=False, description="fuse unless a request says no; else only where one says yes")
+    selection: str = Field(default="deviation", description="which tokens are computed again")
+    recompute_ratio: Ratio = Field(default=0.15, ge=0, le=1, description="of the moved tokens, computed again")
+    min_tokens: Count = Field(default=48, ge=1, le=65536, description="shorter runs are not moved")
+    keep: bool = Field(default=False, description="leave fused KV in vLLM's own prefix cache")
+    documents: Count = Field(default=200, ge=0, le=100_000, description="ids with metrics of their own")
+
+    @field_validator("selection")
+    @classmethod
+    def _known(cls, selection: str) -> str:
+        if selection not in SELECTION_NAMES:
+            raise ValueError(f"allowed: {', '.join(SELECTION_NAMES)}")
+        return selection
+
+
 class TraceSettings(Section):
     """A record of what is asked, without text, for `ragkv simulate`."""
 
@@ -183,6 +203,7 @@ class Settings(Section):
     placement: PlacementSettings = PlacementSettings()
     chunks: ChunkSettings = ChunkSettings()
     transfer: TransferSettings = TransferSettings()
+    fusion: FusionSettings = FusionSettings()
     trace: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")

@@ -40,6 +40,12 @@ PINNED = {
     "chunks.average_tokens": 128,
     "chunks.max_tokens": 256,
     "transfer.staging": 64 * 2**20,
+    "fusion.enabled": False,
+    "fusion.selection": "deviation",
+    "fusion.recompute_ratio": 0.15,
+    "fusion.min_tokens": 48,
+    "fusion.keep": False,
+    "fusion.documents": 200,
     "trace.file": None,
 }
 SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in PINNED))

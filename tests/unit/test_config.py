@@ -36,6 +36,12 @@ OTHERS = {
     "chunks.average_tokens": ("100", 100),
     "chunks.max_tokens": ("300", 300),
     "transfer.staging": ("1MiB", 2**20),
+    "fusion.enabled": ("true", True),
+    "fusion.selection": ("query", "query"),
+    "fusion.recompute_ratio": ("0.5", 0.5),
+    "fusion.min_tokens": ("100", 100),
+    "fusion.keep": ("1", True),
+    "fusion.documents": ("0", 0),
     "trace.file": ("/tmp/trace", "/tmp/trace"),
 }
 OTHERS |= dict.fromkeys(POLICY_KEYS, ("lfu", "lfu")) | dict.fromkeys(ADMISSION_KEYS, ("cost", "cost"))
