@@ -37,6 +37,11 @@ WRITE_SECONDS = "ragkv_tier_write_seconds"
 QUEUED_BYTES = "ragkv_tier_queued_bytes"
 UNWRITTEN_CHUNKS = "ragkv_tier_unwritten_chunks_total"
 REJECTED_PAYLOADS = "ragkv_tier_rejected_payloads_total"
+FUSION_DECISIONS = "ragkv_fusion_decisions_total"
+FUSED_TOKENS = "ragkv_fused_tokens_total"
+FUSION_SECONDS = "ragkv_fusion_seconds"
+DOCUMENT_HITS = "ragkv_document_hits_total"
+DOCUMENT_SAVED_TOKENS = "ragkv_document_saved_tokens_total"
 
 MEMORY, DEVICE, DISK, REDIS = "memory", "device", "disk", "redis"
 CAPACITY, RESET, SUPERSEDED, ABANDONED, EXPIRED = "capacity", "reset", "superseded", "abandoned", "expired"
@@ -124,6 +129,24 @@ METRICS: dict[str, Metric] = {
             "Payloads that proved bad when read, and were never served, by reason.",
             ("tier", "reason"),
         ),
+        Metric(
+            FUSION_DECISIONS,
+            "counter",
+            "Documents of requests that asked for fusion, by decision (reused, moved, missing, too_short, "
+            "declined, unsupported).",
+            ("decision",),
+        ),
+        Metric(
+            FUSED_TOKENS,
+            "counter",
+            "Prompt tokens of fused requests, by what became of them (reused, recomputed, gap).",
+            ("kind",),
+        ),
+        Metric(FUSION_SECONDS, "histogram", "Time a worker spent on one request's fusion."),
+        Metric(
+            DOCUMENT_HITS, "counter", "Requests that reused KV of a document, by its hinted id.", ("document",)
+        ),
+        Metric(DOCUMENT_SAVED_TOKENS, "counter", "Tokens of a document not computed again.", ("document",)),
     )
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 from hand_lanes import HandClock, HandCompletions, Recorded
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.worker import WorkerSide
@@ -24,7 +25,7 @@ from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.pages import Pages, PageShape
 from ragkv.kvstore.placement import Placement
 from ragkv.policies import Prioritized, make_policy
-from toy_worker import LAYERS, PAGE, MemoryRows, Mover, Stopwatch
+from toy_worker import LAYERS, PAGE, Fuser, MemoryRows, Mover, Stopwatch
 
 BLOCK, MIN, MAX = 8, 16, 32
 BREAK = 1  # a token that holds a blank line
@@ -52,6 +53,7 @@ class Request:
         self.kv_transfer_params = self.prompt_embeds = self.lora_request = self.cache_salt = None
         self.mm_features = []
         self.blocks, self.told, self.preempted = [], 0, False
+        self.block_hashes, self.status, self.answer = [], SimpleNamespace(name="WAITING"), None
         vars(self).update(features)
 
     @property
@@ -63,8 +65,11 @@ class Engine:
     """vLLM's scheduler in small: block tables, admission, preemption, recovery from failed loads. `device`: pages
     of the device tier; `lowers`: the tiers below memory, which outlive `restart`."""
 
-    def __init__(self, pages=200, blocks=200, workers=2, policy="lru", device=0, lowers=(), gate=None):
+    def __init__(
+        self, pages=200, blocks=200, workers=2, policy="lru", device=0, lowers=(), gate=None, fusion=None
+    ):
         self.sizes = pages, blocks, workers, policy, device
+        self.fusion = fusion
         self.lowers, self.gate = lowers, gate
         self.wall = HandClock(1e9)
         self.names = 0
@@ -106,6 +111,7 @@ class Engine:
             self.metrics,
             self.faults,
             clock=self.clock,
+            fusing=None if self.fusion is None else self._fusing(),
         )
         self.workers = [WorkerSide(None, None, Settings(), self.metrics, self.faults) for _ in range(workers)]
         for rank, worker in enumerate(self.workers):
@@ -113,12 +119,16 @@ class Engine:
             worker._mover = Mover(cache, MemoryRows(buffer, workers, rank), fails)
             worker._device_mover = Mover(cache, np.full(device * PAGE, -2), fails)
             worker._stopwatch = Stopwatch()
+            worker._fuser = Fuser(cache, fails, BLOCK, mix)
         self.free = list(range(1, blocks))  # block 0 is vLLM's null block
         self.waiting, self.running, self.held = [], [], {}
         self.reports = [[] for _ in self.workers]
         self.finishes = []
         self.loaded = 0  # tokens, checked
         self.work()
+
+    def _fusing(self):
+        return Fusing(self.fusion, self.placement, BLOCK, LAYERS, self.metrics)
 
     # --- what tests do ---
 
@@ -203,6 +213,7 @@ class Engine:
     def preempt(self, request):
         self.running.remove(request)
         self.waiting.insert(0, request)
+        request.status.name = "PREEMPTED"
         self._give_back(request)
         request.num_computed_tokens = 0
         request.preempted = True
@@ -213,7 +224,9 @@ class Engine:
             if request in queue:
                 queue.remove(request)
         computed = -(-request.num_computed_tokens // BLOCK)
-        if self.side.finished(request, request.blocks[:computed]):
+        held, request.answer = self.side.finished(request, request.blocks[:computed])
+        request.status.name = "FINISHED"
+        if held:
             self.held[request.request_id] = request
         else:
             self._give_back(request)
@@ -257,7 +270,7 @@ class Engine:
             return False
         self.waiting.remove(request)
         self.running.append(request)
-        request.blocks = []
+        request.status.name, request.blocks = "RUNNING", []
         self._grow(request, request.num_tokens)
         for worker in range(len(self.workers)):  # vLLM's own prefix cache
             self._cache(worker)[self._slots(request, 0, local)] = self.truth(request, worker)[:local]
@@ -350,7 +363,7 @@ class Engine:
             truth = self.truth(request, worker)
             slots = self._slots(request, 0, request.num_tokens)
             at = {slot: position for position, slot in enumerate(slots.tolist())}
-            for slot in job.slots.tolist():
+            for slot in job.slots.tolist() if job.shifts is None else ():
                 if slot // BLOCK not in bad:
                     assert self._cache(worker)[slot] == truth[at[slot]], "wrong KV"
                     self.loaded += 1

@@ -32,7 +32,7 @@ class Mover:
     def __init__(self, cache, tier, fails):
         self.cache, self.tier, self.fails = cache, tier, fails
 
-    def load(self, rows, slots):
+    def load(self, rows, slots, shifts=None):
         self._fail("load", self.cache, slots)
         self.cache[slots.numpy()] = self.tier[rows.numpy()]
         return Done()
@@ -46,6 +46,36 @@ class Mover:
         if kind in self.fails:
             target[places[: len(places) // 2].numpy()] = np.int64(-7)
             raise OSError(f"no {kind}")
+
+
+class Fuser:
+    """Mends nothing but the gaps, which it computes: so what was moved, and all behind it, stays wrong for good.
+    Told so, it fails."""
+
+    def __init__(self, cache, fails, block, compute):
+        self.cache, self.fails, self.block, self.compute = cache, fails, block, compute
+        self.fused = []
+
+    def agreed(self, well):
+        return well
+
+    def fuse(self, fusion):
+        if "fuse" in self.fails:
+            raise OSError("no fuse")
+        moved = {position for start, end in fusion.runs for position in range(start, end)}
+        assert moved and min(moved) >= fusion.start and max(moved) == fusion.end - 1
+        assert len(fusion.tokens) >= fusion.end and 0 <= fusion.budget <= len(moved)
+        positions = np.arange(fusion.end)
+        slots = fusion.blocks[positions // self.block] * self.block + positions % self.block
+        assert (self.cache[slots[: fusion.start]] >= 0).all(), "the exact part is there"
+        for position in range(fusion.start, fusion.end):
+            if position in moved:
+                assert self.cache[slots[position]] >= 0, "moved tokens were loaded"
+            else:
+                self.cache[slots[position]] = self.compute(
+                    self.cache[slots[position - 1]], fusion.tokens[position]
+                )
+        self.fused.append(fusion)
 
 
 class Stopwatch:

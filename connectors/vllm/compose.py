@@ -7,8 +7,8 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import Faults, logger
-from ragkv.connectors.vllm.scheduler import Recorder
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages
+from ragkv.connectors.vllm.tracking import Recorder
 from ragkv.errors import StoreError
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.gate import Gate

@@ -11,7 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ragkv.connectors.vllm.compose import make_placement, make_recorder
+from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
+from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
@@ -68,15 +70,21 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
         hidden = config.model_config.get_hidden_size()
         sizes = settings.chunks
+        placement = make_placement(settings, page, self._segment.buffer, hidden, self._metrics, self.faults)
+        if settings.fusion.enabled:
+            placement.index_contents()
+        block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
         return SchedulerSide(
-            make_placement(settings, page, self._segment.buffer, hidden, self._metrics, self.faults),
+            placement,
             Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
             self._namespaces.of,
-            shape.geometry.block_tokens,
+            block_tokens,
             shape.ranks,
             self._metrics,
             self.faults,
             make_recorder(settings, self.faults),
+            fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
+            documents=DocumentStats(self._metrics, settings.fusion.documents),
         )
 
     def _stand_aside(self, why: str) -> None:
@@ -103,12 +111,19 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._scheduler, self._proposed = self._proposed, None
             self._segment.unlink()
+            if self._scheduler.fusing is not None:
+                self._scheduler.fusing.refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         """The same, as newer versions of vLLM call it."""
         self.set_xfer_handshake_metadata(metadata)
 
-    @guarded(gives(NO_TOKENS))
+    def _not_looked_up(self, request: Any, _computed: int) -> tuple[int | None, bool]:
+        assert self._scheduler is not None
+        self._scheduler.disown(request)
+        return NO_TOKENS
+
+    @guarded(_not_looked_up)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded in the step that takes the request up; None: ask again in the next."""
         if self._scheduler is None:
@@ -150,17 +165,17 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
-        held: bool = self.request_finished_all_groups(request, (block_ids,))[0]
-        return held, None
+        told: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
+        return told
 
     @guarded(gives((False, None)))
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The request ended; True keeps its blocks until its last tokens are stored."""
+        """The request ended; True keeps its blocks until its last tokens are stored; and what its answer tells."""
         if self._scheduler is None:
             return False, None
-        return self._scheduler.finished(request, list(block_ids[0])), None
+        return self._scheduler.finished(request, list(block_ids[0]))
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """How many of the tokens came from where; what was brought up for this request counts as its source's."""

@@ -2,23 +2,29 @@
 
     {"ragkv": {"documents": [{"id": "10-K 2023", "start": 12, "end": 3012}],
                "pin": {"owner": "desk 7", "seconds": 3600, "documents": ["10-K 2023"]},
-               "unpin": {"owner": "desk 6"}, "ttl": 86400, "priority": 1}}
+               "unpin": {"owner": "desk 6"}, "ttl": 86400, "priority": 1,
+               "fuse": true, "recompute_ratio": 0.15, "selection": "query"}}
 
 `documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
 that names it. `pin`: keep in memory, for an owner and so many seconds, the prompt up to the end of the last of
 these documents, or all of it where none is named; `unpin` takes all of an owner's pins back. `ttl`: serve what
 this request adds no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first.
+`fuse`: reuse documents that return at another position, or not; `recompute_ratio`, `selection`: of them, how much
+is computed again, and which tokens; where absent, as `fusion.*` says.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import Repr
 from typing import Any
 
+from ragkv.config.settings import SELECTION_NAMES
+
 KEY = "ragkv"
-ALLOWED = ("documents", "pin", "priority", "ttl", "unpin")
+ALLOWED = ("documents", "fuse", "pin", "priority", "recompute_ratio", "selection", "ttl", "unpin")
 LONGEST = 3e9  # seconds; a century
 HIGHEST = 9
+MOST_DOCUMENTS = 4096
 OWNER = 200  # characters of a name
 SHOWN = 80  # characters of a faulty value
 
@@ -33,14 +39,32 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
-class Hints:
-    """`boundaries`: positions, ascending, at which chunks must end."""
+class Document:
+    """A span of the prompt, in tokens, and what the application calls it ("" where it has no name)."""
 
-    boundaries: tuple[int, ...] = ()
+    id: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """`given`: the request gave some, good or bad."""
+
+    documents: tuple[Document, ...] = ()
     pin: Pin | None = None
     unpin: str | None = None
     ttl: float | None = None
     priority: int = 0
+    fuse: bool | None = None
+    recompute_ratio: float | None = None
+    selection: str | None = None
+    given: bool = field(default=False, compare=False)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Positions, ascending, at which chunks must end."""
+        return tuple(sorted({edge for each in self.documents for edge in (each.start, each.end)} - {0}))
 
 
 NO_HINTS = Hints()
@@ -56,7 +80,11 @@ def read_hints(params: Any) -> tuple[Hints, str | None]:
     reader = _Reader(given)
     spans = reader.documents()
     hints = Hints(
-        boundaries=tuple(sorted({edge for span in spans for edge in (span["start"], span["end"])} - {0})),
+        given=True,
+        documents=tuple(Document(_name(span.get("id")), span["start"], span["end"]) for span in spans),
+        fuse=reader.checked("fuse", lambda value: type(value) is bool, "true or false"),
+        recompute_ratio=reader.checked("recompute_ratio", _is_ratio, "a number from 0 to 1"),
+        selection=reader.checked("selection", _is_selection, ", ".join(SELECTION_NAMES)),
         pin=reader.pin(spans),
         unpin=reader.unpin(),
         ttl=reader.checked("ttl", _is_time, f"seconds, above 0, at most {LONGEST:.0f}"),
@@ -94,7 +122,7 @@ class _Reader:
         return None
 
     def documents(self) -> list[dict[str, Any]]:
-        allowed = "a list of maps with start < end, token positions"
+        allowed = f"a list of at most {MOST_DOCUMENTS} maps with start < end, token positions"
         return self.checked("documents", _are_spans, allowed) or []
 
     def pin(self, spans: list[dict[str, Any]]) -> Pin | None:
@@ -118,8 +146,12 @@ class _Reader:
         return None if found is None else str(found["owner"])
 
 
+def _name(given: Any) -> str:
+    return given[:OWNER] if isinstance(given, str) else ""
+
+
 def _are_spans(spans: Any) -> bool:
-    return isinstance(spans, list) and all(_is_span(span) for span in spans)
+    return isinstance(spans, list) and len(spans) <= MOST_DOCUMENTS and all(_is_span(span) for span in spans)
 
 
 def _is_span(span: Any) -> bool:
@@ -146,6 +178,14 @@ def _is_id(name: Any, ends: Mapping[str, int]) -> bool:
 
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= LONGEST
+
+
+def _is_ratio(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_selection(value: Any) -> bool:
+    return isinstance(value, str) and value in SELECTION_NAMES
 
 
 def _is_priority(value: Any) -> bool:

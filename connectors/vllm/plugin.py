@@ -7,6 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from ragkv.config import Loaded, check_shared_memory, load
 from ragkv.connectors.vllm import NAME
+from ragkv.connectors.vllm.model import watch_workers
 from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.redis_url import parse_location
 
@@ -32,6 +33,7 @@ def install() -> None:
         return find_class(kv_transfer_config)
 
     KVConnectorFactory.get_connector_class = checked
+    watch_workers()
 
 
 def check_settings(kv_transfer_config: Any) -> Loaded:

@@ -11,12 +11,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 Indices = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """Copy the KV of some tokens. `rows[i]`: where token i stands in the memory tier (page * tokens a page +
     offset); `slots[i]`: where in the engine's cache (block * tokens a block + offset); both int64 [n].
+    `shifts[i]`: how many positions further on it stands now than when it was computed, for loads of moved tokens.
 
     `finishes`: the request whose blocks vLLM keeps until this store is done. `device`: the rows are of the device
     tier, not of the memory tier.
@@ -27,6 +29,27 @@ class Job:
     slots: Indices
     finishes: str | None = None
     device: bool = False
+    shifts: Indices | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Mend what a request was given from elsewhere, after the loads and before the step's own forward.
+
+    `tokens`: int32, of the prompt, up to the end of the tokens that have a block; `blocks`: int64, the request's.
+    The range from `start` to `end` is fused: `runs` of it were loaded, at most `budget` of their tokens are
+    computed again, and all others (the gaps) are computed. From `end` on the engine computes.
+    """
+
+    job: int
+    tokens: TokenIds
+    blocks: Indices
+    start: int
+    end: int
+    runs: tuple[tuple[int, int], ...]
+    budget: int
+    selection: str
+    work: float = 0.0
 
 
 @dataclass
@@ -34,7 +57,7 @@ class StepOrders(KVConnectorMetadata):
     """Scheduler side to workers: loads before the forward, stores after it.
 
     `invalid_blocks`: blocks that vLLM was promised and will not get; workers report them as failed loads.
-    `tokens`: that the forward computes.
+    `tokens`: that the forward computes. `fusions`: between loads and forward.
     """
 
     loads: list[Job] = field(default_factory=list)
@@ -42,14 +65,15 @@ class StepOrders(KVConnectorMetadata):
     invalid_blocks: set[int] = field(default_factory=set)
     block_tokens: int = 0
     tokens: int = 0
+    fusions: list[Fusion] = field(default_factory=list)
 
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
-    `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`: (tokens, seconds) of forwards and
-    of loads, for the gate.
+    `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`, `fusions`: (tokens, seconds) of
+    forwards, of loads and of fusions (their work), for the gate. `unfused`: fusions that failed.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -57,6 +81,8 @@ class StepReport(KVConnectorWorkerMetadata):
     tainted: bool = False
     prefills: list[tuple[int, float]] = field(default_factory=list)
     copies: list[tuple[int, float]] = field(default_factory=list)
+    fusions: list[tuple[float, float]] = field(default_factory=list)
+    unfused: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -70,13 +96,27 @@ class StepReport(KVConnectorWorkerMetadata):
             self.tainted or other.tainted,
             self.prefills + other.prefills,
             self.copies + other.copies,
+            self.fusions + other.fusions,
+            max(self.unfused, other.unfused),
         )
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker to the scheduler side, once at start: why this worker cannot take part, or None, and which
-    segment it maps (`Segment.identity`)."""
+    """A worker to the scheduler side, once at start: why this worker cannot take part, or None, which segment it
+    maps (`Segment.identity`), and why it cannot fuse, or None."""
 
     refusal: str | None
     segment: tuple[str, int, int] | None = None
+    no_fusion: str | None = None
+
+
+def slots_of(blocks: npt.ArrayLike, positions: Indices, block_tokens: int) -> Indices:
+    """Slots of some positions of a request with these blocks; int64."""
+    found: Indices = np.asarray(blocks, dtype=np.int64)[positions // block_tokens]
+    return found * block_tokens + positions % block_tokens
+
+
+def slots_between(blocks: npt.ArrayLike, start: int, end: int, block_tokens: int) -> Indices:
+    """Slots of the tokens from `start` to `end`."""
+    return slots_of(blocks, np.arange(start, end, dtype=np.int64), block_tokens)

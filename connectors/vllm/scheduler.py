@@ -2,34 +2,32 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.fusing import Fusing, saved
 from ragkv.connectors.vllm.hints import Hints, read_hints
-from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport
-from ragkv.connectors.vllm.tracking import Tracked, UnderWay
+from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport, slots_between
+from ragkv.connectors.vllm.tracking import (
+    ANSWER_SECONDS,
+    IDLE_SECONDS,
+    Recorder,
+    Tracked,
+    UnderWay,
+    progress,
+)
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk, rows
+from ragkv.kvstore.catalogue import Chunk, rows, starts
 from ragkv.kvstore.chunking import Chunker, TokenChain
+from ragkv.kvstore.fusion.plan import Plan
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
-ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
-IDLE_SECONDS = 0.005  # that an engine with nothing to compute stands still, and leaves its time to the load
 Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
-
-
-@dataclass(frozen=True, slots=True)
-class Recorder:
-    """What is told every prompt once: its namespace and its tokens, cut."""
-
-    record: Callable[[bytes, TokenChain], None]
-    close: Callable[[], None]
 
 
 class SchedulerSide:
@@ -47,11 +45,14 @@ class SchedulerSide:
         faults: Faults,
         recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
+        fusing: Fusing | None = None,
+        documents: DocumentStats | None = None,
     ) -> None:
         self._placement, self._hierarchy = placement, placement.hierarchy
         self._chunker, self._namespace_of = chunker, namespace_of
         self._block_tokens, self._workers = block_tokens, workers
         self._metrics, self._faults, self._recorder, self._clock = metrics, faults, recorder, clock
+        self.fusing, self._documents = fusing, documents
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
@@ -66,6 +67,8 @@ class SchedulerSide:
         if tracked is None:
             return 0
         tracked.computed = computed
+        if self.fusing is not None:
+            self.fusing.inherit(tracked, computed)
         if tracked.fetch is not None:
             if self._placement.waits(tracked.fetch, 0.0, IDLE_SECONDS if self._idle else 0.0):
                 return None
@@ -75,7 +78,11 @@ class SchedulerSide:
                 return None
         self._look_up(tracked)
         found = max(0, tracked.match.length - computed)
-        return found if found and self._worth(tracked, found) else 0
+        exact = computed + (found if found and self._worth(tracked, found) else 0)
+        if self.fusing is None:
+            return exact - computed
+        upto = self.fusing.lookup(tracked, exact, self._tracked, idle=self._idle)
+        return None if upto is None else upto - computed
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """vLLM took a request up, with these blocks, and counts on `external` tokens of the last lookup."""
@@ -85,15 +92,19 @@ class SchedulerSide:
         start, end = tracked.computed, tracked.computed + external
         self._metrics.count(m.LOOKUPS, result="hit" if external else "miss")
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
-        tracked.stored = 0
+        tracked.stored = tracked.mended = 0
         if not external:
             return
+        plan = tracked.plan
+        end = end if plan is None else plan.exact
+        if end > max(start, tracked.match.length) or (plan is not None and plan.end != start + external):
+            raise ValueError(f"{external} tokens were promised behind {start}, and are not to be had")
         chunks = tracked.match.chunks
-        device_first = self._by_tier(tracked, start, end)
+        by_tier = self._by_tier(tracked, start, end)
         for tier, tokens in tracked.sources.items():
             self._metrics.count(m.HIT_TOKENS, tokens, tier=tier)
-        for device, parts in device_first:
-            slots = [_slots(blocks, at, upto, self._block_tokens) for _, _, at, upto in parts]
+        for device, parts in by_tier:
+            slots = [slots_between(blocks, at, upto, self._block_tokens) for _, _, at, upto in parts]
             which = [
                 rows([chunk], self._hierarchy.page_tokens, device=device)[at - first : upto - first]
                 for chunk, first, at, upto in parts
@@ -102,15 +113,41 @@ class SchedulerSide:
             self._hierarchy.pin(chunks[-1:])  # and so all before it
             self._under_way[job.id] = UnderWay(list(chunks[-1:]), self._workers, is_store=False)
             self._orders.loads.append(job)
-        tracked.tail = tracked.match.whole_tail
-        self._copy_hot(tracked, blocks)
+        if plan is not None:
+            self._fuse(tracked, plan, blocks)
+        if self._documents is not None:
+            for each in tracked.hints.documents:
+                self._documents.note(each.id, saved(each.start, each.end, start, end, plan))
+        if end > start:
+            tracked.tail = tracked.match.whole_tail
+            if tracked.exact_upto(end) == end:
+                self._copy_hot(tracked, blocks)
+            else:  # the engine's blocks hold it, but not exactly
+                self._hierarchy.used(chunks, tracked.hints.priority)
+            self._placement.used(chunks)
+            self._keep(tracked.hints, chunks, starts(chunks))
+
+    def _fuse(self, tracked: Tracked, plan: Plan, blocks: list[int]) -> None:
+        """Order what a plan moves to be loaded, and mended."""
+        assert self.fusing is not None
+        chunks, which, slots, shifts = self.fusing.moves(tracked, blocks)
+        job = self._new_job(which, slots, shifts=shifts)
+        self._hierarchy.pin(chunks)
+        self._under_way[job.id] = UnderWay(chunks, self._workers, is_store=False)
+        self._orders.loads.append(job)
+        self._orders.fusions.append(self.fusing.order(job.id, tracked, blocks))
+        self._hierarchy.used(chunks)
         self._placement.used(chunks)
-        self._keep(tracked.hints, chunks, _starts(chunks))
+        tracked.sources[m.MEMORY] = tracked.sources.get(m.MEMORY, 0) + plan.end - plan.exact
 
     def sources(self, request: Any) -> dict[str, int]:
         """Tokens by the tier that they came from, as last allocated."""
         tracked = self._tracked.get(request.request_id)
         return {} if tracked is None else tracked.sources
+
+    def disown(self, request: Any) -> None:
+        """Its lookup failed: nothing of a request is kept. Must not fail itself."""
+        self._tracked[request.request_id] = None
 
     def disappoint(self, request: Any, blocks: list[int], external: int) -> None:
         """Tell vLLM to compute what `allocated` failed to load. Must not fail itself."""
@@ -123,7 +160,7 @@ class SchedulerSide:
         self._placement.tick()
         self._orders.tokens = scheduler_output.total_num_scheduled_tokens
         self._idle = not scheduler_output.total_num_scheduled_tokens
-        for request_id, after in self._progress(scheduler_output):
+        for request_id, after in progress(self._tracked, scheduler_output):
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 self._store_new(tracked, min(after, tracked.request.num_tokens))
@@ -134,16 +171,18 @@ class SchedulerSide:
         orders, self._orders = self._orders, StepOrders(block_tokens=self._block_tokens)
         return orders
 
-    def finished(self, request: Any, blocks: list[int]) -> bool:
-        """A request ended. True: vLLM must keep its blocks until the store of its last tokens is done."""
+    def finished(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended. True: vLLM must keep its blocks until the store of its last tokens is done. And what
+        its response tells, where it gave hints or was to be fused."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
-            return False
+            return False, None
         tracked.blocks = blocks
         # The last token was sampled, not computed; what runs ahead of the others was thrown away.
         upto = min(request.num_tokens - 1, request.num_computed_tokens)
         self._extend(tracked)
-        return self._store(tracked, upto, finishes=request.request_id)
+        told = None if self.fusing is None else self.fusing.tell(tracked, upto)
+        return self._store(tracked, upto, finishes=request.request_id), told
 
     def report(self, report: StepReport) -> None:
         """What the workers have done."""
@@ -153,6 +192,10 @@ class SchedulerSide:
             self._placement.gate.prefill.note(tokens, seconds)
         for tokens, seconds in report.copies:
             self._placement.gate.copy.note(tokens, seconds)
+        for work, seconds in report.fusions:
+            self._placement.gate.fuse.note(work, seconds)
+        if report.unfused and self.fusing is not None:
+            self.fusing.failed(report.unfused)
         for job, workers in report.done.items():
             under_way = self._under_way.get(job)
             if under_way is None:
@@ -239,7 +282,7 @@ class SchedulerSide:
         found: dict[bool, list[Part]] = {True: [], False: []}
         device, brought = self._hierarchy.device, tracked.fetch.sources if tracked.fetch is not None else {}
         tracked.sources = {}
-        for chunk, first in zip(tracked.match.chunks, _starts(tracked.match.chunks), strict=True):
+        for chunk, first in zip(tracked.match.chunks, starts(tracked.match.chunks), strict=True):
             at, upto = max(start, first), min(end, first + len(chunk))
             if at < upto:
                 on_device = device is not None and chunk in device
@@ -254,8 +297,8 @@ class SchedulerSide:
         hot = self._hierarchy.touch(tracked.match, tracked.hints.priority)
         if not hot:
             return
-        places = dict(zip(tracked.match.chunks, _starts(tracked.match.chunks), strict=True))
-        where = [_slots(blocks, places[c], places[c] + len(c), self._block_tokens) for c in hot]
+        places = dict(zip(tracked.match.chunks, starts(tracked.match.chunks), strict=True))
+        where = [slots_between(blocks, places[c], places[c] + len(c), self._block_tokens) for c in hot]
         job = self._new_job(
             rows(hot, self._hierarchy.page_tokens, device=True), np.concatenate(where), device=True
         )
@@ -280,29 +323,6 @@ class SchedulerSide:
         if known < tracked.request.num_tokens:
             tracked.chain.extend(as_tokens(tracked.request.all_token_ids[known:]))
 
-    def _progress(self, scheduler_output: Any) -> list[tuple[str, int]]:
-        """(request, tokens computed after this step) of all that run in it; keeps the block tables."""
-        scheduled = scheduler_output.num_scheduled_tokens
-        after = []
-        for new in scheduler_output.scheduled_new_reqs:
-            self._set_blocks(new.req_id, new.block_ids, replace=True)
-            after.append((new.req_id, new.num_computed_tokens + scheduled[new.req_id]))
-        cached = scheduler_output.scheduled_cached_reqs
-        for index, request_id in enumerate(cached.req_ids):
-            replace = request_id in cached.resumed_req_ids
-            self._set_blocks(request_id, cached.new_block_ids[index], replace=replace)
-            after.append((request_id, cached.num_computed_tokens[index] + scheduled[request_id]))
-        return after
-
-    def _set_blocks(self, request_id: str, blocks: Any, *, replace: bool) -> None:
-        tracked = self._tracked.get(request_id)
-        if tracked is None or blocks is None:
-            return
-        if replace:
-            tracked.blocks = list(blocks[0])
-        else:
-            tracked.blocks.extend(blocks[0])
-
     def _store_new(self, tracked: Tracked, upto: int) -> None:
         """Store what a step completes: whole chunks now and then, the open tail when the prompt ends."""
         prompt_ends = tracked.stored < tracked.request.num_prompt_tokens <= upto
@@ -316,7 +336,7 @@ class SchedulerSide:
 
     def _store(self, tracked: Tracked, upto: int, finishes: str | None = None) -> bool:
         """Order the store of what the first `upto` tokens have new; False where that is nothing."""
-        upto = min(upto, len(tracked.blocks) * self._block_tokens)
+        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens))
         new = self._hierarchy.reserve(
             tracked.namespace, tracked.chain, upto, asked=tracked.asked, priority=tracked.hints.priority
         )
@@ -324,7 +344,7 @@ class SchedulerSide:
         if not new:
             return False
         chunks = [chunk for _, chunk in new]
-        slots = [_slots(tracked.blocks, at, at + len(chunk), self._block_tokens) for at, chunk in new]
+        slots = [slots_between(tracked.blocks, at, at + len(chunk), self._block_tokens) for at, chunk in new]
         job = self._new_job(rows(chunks, self._hierarchy.page_tokens), np.concatenate(slots), finishes)
         tail, last = tracked.tail, chunks[-1]
         covers = tail is not None and any(chunk.parent is tail.parent for chunk in chunks)
@@ -364,21 +384,15 @@ class SchedulerSide:
             self._hierarchy.discard(done.superseded)
 
     def _new_job(
-        self, tier_rows: Indices, slots: Indices, finishes: str | None = None, *, device: bool = False
+        self,
+        tier_rows: Indices,
+        slots: Indices,
+        finishes: str | None = None,
+        *,
+        device: bool = False,
+        shifts: Indices | None = None,
     ) -> Job:
         if len(tier_rows) != len(slots):
             raise ValueError(f"job: {len(tier_rows)} rows for {len(slots)} slots")
         self._jobs += 1
-        return Job(self._jobs, tier_rows, slots, finishes, device)
-
-
-def _starts(chunks: Sequence[Chunk]) -> list[int]:
-    """Where each chunk of a chain begins, from its root on."""
-    return list(accumulate(map(len, chunks[:-1]), initial=0))[: len(chunks)]
-
-
-def _slots(blocks: list[int], start: int, end: int, block_tokens: int) -> Indices:
-    """Slots of the tokens from `start` to `end` of a request with these blocks; int64."""
-    positions = np.arange(start, end, dtype=np.int64)
-    found: Indices = np.asarray(blocks, dtype=np.int64)[positions // block_tokens]
-    return found * block_tokens + positions % block_tokens
+        return Job(self._jobs, tier_rows, slots, finishes, device, shifts)

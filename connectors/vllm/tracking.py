@@ -1,14 +1,27 @@
 """What the scheduler side notes of a request, and of a job that workers have been given."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.connectors.vllm.hints import NO_HINTS, Hints
 from ragkv.kvstore.catalogue import Chunk, Match
 from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.fusion.matching import Piece
+from ragkv.kvstore.fusion.plan import Declined, Plan
 from ragkv.kvstore.promotion import Fetch
 
 NO_MATCH = Match((), 0)
+ANSWER_SECONDS = 0.002  # that a step may stand still for a tier's answer: less than a step lost
+IDLE_SECONDS = 0.005  # that an engine with nothing to compute stands still, and leaves its time to the load
+
+
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """What is told every prompt once: its namespace and its tokens, cut."""
+
+    record: Callable[[bytes, TokenChain], None]
+    close: Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -16,7 +29,9 @@ class Tracked:
     """A request under way. `computed`: what vLLM had itself at the last lookup; `seen`: what that lookup was of;
     `stored`: first tokens that need no look any more; `asked`: first tokens that admission has seen; `tail`: the
     open tail stored or read last; `fetch`: what is brought up for it, once; `declined`: the gate said that
-    computing is quicker; `sources`: tokens by tier."""
+    computing is quicker; `sources`: tokens by tier. `plan`: of fusion, as of `planned`; `gather`: what is brought
+    up for it, once; `outcome`: what was found, behind which token, and what came of it; `approximate`: from where
+    on its KV is not exact; `mended`: tokens that a fusion computed."""
 
     request: Any
     namespace: bytes
@@ -33,6 +48,21 @@ class Tracked:
     fetched: bool = False
     declined: bool | None = None
     sources: dict[str, int] = field(default_factory=dict)
+    plan: Plan | None = None
+    planned: tuple[int, int] | None = None
+    gather: Any = None
+    gathered: bool = False
+    outcome: tuple[Sequence[Piece], int, Plan | Declined] | None = None
+    approximate: int | None = None
+    mended: int = 0
+
+    def taint(self, position: int) -> None:
+        """From this position on its KV is not exact."""
+        self.approximate = position if self.approximate is None else min(self.approximate, position)
+
+    def exact_upto(self, position: int) -> int:
+        """`position`, or where its exact KV ends."""
+        return position if self.approximate is None else min(self.approximate, position)
 
 
 @dataclass(slots=True)
@@ -49,3 +79,27 @@ class UnderWay:
     starts: list[int] = field(default_factory=list)
     pages: list[bytes] = field(default_factory=list)
     namespace: bytes = b""
+
+
+def progress(requests: Mapping[str, Tracked | None], scheduler_output: Any) -> list[tuple[str, int]]:
+    """(request, tokens computed after this step) of all that run in it; keeps their block tables."""
+    scheduled = scheduler_output.num_scheduled_tokens
+    after = []
+    for new in scheduler_output.scheduled_new_reqs:
+        _set_blocks(requests.get(new.req_id), new.block_ids, replace=True)
+        after.append((new.req_id, new.num_computed_tokens + scheduled[new.req_id]))
+    cached = scheduler_output.scheduled_cached_reqs
+    for index, request_id in enumerate(cached.req_ids):
+        replace = request_id in cached.resumed_req_ids
+        _set_blocks(requests.get(request_id), cached.new_block_ids[index], replace=replace)
+        after.append((request_id, cached.num_computed_tokens[index] + scheduled[request_id]))
+    return after
+
+
+def _set_blocks(tracked: Tracked | None, blocks: Any, *, replace: bool) -> None:
+    if tracked is None or blocks is None:
+        return
+    if replace:
+        tracked.blocks = list(blocks[0])
+    else:
+        tracked.blocks.extend(blocks[0])

@@ -7,12 +7,15 @@ indexing on the compute stream, which orders them against the forward without wa
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Views, widened
+from ragkv.errors import FusionError
+
+Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, raw keys, shifts: the keys, rotated
 
 
 class Ticket(Protocol):
@@ -60,11 +63,13 @@ class DirectMover:
 
     def __init__(self, caches: Sequence[LayerCache], tier: Tier) -> None:
         self._caches, self._tier, self._device = caches, tier, tier.rows.device
+        self.turn: Turn | None = None
 
-    def load(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU."""
+    def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
+        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU; `shifts` likewise: keys are rotated by so
+        many positions."""
         first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
-        scatter(self._caches, self._tier, self._tier.rows, first, slots)
+        scatter(self._caches, self._tier, self._tier.rows, first, slots, _turning(self.turn, shifts))
         return Done()
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
@@ -90,10 +95,12 @@ class StagedMover:
         self._staging = torch.empty(shape, dtype=tier.rows.dtype, device=device)
         self._side: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._free: list[Any] = [None, None]  # when each half of the buffer may be written again
-        self._turn = 0
+        self._half = 0
+        self.turn: Turn | None = None
 
-    def load(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU."""
+    def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
+        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU; `shifts` likewise: keys are rotated by so
+        many positions."""
         last: Ticket = Done()
         for pages, first, part in self._batches(rows):
             half, buffer = self._next_half()
@@ -103,7 +110,8 @@ class StagedMover:
                     self._half_page(buffer, number).copy_(self._tier.page(page), non_blocking=True)
                 copied = self._event(self._side)
             self._wait(None, copied)
-            scatter(self._caches, self._tier, buffer, self._to_device(first), self._to_device(slots[part]))
+            turn = _turning(self.turn, None if shifts is None else shifts[part])
+            scatter(self._caches, self._tier, buffer, self._to_device(first), self._to_device(slots[part]), turn)
             self._free[half] = last = self._event(None)
         return last
 
@@ -131,8 +139,8 @@ class StagedMover:
             yield pages[start : start + self._batch].tolist(), first, part
 
     def _next_half(self) -> tuple[int, torch.Tensor]:
-        self._turn ^= 1
-        return self._turn, self._staging[self._turn]
+        self._half ^= 1
+        return self._half, self._staging[self._half]
 
     def _half_page(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
         return buffer[number * self._tier.page_rows : (number + 1) * self._tier.page_rows]
@@ -174,27 +182,43 @@ def pin_memory(elements: torch.Tensor) -> bool:
 
 
 def scatter(
-    caches: Sequence[LayerCache], tier: Tier, source: torch.Tensor, first: torch.Tensor, slots: torch.Tensor
+    caches: Sequence[LayerCache],
+    tier: Tier,
+    source: torch.Tensor,
+    first: torch.Tensor,
+    slots: torch.Tensor,
+    turn: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Write all layers of the tokens at `first` in `source` [rows, elements] to `slots`."""
-    for cache, found, kind, index in _steps(caches, tier, first, slots):
+    """Write all layers of the tokens at `first` in `source` [rows, elements] to `slots`; `turn(layer, keys)`: what
+    to do with raw keys [tokens, heads, head_dim] on the way."""
+    for number, found, kind, index in _steps(caches, tier, first, slots):
         raw = source.index_select(0, index).view(RAW[tier.geometry.itemsize])
-        cache.write(found, kind, raw.view(-1, tier.geometry.heads, tier.geometry.head_dim))
+        raw = raw.view(-1, tier.geometry.heads, tier.geometry.head_dim)
+        caches[number].write(found, kind, raw if kind or turn is None else turn(number, raw))
 
 
 def gather(
     caches: Sequence[LayerCache], tier: Tier, target: torch.Tensor, first: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """Write all layers of the tokens in `slots` to `target` [rows, elements], from `first` on."""
-    for cache, found, kind, index in _steps(caches, tier, first, slots):
-        target.index_copy_(0, index, cache.read(found, kind).flatten(1).view(target.dtype))
+    for number, found, kind, index in _steps(caches, tier, first, slots):
+        target.index_copy_(0, index, caches[number].read(found, kind).flatten(1).view(target.dtype))
+
+
+def _turning(turn: Turn | None, shifts: torch.Tensor | None) -> Any:
+    """`turn` of the tokens with these shifts; None for tokens that stay where they were."""
+    if shifts is None:
+        return None
+    if turn is None:
+        raise FusionError("moved tokens, and no way to rotate their keys")
+    return lambda number, raw: turn(number, raw, shifts)
 
 
 def _steps(caches: Sequence[LayerCache], tier: Tier, first: torch.Tensor, slots: torch.Tensor) -> Any:
-    """For every layer, K and V: (cache, found slots, kind, rows), in the order of a page; nothing for no slots."""
+    """For every layer, K and V: (layer, found slots, kind, rows), in the order of a page; nothing for no slots."""
     if not len(slots):
         return
     found: Views = caches[0].find(slots)
-    for number, cache in enumerate(caches):
+    for number in range(len(caches)):
         for kind in (0, 1):
-            yield cache, found, kind, first + (2 * number + kind) * tier.page_tokens
+            yield number, found, kind, first + (2 * number + kind) * tier.page_tokens

@@ -1,5 +1,6 @@
 """The worker side: moves bytes between the engine's paged cache and the memory tier, as ordered."""
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,13 +9,16 @@ import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import Faults, logger
-from ragkv.connectors.vllm.identity import examine
-from ragkv.connectors.vllm.layout import RAW, probe
-from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.identity import Shape, examine
+from ragkv.connectors.vllm.layout import RAW, LayerCache, probe
+from ragkv.connectors.vllm.mending import make_fuser, make_turn
+from ragkv.connectors.vllm.model import find_model
+from ragkv.connectors.vllm.protocol import Fusion, Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
 from ragkv.connectors.vllm.transfer import DirectMover, Mover, Ticket, Tier, make_mover, pin_memory
-from ragkv.errors import RagKVError
+from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
@@ -44,7 +48,9 @@ class WorkerSide:
         self._device_mover: Mover | None = None
         self._stopwatch: Stopwatch | None = None
         self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
-        self._timings: list[tuple[Literal["prefills", "copies"], int, Timing]] = []
+        self._timings: list[tuple[Literal["prefills", "copies", "fusions"], float, Timing]] = []
+        self._fuser: Fuser | None = None
+        self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
         self._segment: Segment | None = None
         self._running: list[_Running] = []
@@ -65,7 +71,8 @@ class WorkerSide:
 
     def handshake(self) -> Handshake:
         """What the scheduler side must know of this worker."""
-        return Handshake(self._refusal, None if self._segment is None else self._segment.identity)
+        identity = None if self._segment is None else self._segment.identity
+        return Handshake(self._refusal, identity, self._no_fusion)
 
     def begin(self, orders: StepOrders) -> None:
         """A step begins. (vLLM calls for loads before the forward only where there are any, else behind it.)"""
@@ -79,6 +86,8 @@ class WorkerSide:
         self._not_loaded(orders.invalid_blocks)
         if orders.loads:
             self._carry_out(orders.loads, m.LOAD_SECONDS, orders.block_tokens)
+            for fusion in orders.fusions:
+                self._fuse(fusion, orders.block_tokens)
             if self._forward is not None and self._stopwatch is not None:
                 self._forward = orders.tokens, self._stopwatch.start()
 
@@ -95,7 +104,7 @@ class WorkerSide:
     def take_report(self) -> StepReport | None:
         """Jobs that ended since the last call."""
         report = self._report
-        if not (report.done or report.tainted or report.prefills or report.copies):
+        if not (report.done or report.tainted or report.prefills or report.copies or report.fusions):
             return None
         self._report = StepReport()
         return report
@@ -116,6 +125,42 @@ class WorkerSide:
         if self._segment is not None:
             self._segment.close()
             self._segment = None
+
+    def learn_model(self, model: Any, found: list[LayerCache], shape: Shape) -> None:
+        """From now on moved tokens can be mended, if this model is of a kind that can be."""
+        try:
+            turn = make_turn(self._vllm_config, shape, model)
+            self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, shape, model, found)
+        except RagKVError as error:
+            self._no_fusion = str(error)
+        except Exception as error:  # an unknown model or backend may fail in any way
+            self._no_fusion = f"{type(error).__name__} while fusion was prepared: {error}"
+            logger.debug("ragkv: no fusion", exc_info=error)
+        else:
+            self._no_fusion = None
+            for mover in (self._mover, self._device_mover):
+                if mover is not None:
+                    mover.turn = turn
+
+    def _fuse(self, fusion: Fusion, block_tokens: int) -> None:
+        """Mend one request's moved tokens. Where that fails vLLM computes them."""
+        blocks = set(fusion.blocks[fusion.start // block_tokens :].tolist())
+        assert self._stopwatch is not None
+        beginning, started = self._stopwatch.start(), time.perf_counter()
+        try:
+            if self._fuser is None:
+                raise FusionError("an order to fuse, and no way to")
+            if not self._fuser.agreed(self._invalid.isdisjoint(fusion.blocks.tolist())):
+                self._not_loaded(blocks)
+                return
+            self._fuser.fuse(fusion)
+        except Exception as error:  # whatever it is: the engine computes what was to be fused
+            self._faults.note("fuse", error)
+            self._not_loaded(blocks)
+            self._report.unfused += 1
+            return
+        self._timings.append(("fusions", fusion.work, self._stopwatch.stop(beginning)))
+        self._metrics.observe(m.FUSION_SECONDS, time.perf_counter() - started)
 
     def _connect(self, caches: dict[str, torch.Tensor]) -> None:
         shape = examine(self._vllm_config, self._kv_cache_config)
@@ -139,12 +184,15 @@ class WorkerSide:
             self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page.page_tokens, 1, 0))
         self._stopwatch = Stopwatch(device)
         self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
+        if (model := find_model(self._vllm_config)) is not None:
+            self.learn_model(model, found, shape)
 
     def _carry_out(self, jobs: list[Job], clock: str, block_tokens: int | None) -> None:
         """Move all jobs of a step, those of each tier at once. `block_tokens` is given for loads."""
         started = time.perf_counter()
-        for device in (False, True):
-            if several := [job for job in jobs if job.device is device]:
+        kinds = itertools.product((False, True), (False, True))
+        for device, moved in kinds:
+            if several := [job for job in jobs if job.device is device and (job.shifts is not None) is moved]:
                 self._move(several, self._device_mover if device else self._mover, block_tokens)
         self._collect()
         self._metrics.observe(clock, time.perf_counter() - started)
@@ -155,8 +203,12 @@ class WorkerSide:
                 raise RagKVError("orders without a tier to carry them out")
             rows = torch.cat([torch.from_numpy(job.rows) for job in jobs])
             slots = torch.cat([torch.from_numpy(job.slots) for job in jobs])
+            shifts = [torch.from_numpy(job.shifts) for job in jobs if job.shifts is not None]
             beginning = self._stopwatch.start()
-            ticket = (mover.store if block_tokens is None else mover.load)(rows, slots)
+            if block_tokens is None:
+                ticket = mover.store(rows, slots)
+            else:
+                ticket = mover.load(rows, slots, torch.cat(shifts)) if shifts else mover.load(rows, slots)
         except Exception as error:  # whatever it is: these jobs failed, and are reported so
             self._faults.note("store" if block_tokens is None else "load", error)
             for job in jobs:

@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from ragkv.connectors.vllm.hints import ALLOWED, LONGEST, NO_HINTS, Hints, Pin, read_hints
+from ragkv.config.settings import SELECTION_NAMES
+from ragkv.connectors.vllm.hints import ALLOWED, LONGEST, NO_HINTS, Document, Hints, Pin, read_hints
 
 DOCUMENTS = [{"id": "a", "start": 0, "end": 40}, {"id": "b", "start": 40, "end": 90}, {"start": 90, "end": 100}]
 
@@ -34,14 +35,25 @@ def test_documents_name_both_their_ends_once_and_never_the_start_of_the_prompt()
         {"start": 0, "end": 40},
         {"start": 10, "end": 90, "id": None},
     ]
-    assert read(documents=spans) == (Hints(boundaries=(10, 40, 90)), None)
+    hints, problem = read(documents=spans)
+    assert hints.boundaries == (10, 40, 90) and problem is None
+    assert hints.documents == (Document("b", 40, 90), Document("", 0, 40), Document("", 10, 90))
 
 
 def test_all_hints_at_once():
     pin = {"owner": "desk 7", "seconds": 3600, "documents": ["a"]}
-    hints, problem = read(documents=DOCUMENTS, pin=pin, unpin={"owner": "desk 6"}, ttl=0.5, priority=9)
-    assert problem is None
-    assert hints == Hints((40, 90, 100), Pin("desk 7", 3600.0, 40), "desk 6", 0.5, 9)
+    fusion = {"fuse": True, "recompute_ratio": 0.3, "selection": "query"}
+    hints, problem = read(documents=DOCUMENTS, pin=pin, unpin={"owner": "desk 6"}, ttl=0.5, priority=9, **fusion)
+    assert problem is None and hints.given and hints.boundaries == (40, 90, 100)
+    documents = tuple(Document(each.get("id", ""), each["start"], each["end"]) for each in DOCUMENTS)
+    assert hints == Hints(documents, Pin("desk 7", 3600.0, 40), "desk 6", 0.5, 9, True, 0.3, "query")
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("ratio", [0, 1, 0.15])
+def test_a_request_may_say_how_to_fuse(fuse, ratio):
+    hints, problem = read(fuse=fuse, recompute_ratio=ratio)
+    assert (hints.fuse, hints.recompute_ratio, hints.selection, problem) == (fuse, ratio, None, None)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +102,17 @@ BAD_OWNERS = [None, "", 7, True, "x" * 201, ["x"]]
         *(("unpin", {"owner": value}) for value in BAD_OWNERS),
         *(("ttl", value) for value in BAD_TIMES),
         *(("priority", value) for value in (-1, 10, 1.0, True, "1", [1], 10**400)),
+        *(("fuse", value) for value in (0, 1, "yes", [True])),
+        *(("recompute_ratio", value) for value in (-0.1, 1.1, True, "1", float("nan"), 10**400)),
+        *(("selection", value) for value in ("best", "", 1, ["query"])),
     ],
     ids=lambda value: str(type(value).__name__),
 )
 def test_a_malformed_hint_counts_for_nothing_and_is_told(name, value):
     good = {"documents": [{"id": "b", "start": 2, "end": 5}], "ttl": 7, "priority": 3}
     hints, problem = read(**{**good, name: value})
-    expected = {"boundaries": (2, 5), "ttl": 7, "priority": 3} | {
-        "documents": {"boundaries": ()},
+    expected = {"documents": (Document("b", 2, 5),), "ttl": 7, "priority": 3} | {
+        "documents": {"documents": ()},
         "ttl": {"ttl": None},
         "priority": {"priority": 0},
     }.get(name, {})
@@ -115,7 +130,7 @@ def test_hints_are_a_mapping(hints):
 @pytest.mark.parametrize("unknown", ["fuze", 3, None, ("a", "b")])
 def test_an_unknown_hint_is_told_and_the_known_ones_hold(unknown):
     hints, problem = read_hints({"ragkv": {unknown: 1, "documents": [{"start": 2, "end": 5}]}})
-    assert hints == Hints(boundaries=(2, 5))
+    assert hints == Hints((Document("", 2, 5),))
     assert problem.startswith("ragkv.") and problem.endswith(f"is unknown; allowed: {', '.join(ALLOWED)}")
     assert str(unknown)[:4] in problem
 
@@ -126,7 +141,7 @@ def test_numbers_that_python_would_not_print_are_told():
     assert read_hints({"ragkv": huge})[1].startswith("ragkv = <int>; allowed: ")
     assert read(ttl=huge)[1].startswith("ragkv.ttl = <int>; allowed: seconds")
     assert "is unknown" in read_hints({"ragkv": {huge: 1}})[1]
-    assert read(documents=[{"start": 1, "end": huge}]) == (Hints((1, huge)), None)
+    assert read(documents=[{"start": 1, "end": huge}]) == (Hints((Document("", 1, huge),)), None)
 
 
 def test_only_the_first_problem_is_told():
@@ -174,6 +189,9 @@ near_hints = st.fixed_dictionaries(
         "unpin": st.fixed_dictionaries({"owner": st.text()}) | json_like,
         "ttl": st.floats() | json_like,
         "priority": st.integers(-2, 12) | json_like,
+        "fuse": st.booleans() | json_like,
+        "recompute_ratio": st.floats(-1, 2) | json_like,
+        "selection": st.sampled_from(["query", "deviation"]) | json_like,
         "other": json_like,
     },
 )
@@ -188,6 +206,8 @@ def test_whatever_comes_is_read(params):
     assert hints.pin is None or (0 < hints.pin.seconds <= LONGEST and 0 < len(hints.pin.owner) <= 200)
     assert hints.ttl is None or 0 < hints.ttl <= LONGEST
     assert 0 <= hints.priority <= 9
+    assert hints.fuse in (None, True, False) and hints.selection in (None, *SELECTION_NAMES)
+    assert hints.recompute_ratio is None or 0 <= hints.recompute_ratio <= 1
     if problem is None:
         given_names = {name for name, value in (given_hints(params)).items() if value is not None}
         assert given_names <= set(ALLOWED)
@@ -206,4 +226,6 @@ def test_the_example_of_the_docstring_holds():
     text = module.__doc__[module.__doc__.index("{") : module.__doc__.rindex("}") + 1]
     hints, problem = read_hints(json.loads(text))
     assert problem is None
-    assert hints == Hints((12, 3012), Pin("desk 7", 3600.0, 3012), "desk 6", 86400, 1)
+    document = Document("10-K 2023", 12, 3012)
+    pin = Pin("desk 7", 3600.0, 3012)
+    assert hints == Hints((document,), pin, "desk 6", 86400, 1, True, 0.15, "query")

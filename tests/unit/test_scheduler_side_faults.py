@@ -33,7 +33,7 @@ def test_what_is_stored_meanwhile_is_found_by_who_waits(engine):
     engine.run(prompt)
     assert engine.side.lookup(waiter, 0) == 59
     assert engine.side.lookup(waiter, 16) == 43
-    assert not engine.side.finished(waiter, [])
+    assert not engine.side.finished(waiter, [])[0]
 
 
 def test_preempted_and_resumed_with_other_blocks(engine):

@@ -1,0 +1,248 @@
+"""Fusion on the scheduler side: what of a prompt can be had from elsewhere, whether it pays, and the orders.
+
+Fused KV is approximate. It never reaches the store, nor does what is computed behind it; and unless `fusion.keep`
+is set, the engine's own prefix cache keeps it under names that no other request asks for.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ragkv.config.settings import FusionSettings
+from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.hints import Hints
+from ragkv.connectors.vllm.protocol import Fusion, Indices, slots_of
+from ragkv.connectors.vllm.tracking import ANSWER_SECONDS, IDLE_SECONDS, Tracked
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.catalogue import Chunk, rows
+from ragkv.kvstore.fusion.matching import find_moved
+from ragkv.kvstore.fusion.plan import UNSUPPORTED, Declined, Plan, decisions, make_plan, runs_of, within
+from ragkv.kvstore.fusion.selection import SELECTIONS
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.placement import Placement
+
+QUESTION = 32  # last tokens of a prompt, always the engine's own, and what a selection takes for the question
+MOST_FAILURES = 3
+MOST_KEPT = 1_000_000  # hashes of fused blocks that are remembered; beyond, no more are left in vLLM's cache
+
+
+class Fusing:
+    """One engine's head for fusion. `refusal`: why this engine cannot fuse, or None; `layers`: of the model."""
+
+    def __init__(
+        self,
+        settings: FusionSettings,
+        placement: Placement,
+        block_tokens: int,
+        layers: int,
+        metrics: Metrics,
+    ) -> None:
+        self._settings, self._placement, self._block_tokens = settings, placement, block_tokens
+        self._layers, self._metrics = layers, metrics
+        self.refusal: str | None = None
+        self._failures = 0
+        self._said: set[str] = set()
+        self._kept: set[Any] = set()  # hashes of fused blocks in vLLM's own cache
+
+    def wanted(self, hints: Hints) -> bool:
+        """Whether a request is to be fused, where that can be done."""
+        return self._settings.enabled if hints.fuse is None else hints.fuse
+
+    def inherit(self, tracked: Tracked, computed: int) -> None:
+        """Note where vLLM's own hit of `computed` tokens is of blocks that were fused."""
+        blocks = tracked.request.block_hashes[: computed // self._block_tokens] if self._kept else ()
+        for number, name in enumerate(blocks):
+            if name in self._kept:
+                tracked.taint(number * self._block_tokens)
+                return
+
+    def lookup(
+        self, tracked: Tracked, exact: int, others: Mapping[str, Tracked | None], *, idle: bool = False
+    ) -> int | None:
+        """Up to which token the prompt can be had, of which the first `exact` are exact; None: ask again. `idle`:
+        the engine has nothing else to do."""
+        if tracked.plan is not None and not self._stands(tracked, exact):
+            tracked.plan = tracked.planned = None
+        if not self._possible(tracked, exact, others):
+            tracked.plan = tracked.planned = None
+            return exact
+        if self._in_flight(tracked, others) or self._waits(tracked, exact, idle=idle):
+            return None
+        if tracked.planned != (tracked.request.num_tokens, exact):
+            tracked.plan = self._plan(tracked, exact)
+            tracked.planned = tracked.request.num_tokens, exact
+        return tracked.plan.end if tracked.plan is not None else exact
+
+    def failed(self, times: int) -> None:
+        """Workers could not fuse. An engine that cannot is not asked for ever."""
+        self._failures += times
+        if self._failures >= MOST_FAILURES:
+            self.refusal = self.refusal or f"it failed {self._failures} times"
+
+    def moves(self, tracked: Tracked, blocks: list[int]) -> tuple[list[Chunk], Indices, Indices, Indices]:
+        """What is to be loaded for a plan: the chunks; of every token its row in memory, its slot, its shift."""
+        assert tracked.plan is not None
+        pieces, page_tokens = tracked.plan.pieces, self._placement.hierarchy.page_tokens
+        which = [rows([each.chunk], page_tokens)[each.first : each.first + len(each)] for each in pieces]
+        positions = np.concatenate([np.arange(each.start, each.end, dtype=np.int64) for each in pieces])
+        shifts = np.concatenate([np.full(len(each), each.shift, dtype=np.int64) for each in pieces])
+        slots = slots_of(blocks, positions, self._block_tokens)
+        return list(dict.fromkeys(each.chunk for each in pieces)), np.concatenate(which), slots, shifts
+
+    def order(self, job: int, tracked: Tracked, blocks: list[int]) -> Fusion:
+        """The order to mend what a plan loads. From now on the request is not exact behind its exact part."""
+        plan = tracked.plan
+        assert plan is not None
+        tracked.taint(plan.exact)
+        tracked.mended = plan.end - plan.exact - plan.moved + plan.budget
+        tokens = tracked.chain.tokens
+        question = tokens[max(plan.end, len(tokens) - QUESTION) :]  # as if right behind the documents
+        room = len(blocks) * self._block_tokens
+        self._metrics.count(m.FUSED_TOKENS, plan.moved - plan.budget, kind="reused")
+        self._metrics.count(m.FUSED_TOKENS, plan.budget, kind="recomputed")
+        self._metrics.count(m.FUSED_TOKENS, plan.end - plan.exact - plan.moved, kind="gap")
+        return Fusion(
+            job,
+            np.concatenate([tokens[: plan.end], question])[:room],
+            np.asarray(blocks, dtype=np.int64),
+            plan.exact,
+            plan.end,
+            tuple(runs_of(plan.pieces)),
+            plan.budget,
+            tracked.hints.selection or self._settings.selection,
+            plan.work,
+        )
+
+    def tell(self, tracked: Tracked, computed: int) -> dict[str, Any] | None:
+        """What a response tells of its request, of which `computed` tokens had KV; None where it gave no hints and
+        was not to be fused."""
+        found, exact, outcome = tracked.outcome or ((), 0, None)
+        documents = [(each.id, each.start, each.end) for each in tracked.hints.documents]
+        if not documents and isinstance(outcome, Declined) and outcome.kind == UNSUPPORTED:
+            documents = [("", exact, tracked.request.num_tokens)]
+        made = decisions(documents, exact, found, outcome) if outcome is not None else []
+        for each in made:
+            logger.debug("ragkv: fusion of %s: %s", tracked.request.request_id, each)
+            self._metrics.count(m.FUSION_DECISIONS, decision=each.kind)
+        if not (tracked.hints.given or self.wanted(tracked.hints)):
+            return None
+        told = {
+            "hit_tokens": sum(tracked.sources.values()) - tracked.mended,
+            "stored_tokens": tracked.exact_upto(min(tracked.request.num_prompt_tokens, computed)),
+            "documents": [each.as_dict() for each in made],
+        }
+        return {"ragkv": told}
+
+    def _possible(self, tracked: Tracked, exact: int, others: Mapping[str, Tracked | None]) -> bool:
+        request, why = tracked.request, self.refusal
+        if not self.wanted(tracked.hints) or getattr(request, "skip_reading_prefix_cache", False):
+            return False
+        names = request.block_hashes
+        if request.lora_request is not None:
+            why = "a LoRA adapter"
+        elif request.mm_features:
+            why = "images or other media"
+        elif names and len(names) != request.num_tokens // self._block_tokens:
+            why = "vLLM hashes blocks of another size than it keeps"
+        if why is not None:
+            self._refuse(tracked, exact, why)
+            return False
+        if tracked.declined:
+            return False  # even what is exact is quicker to compute than to load
+        if request.num_tokens // self._block_tokens <= exact // self._block_tokens:
+            return False  # no whole block has a name that could tell those that follow it from exact ones
+        # Else it may be computing what this request counts on, and nobody knows.
+        return not tracked.computed or all(other is not None for other in others.values())
+
+    def _refuse(self, tracked: Tracked, exact: int, why: str) -> None:
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning("ragkv: no fusion, exact reuse only: %s", why)
+        tracked.outcome = (), exact, Declined(UNSUPPORTED, why)
+
+    def _stands(self, tracked: Tracked, exact: int) -> bool:
+        """Whether a plan can still be carried out."""
+        plan, hierarchy = tracked.plan, self._placement.hierarchy
+        same = plan is not None and tracked.planned == (tracked.request.num_tokens, exact)
+        return same and plan is not None and all(piece.chunk in hierarchy for piece in plan.pieces)
+
+    def _in_flight(self, tracked: Tracked, others: Mapping[str, Tracked | None]) -> bool:
+        """Whether a hit in vLLM's own cache is only being computed, in the step that is being made up: its forward
+        comes after the fusion's."""
+        size = self._block_tokens
+        for other in others.values():
+            if other is None or other is tracked or getattr(other.request.status, "name", "") != "RUNNING":
+                continue
+            first = other.request.num_computed_tokens // size  # of its blocks, that is not whole yet
+            if first < tracked.computed // size and _same_block(tracked.request, other.request, first, size):
+                return True
+        return False
+
+    def _waits(self, tracked: Tracked, exact: int, *, idle: bool) -> bool:
+        """Whether more is on its way from lower tiers; it is asked for once."""
+        self._placement.index_contents()
+        answer = 0.0
+        if not tracked.gathered:
+            tracked.gathered, answer = True, ANSWER_SECONDS
+            tracked.gather = self._gather(tracked, exact)
+        if tracked.gather is None:
+            return False
+        return self._placement.waits(tracked.gather, answer, IDLE_SECONDS if idle else 0.0)
+
+    def _gather(self, tracked: Tracked, exact: int) -> Any:
+        """Bring up what lower tiers have of the rest, wherever it was computed; None where that is nothing."""
+        chain, hierarchy = tracked.chain, self._placement.hierarchy
+        raw, starts = chain.tokens.tobytes(), [0, *chain.ends[:-1]]
+
+        def here(tokens: bytes) -> bool:
+            holders = hierarchy.contents.holders(tokens) if hierarchy.contents is not None else ()
+            return any(hierarchy.place(chunk)[0] == tracked.namespace for chunk in holders)
+
+        parts = [raw[4 * start : 4 * end] for start, end in zip(starts, chain.ends, strict=True) if start >= exact]
+        wanted = [tokens for tokens in parts if not here(tokens)]
+        return self._placement.gather(tracked.namespace, wanted) if wanted else None
+
+    def _plan(self, tracked: Tracked, exact: int) -> Plan | None:
+        hints, settings, hierarchy = tracked.hints, self._settings, self._placement.hierarchy
+        assert hierarchy.contents is not None
+        limit, shared = max(exact, tracked.request.num_tokens - QUESTION), tracked.match.chunks
+        found = find_moved(
+            hierarchy.contents, hierarchy.place, tracked.namespace, tracked.chain, exact, limit, shared
+        )
+        ratio = settings.recompute_ratio if hints.recompute_ratio is None else hints.recompute_ratio
+        look = SELECTIONS[hints.selection or settings.selection]
+        scoring = look.looking(self._layers) if 0 < ratio < 1 else 0.0
+        outcome = make_plan(found, exact, limit, ratio, settings.min_tokens, scoring, self._placement.gate)
+        tracked.outcome = found, exact, outcome
+        if isinstance(outcome, Declined):
+            return None
+        self._rename(tracked.request, exact)
+        return outcome
+
+    def _rename(self, request: Any, exact: int) -> None:
+        """See to it that fused blocks, and all behind them, are no other request's: vLLM gives a block's hash to
+        the cache when it is allocated, and makes the next hash from the last."""
+        first = exact // self._block_tokens
+        names = request.block_hashes
+        if self._settings.keep and len(self._kept) + len(names) <= MOST_KEPT:
+            self._kept.update(names[first:])
+            return
+        for number in range(first, len(names)):
+            names[number] = type(names[number])(os.urandom(len(names[number])))
+
+
+def saved(start: int, end: int, computed: int, exact: int, plan: Plan | None) -> int:
+    """Tokens of a document, from `start` to `end`, that need not be computed: of those between `computed` and
+    `exact`, and of what a plan moves."""
+    tokens = max(0, min(end, exact) - max(start, computed))
+    return tokens + sum(common for _, common in within(plan.pieces, start, end)) if plan is not None else tokens
+
+
+def _same_block(one: Any, other: Any, number: int, size: int) -> bool:
+    """Whether two requests have the same tokens up to the end of a block. (Names of blocks tell it at once.)"""
+    if one.block_hashes and other.block_hashes:
+        return bool(one.block_hashes[number : number + 1] == other.block_hashes[number : number + 1] != [])
+    end = (number + 1) * size
+    return len(other.all_token_ids) >= end and list(one.all_token_ids[:end]) == list(other.all_token_ids[:end])

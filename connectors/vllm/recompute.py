@@ -1,0 +1,118 @@
+"""Fusion on the worker: which of the moved tokens to compute again, and their forward (CacheBlend: Yao et al.,
+EuroSys 2025, section 4; with an exact causal mask). Everything runs through the engine's own model and kernels.
+
+Moved keys are there already, rotated. What a selection looks at comes first: the keys of an early layer, for which
+a forward over all tokens is run and stopped there; or the queries of the question, which is run through the model
+over what was moved. Then the chosen tokens and the gaps are computed, once, at their own positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ragkv.connectors.vllm.forward import EngineForward, Run, watch
+from ragkv.connectors.vllm.layout import LayerCache
+from ragkv.connectors.vllm.protocol import Fusion, Indices, slots_of
+from ragkv.kvstore.fusion.selection import SELECTIONS, Look, Selection, deviation_scores, query_scores
+
+
+class Fuser:
+    """One worker's part. `layers`, `caches`: of every attention layer, in the model's order; `dtype`: of the
+    cache's elements; `tokens`: a block."""
+
+    def __init__(
+        self, forward: EngineForward, layers: list[Any], caches: list[LayerCache], dtype: torch.dtype, tokens: int
+    ) -> None:
+        self._forward, self._layers, self._caches, self._dtype = forward, layers, caches, dtype
+        self._block_tokens = tokens
+
+    def agreed(self, well: bool) -> bool:
+        """Whether all ranks are well: a rank alone in a forward would wait for the others for ever."""
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return well
+        vote = torch.tensor([int(well)])
+        torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+        return bool(vote.item())
+
+    def fuse(self, fusion: Fusion) -> int:
+        """Mend one request's moved tokens; how many of them were computed again."""
+        moved = _positions(fusion.runs)
+        gaps = np.setdiff1d(np.arange(fusion.start, fusion.end, dtype=np.int64), moved, assume_unique=True)
+        chosen = moved[:0]
+        if fusion.budget >= len(moved):
+            chosen = moved
+        elif fusion.budget:
+            chosen = self._choose(fusion, moved, gaps)
+        self._forward.compute(fusion.tokens, np.union1d(chosen, gaps), fusion.blocks)
+        return len(chosen)
+
+    def _choose(self, fusion: Fusion, moved: Indices, gaps: Indices) -> Indices:
+        from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
+
+        selection = SELECTIONS[fusion.selection]
+        if Look.QUESTION in selection.looks_at and len(fusion.tokens) <= fusion.end:
+            selection = SELECTIONS["deviation"]  # no question has blocks in this step
+        looks: list[torch.Tensor] = []
+        if Look.EARLY_KEYS in selection.looks_at:
+            looks.append(tensor_model_parallel_all_reduce(self._early_keys(fusion, moved, selection)))
+        if Look.QUESTION in selection.looks_at:
+            self._forward.compute(fusion.tokens, gaps, fusion.blocks)  # the question must not see what was there
+            looks.append(tensor_model_parallel_all_reduce(self._question(fusion, moved, selection)))
+        scores = torch.stack(looks).prod(0) if looks else None
+        chosen = selection.choose(fusion.runs, fusion.budget, scores)
+        if get_tp_group().world_size > 1:  # equal sums need not be equal bits: the first rank decides for all
+            chosen = get_tp_group().broadcast(chosen.to(self._layers[0].kv_cache.device), src=0)
+        return chosen.cpu().numpy()
+
+    def _early_keys(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
+        """How far moved keys are from those that a forward over all tokens gives in an early layer. What it gives
+        there is kept: up to that layer nothing is left to mend."""
+        number = selection.early_layer(len(self._layers))
+        layer, scores = self._layers[number], [torch.zeros(0, device=self._layers[number].kv_cache.device)]
+
+        def compare(_: int, inputs: Any) -> None:
+            positions = _positions(runs)
+            keys, values = (side.reshape(len(positions), layer.num_kv_heads, -1) for side in inputs[1:])
+            here = np.isin(positions, moved, assume_unique=True)
+            fresh = keys[torch.from_numpy(here).to(keys.device)]
+            scores.append(deviation_scores(fresh, self._keys(number, fusion, positions[here])))
+            slots = torch.from_numpy(slots_of(fusion.blocks, positions, self._block_tokens)).to(keys.device)
+            layer.impl.do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots)
+
+        for runs in self._forward.batches(np.arange(fusion.start, fusion.end, dtype=np.int64)):
+            with watch([layer], compare, stop=True):
+                self._forward.forward(fusion.tokens, runs, fusion.blocks)
+        return torch.cat(scores)
+
+    def _question(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
+        """How much the question attends to each moved token, among all before it. It is run right behind them, and
+        then again by the engine, which overwrites its K and V."""
+        before = np.arange(fusion.end, dtype=np.int64)
+        numbers = selection.question_layers(len(self._layers))
+        layers = [self._layers[number] for number in numbers]
+        scores = torch.zeros(fusion.end, dtype=torch.float32, device=layers[0].kv_cache.device)
+
+        def look(place: int, inputs: Any) -> None:
+            layer = layers[place]
+            queries = inputs[0].reshape(-1, layer.num_heads, layer.head_size)
+            scores.add_(query_scores(queries, self._keys(numbers[place], fusion, before), layer.impl.scale))
+
+        with watch(layers, look, stop=True):
+            self._forward.forward(fusion.tokens, [(fusion.end, len(fusion.tokens))], fusion.blocks)
+        return scores[torch.from_numpy(moved).to(scores.device)]
+
+    def _keys(self, number: int, fusion: Fusion, positions: Indices) -> torch.Tensor:
+        """K of some positions as the cache has them: [tokens, kv_heads, head_dim], scaled as they are used."""
+        cache, layer = self._caches[number], self._layers[number]
+        slots = torch.from_numpy(slots_of(fusion.blocks, positions, self._block_tokens))
+        keys = cache.read(cache.find(slots.to(layer.kv_cache.device)), 0).view(self._dtype)
+        return keys.float() * layer._k_scale.float() if self._dtype.itemsize == 1 else keys
+
+
+def _positions(runs: Sequence[Run]) -> Indices:
+    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in runs])

@@ -1,0 +1,174 @@
+"""Fusion where it is easily wrong: names of blocks, what is copied as exact, what is only being computed."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+import toy_engine
+from ragkv.config import Settings
+from ragkv.config.settings import FusionSettings
+from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.fusing import QUESTION
+from ragkv.connectors.vllm.protocol import Fusion
+from ragkv.connectors.vllm.worker import WorkerSide
+from ragkv.kvstore.gate import Gate
+from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
+from toy_worker import Fuser, Stopwatch
+
+NO = {"ragkv": {"fuse": False}}
+SYSTEM = [*text(900, 40), BREAK]
+PASSAGES = [[*text(100 + n, 90 + n), BREAK] for n in range(6)]
+ASKED = text(901, QUESTION + 9)
+WHOLE = [*SYSTEM, *PASSAGES[3], *PASSAGES[1], *PASSAGES[4], *ASKED]
+
+
+def engine(keep=False, device=0, gate=None, cls=Engine):
+    settings = FusionSettings(enabled=True, min_tokens=16, keep=keep)
+    made = cls(pages=800, blocks=400, device=device, gate=gate, fusion=settings)
+    for passage in PASSAGES:
+        made.run(SYSTEM + passage, kv_transfer_params=NO)
+    return made
+
+
+def fusions(engine):
+    return engine.workers[0]._fuser.fused
+
+
+def names_of(tokens, block, names=()):
+    """What vLLM does: the names of all full blocks, each made from the one before; those in `names` stay."""
+    names = list(names)
+    for start in range(len(names) * block, len(tokens) // block * block, block):
+        raw = (names[-1] if names else b"") + np.array(tokens[start : start + block], dtype="<i8").tobytes()
+        names.append(hashlib.sha256(raw).digest())
+    return names
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("before", [text(3, 3), SYSTEM + PASSAGES[3]], ids=["first block", "second block"])
+def test_a_fused_part_within_the_prompts_last_block_gets_no_exact_name_when_the_answer_fills_it(
+    monkeypatch, before, keep
+):
+    """128 tokens a block is vLLM's default on CPU."""
+    monkeypatch.setattr(toy_engine, "BLOCK", 128)
+    with closing(engine(keep=keep)) as made:
+        whole = before + PASSAGES[0][:80] + text(902, QUESTION)
+        request = made.request(whole, block_hashes=names_of(whole, 128))
+        for _ in range(128):
+            made.step(sample=text(7, 128))
+        if fusions(made):  # not to fuse is as good
+            first = fusions(made)[0].start // 128
+            names = names_of(request.all_token_ids, 128, request.block_hashes)
+            exact = names_of(request.all_token_ids, 128)
+            assert names[first] != exact[first] or {names[first]} & made.side.fusing._kept
+
+
+class Kept(Engine):
+    """vLLM's own hits are of fused blocks from token `wrong` on."""
+
+    wrong = None
+
+    def _admit(self, request, local, hits):
+        taken = super()._admit(request, local, hits)
+        if taken and local and self.wrong is not None:
+            for worker in range(len(self.workers)):
+                self._cache(worker)[self._slots(request, self.wrong, local // BLOCK * BLOCK)] = 13
+        return taken
+
+
+def test_what_vllms_cache_has_of_fused_kv_is_not_copied_to_the_device_tier_as_exact():
+    with closing(engine(keep=True, device=400, cls=Kept)) as made:
+        names = names_of(WHOLE, BLOCK)
+        made.run(WHOLE, block_hashes=list(names))
+        start = fusions(made)[0].start
+        made.run(WHOLE, kv_transfer_params=NO)  # exact, and stored
+        made.wrong, local = start, (start + 100) // BLOCK * BLOCK
+        for _ in range(3):  # it becomes hot
+            assert made.run(WHOLE, local=local, block_hashes=list(names), kv_transfer_params=NO)
+        made.wrong = None
+        made.run(WHOLE, kv_transfer_params=NO)  # the toy checks what this loads
+
+
+def test_a_lookup_that_fails_leaves_nothing_fused_behind_for_the_store():
+    with closing(engine(keep=True, cls=Kept)) as made:
+        names = names_of(WHOLE, BLOCK)
+        made.run(WHOLE, block_hashes=list(names))
+        start = made.wrong = fusions(made)[0].start
+        lookup, match = made.side.lookup, made.hierarchy.match
+
+        def guarded(request, computed):  # as the connector
+            try:
+                return lookup(request, computed)
+            except OSError:
+                return 0
+
+        def fails(*_):
+            raise OSError("no match")
+
+        made.side.lookup, made.hierarchy.match = guarded, fails
+        longer = [*WHOLE, *text(8, 40)]
+        made.run(longer, local=len(names) * BLOCK, block_hashes=list(names), kv_transfer_params=NO)
+        made.side.lookup, made.hierarchy.match, made.wrong = lookup, match, None
+        assert made.run(longer, kv_transfer_params=NO) <= start, "the toy checks what this loads"
+
+
+def test_a_hit_whose_last_block_an_answer_is_just_filling_is_waited_for():
+    with closing(engine()) as made:
+        first = made.request(SYSTEM + text(77, 5 * BLOCK - len(SYSTEM) % BLOCK - 4), kv_transfer_params=NO)
+        while (first.num_computed_tokens + 1) % BLOCK or first.num_tokens == first.num_prompt_tokens:
+            made.step(sample=text(5, 50))
+        assert first.num_tokens == first.num_computed_tokens + 1 > first.num_prompt_tokens
+        second = made.request([*first.all_token_ids, *PASSAGES[1], *ASKED])
+        hits = made.step(local={second.request_id: first.num_tokens}, sample=text(5, 50))
+        assert not fusions(made) or second.request_id not in hits
+        for each in (first, second):
+            made.finish(each)
+        made.settle()
+
+
+def test_nothing_is_fused_upon_a_prefix_that_another_request_failed_to_load():
+    """vLLM makes only the first of two requests compute a block that both have; the other keeps what it fused."""
+    metrics = toy_engine.Recorded()
+    worker = WorkerSide(None, None, Settings(), metrics, Faults(metrics))
+    cache = np.zeros(20 * BLOCK, dtype=np.int64)
+    worker._fuser, worker._stopwatch = Fuser(cache, set(), BLOCK, toy_engine.mix), Stopwatch()
+    worker._not_loaded({3})
+    tokens = np.arange(6 * BLOCK, dtype=np.int32)
+    blocks = np.array([3, 4, 5, 6, 7, 8])
+    order = Fusion(1, tokens, blocks, 2 * BLOCK, 4 * BLOCK, ((2 * BLOCK, 4 * BLOCK),), 0, "random")
+    worker._fuse(order, BLOCK)
+    assert not worker._fuser.fused
+    assert worker.take_invalid_blocks() >= {3, 5, 6}
+
+
+def test_a_plan_is_forgotten_when_the_next_one_fails():
+    with closing(engine()) as made:
+        request = Request("waits", WHOLE)
+        lookup, fusing = made.side.lookup, made.side.fusing
+        assert lookup(request, 0)
+        tracked, plan_it = made.side._tracked["waits"], fusing._plan
+        chunk = tracked.plan.pieces[0].chunk
+
+        def fails(*_):
+            raise OSError("no memory")
+
+        made.hierarchy.forget(chunk, "expired")
+        fusing._plan = fails
+        with pytest.raises(OSError, match="no memory"):
+            lookup(request, 0)  # the connector says: nothing; and vLLM has no blocks in this step
+        fusing._plan = plan_it
+        lookup(request, 0)
+        plan = tracked.plan
+        made.side.finished(request, [])
+        assert plan is None or all(piece.chunk in made.hierarchy for piece in plan.pieces)
+
+
+def test_what_is_too_slow_to_load_is_not_loaded_to_be_fused():
+    gate = Gate()
+    gate.prefill.note(1000, 1.0)
+    gate.copy.note(1000, 5.0)
+    gate.fuse.note(1000, 1.0)
+    with closing(engine(gate=gate)) as made:
+        for _ in range(3):  # of many declined ones one is tried all the same
+            made.run(WHOLE)
+        assert not fusions(made)
