@@ -11,6 +11,7 @@ from rich.table import Table
 from ragkv.config import Loaded, check_shared_memory, load
 from ragkv.config.sources import hide_password
 from ragkv.errors import RagKVError
+from ragkv.ingest_command import ingest
 from ragkv.store_command import app as store_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A KV cache for vLLM that knows documents.")
@@ -73,6 +74,9 @@ def simulate(
         json_file=json_file,
         picture=plot,
     )
+
+
+app.command()(ingest)
 
 
 @bench_app.command()
@@ -139,6 +143,44 @@ def fuzz(
     from ragkv.benchmarks.fuzz import run
 
     run(inputs, seed, json_file)
+
+
+@bench_app.command()
+def fusion(
+    selections: Annotated[
+        str, typer.Option(help="Which tokens are computed again.")
+    ] = "none,random,first_tokens,deviation,query,query_deviation,full",
+    ratios: Annotated[str, typer.Option(help="How many of them, as shares.")] = "0.05,0.15,0.3",
+    passages: Annotated[int, typer.Option(min=1, max=100, help="Passages of a prompt.")] = 6,
+    tokens: Annotated[int, typer.Option(min=16, max=7000, help="Tokens of each passage.")] = 500,
+    stored: Annotated[
+        str,
+        typer.Option(help="What passages were prefilled behind: prefix (the system prompt), elsewhere or alone."),
+    ] = "prefix",
+    text: Annotated[
+        str, typer.Option(help="questions about several filings, or a filing's running text.")
+    ] = "questions",
+    continuation: Annotated[int, typer.Option(min=1, max=512, help="Tokens that quality is measured over.")] = 32,
+    trials: Annotated[int, typer.Option(min=1, max=100, help="Prompts, each measured with every setting.")] = 6,
+    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "auto",
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture into this file.")] = None,
+) -> None:
+    """Quality and TTFT of fused passages against full prefill. Lists are separated by commas."""
+    from ragkv.benchmarks.fusion import run
+    from ragkv.benchmarks.fusion_trials import Shape
+
+    run(
+        selections=selections,
+        ratios=ratios,
+        shape=Shape(passages, tokens, stored, text, continuation),
+        trials=trials,
+        dtype=dtype,
+        filings=filings,
+        json_file=json_file,
+        plot=plot,
+    )
 
 
 @config_app.command()

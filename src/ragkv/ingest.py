@@ -1,0 +1,286 @@
+"""Prefill passages ahead of time, each behind the system prompt, so that a server has their KV when asked.
+
+One request a passage, of one token, never fused: its KV is then exact, and was computed in the context in which
+it fuses best (CacheBlend's chunks behind a shared prefix). What a server reports to have kept goes into a
+journal, and is passed over the next time.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ragkv.errors import RagKVError
+from ragkv.rag import Server, closed, prompt
+
+SMALLEST_ROOM = 16  # tokens for a passage, behind the system prompt
+
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+_CUTS = (re.compile(r"\n"), re.compile(r"(?<=[.!?;:])\s+"), re.compile(r"\s+"))
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What became of a file. `known`: passages the journal had; `answered`: passages that were sent; `tokens`:
+    of all its passages, without the system prompt; `stored_tokens`, `hit_tokens`: what the server says it
+    stored, and had, of the requests, with the system prompt; `error`: why not all of the file is done.
+    """
+
+    file: str
+    passages: int = 0
+    known: int = 0
+    answered: int = 0
+    tokens: int = 0
+    stored_tokens: int = 0
+    hit_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage to prefill. `key`: its name in the journal."""
+
+    id: str
+    text: str
+    tokens: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said of one passage; `kept`: some of the passage itself is stored there."""
+
+    stored_tokens: int
+    hit_tokens: int
+    kept: bool
+
+
+class Journal:
+    """Passages that a server has, in a file of JSON lines. A line that a crash left unfinished is passed over."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file
+        self._keys: set[str] = set()
+        text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+        self._mend = "" if text.endswith("\n") or not text else "\n"
+        for line in text.splitlines():
+            try:
+                self._keys.add(json.loads(line)["key"])
+            except (ValueError, TypeError, KeyError):
+                continue
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, passage: Passage) -> None:
+        """Note a passage; it is in the file when this returns."""
+        line = json.dumps({"key": passage.key, "id": passage.id, "tokens": passage.tokens})
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{self._mend}{line}\n")
+        self._mend = ""
+        self._keys.add(passage.key)
+
+
+class Ingest:
+    """Cuts files, and prefills what the journal does not have (everything, where there is none).
+
+    `passage_tokens`: the most tokens of a passage; None: a file is one. No passage is longer than what the
+    server takes behind the system prompt. Raises RagKVError where the server does not answer, or has no room.
+    """
+
+    def __init__(
+        self, server: Server, system: str, passage_tokens: int | None, known: Callable[[str], bool]
+    ) -> None:
+        self._server, self._system, self._known = server, system, known
+        self._passage_tokens = passage_tokens
+        self.url = server.url
+        server.model, longest = served(server.models(), server.model)
+        self.model = server.model
+        self.system_tokens = len(prompt(server, system).token_ids)
+        self._room = None if longest is None else longest - self.system_tokens - 1
+        if self._room is not None and self._room < SMALLEST_ROOM:
+            raise RagKVError(
+                f"the system prompt has {self.system_tokens} tokens; allowed: {SMALLEST_ROOM + 1} less than the "
+                f"{longest} of {self.model}"
+            )
+        self.reported = False  # whether the server has said what it keeps
+
+    def passages(self, name: str, text: str) -> list[Passage]:
+        """A file's passages: paragraphs, as many as fit. RagKVError where it holds none or does not fit."""
+        if not text.strip():
+            raise RagKVError("it holds no text")
+        limit = self._passage_tokens
+        pieces = {name: text}
+        if limit is not None:
+            limit = limit if self._room is None else min(limit, self._room)
+            pieces = {f"{name}#{number}": piece for number, piece in enumerate(cut(text, self._count, limit))}
+        found = [Passage(name, piece, self._count(piece), self._key(piece)) for name, piece in pieces.items()]
+        longest = max(found, key=lambda passage: passage.tokens)
+        if self._room is not None and longest.tokens > self._room:
+            raise RagKVError(f"{longest.id} has {longest.tokens} tokens; allowed: {self._room}")
+        return found
+
+    def prefill(self, passage: Passage) -> Answer:
+        """Have the server compute and keep a passage. RagKVError where it does not."""
+        asked = prompt(self._server, self._system, [(passage.id, passage.text)], fuse=False)
+        answer = self._server.complete(asked, max_tokens=1, temperature=0)
+        params = answer.get("kv_transfer_params")
+        report = params.get("ragkv") if isinstance(params, dict) else None
+        if not isinstance(report, dict):
+            return Answer(0, 0, False)
+        self.reported = True
+        stored, hit = (_whole(report.get(name)) for name in ("stored_tokens", "hit_tokens"))
+        return Answer(stored, hit, stored > 0 or hit > asked.documents[0]["start"])
+
+    def split(self, passages: Sequence[Passage]) -> tuple[list[Passage], int]:
+        """Those to prefill, and how many are known."""
+        fresh = [passage for passage in passages if not self._known(passage.key)]
+        return fresh, len(passages) - len(fresh)
+
+    def _count(self, text: str) -> int:
+        return len(self._server.encode(closed(text)))
+
+    def _key(self, text: str) -> str:
+        named = json.dumps([self._server.url, self.model, self._system, closed(text)])
+        return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+
+
+def run(
+    ingest: Ingest, files: Sequence[Path], journal: Journal, concurrency: int, tick: Callable[[int, int], None]
+) -> list[FileReport]:
+    """Do all files, and say what became of each, in their order.
+
+    A file that fails does not hold up the others; the rest of it is not sent. `tick(done, all)` is called as
+    passages are done.
+    """
+    reports = [FileReport(str(file)) for file in files]
+    names = Counter(file.name for file in files)
+    labels = [file.name if names[file.name] == 1 else str(file) for file in files]
+    pool = ThreadPoolExecutor(concurrency)
+    read = [pool.submit(_read, ingest, label, file) for label, file in zip(labels, files, strict=True)]
+    waiting: dict[Future[Answer | None], tuple[FileReport, Passage]] = {}
+    try:
+        for report, each in zip(reports, read, strict=True):
+            try:
+                passages = each.result()
+            except (RagKVError, OSError, ValueError) as error:
+                report.error = _reason(error)
+                continue
+            fresh, report.known = ingest.split(passages)
+            report.passages, report.tokens = len(passages), sum(passage.tokens for passage in passages)
+            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in fresh)
+            tick(0, len(waiting))
+        for done, future in enumerate(as_completed(waiting), 1):
+            answer = future.result()
+            if answer is not None:
+                _book(*waiting[future], answer, journal)
+            tick(done, len(waiting))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return reports
+
+
+def cut(text: str, count: Callable[[str], int], limit: int) -> Iterator[str]:
+    """Pieces of a text, verbatim: paragraphs, as many together as `count` says fit into `limit` tokens.
+
+    A paragraph that is too long alone is halved, at the end of a line, sentence or word where there is one
+    near its middle, until it fits.
+    """
+    start = end = size = 0  # size: as many tokens as text[start:end] can have
+    for first, last in _paragraphs(text):
+        for left, right, tokens in _fitting(text, first, last, count, limit):
+            most = size + left - end + tokens
+            if end > start and most > limit:
+                most = count(text[start:right])
+                if most > limit:
+                    yield text[start:end]
+                    end = start
+            if end == start:
+                start, most = left, tokens
+            end, size = right, most
+    if end > start:
+        yield text[start:end]
+
+
+def served(cards: Sequence[dict[str, Any]], name: str | None) -> tuple[str, int | None]:
+    """Name and `max_model_len` (None where no card says) of the model asked for, else of the first served."""
+    found = next((card for card in cards if name in (None, card["id"])), None)
+    if found is None:
+        raise RagKVError(f"--model = {name!r}; allowed: {', '.join(str(card['id']) for card in cards)}")
+    # An adapter's card leaves the length to the card of its base.
+    lengths = (card.get("max_model_len") for card in (found, *cards))
+    return str(found["id"]), next((length for length in lengths if type(length) is int), None)
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
+    start = 0
+    for gap in _BLANK_LINES.finditer(text):
+        yield start, gap.start()
+        start = gap.end()
+    yield start, len(text)
+
+
+def _fitting(
+    text: str, start: int, end: int, count: Callable[[str], int], limit: int
+) -> Iterator[tuple[int, int, int]]:
+    """Start, end and tokens of the pieces of a paragraph, without line breaks around; nothing of a blank one."""
+    piece = text[start:end]
+    start, end = end - len(piece.lstrip("\r\n")), start + len(piece.rstrip())
+    if start >= end:
+        return
+    tokens = count(text[start:end])
+    if tokens <= limit or end - start < 2:
+        yield start, end, tokens
+        return
+    middle = (start + end) // 2
+    ends = (each.end() for each in _near(text, middle, max((end - start) // 4, 1), end))
+    at = min(ends, key=lambda position: abs(position - middle), default=middle)
+    yield from _fitting(text, start, at, count, limit)
+    yield from _fitting(text, at, end, count, limit)
+
+
+def _near(text: str, middle: int, reach: int, end: int) -> list[re.Match[str]]:
+    """The best kind of place to cut that is found within reach of the middle."""
+    for kind in _CUTS:
+        found = [each for each in kind.finditer(text, middle - reach, middle + reach) if each.end() < end]
+        if found:
+            return found
+    return []
+
+
+def _read(ingest: Ingest, label: str, file: Path) -> list[Passage]:
+    return ingest.passages(label, file.read_text(encoding="utf-8-sig"))
+
+
+def _send(ingest: Ingest, report: FileReport, passage: Passage) -> Answer | None:
+    """None where the file has failed, now or before."""
+    if report.error is None:
+        try:
+            return ingest.prefill(passage)
+        except RagKVError as error:
+            report.error = f"{passage.id}: {error}"
+    return None
+
+
+def _book(report: FileReport, passage: Passage, answer: Answer, journal: Journal) -> None:
+    report.answered += 1
+    report.stored_tokens += answer.stored_tokens
+    report.hit_tokens += answer.hit_tokens
+    if answer.kept:
+        journal.add(passage)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: byte {error.start}"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0

@@ -1,0 +1,120 @@
+"""The command `ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ragkv.ingest import FileReport, Ingest, Journal, run
+from ragkv.rag import Server
+
+
+def ingest(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Text files, UTF-8.")],
+    url: Annotated[str, typer.Option(help="The server, such as http://localhost:8000.")],
+    model: Annotated[str | None, typer.Option(help="Its model or adapter; else the first it serves.")] = None,
+    system_prompt: Annotated[
+        str, typer.Option(help="What stands before the passages: a file that is there, else the text itself.")
+    ] = "",
+    passage_tokens: Annotated[int, typer.Option(min=16, help="Longest passage to cut a file into.")] = 512,
+    whole: Annotated[bool, typer.Option("--whole", help="A file is one passage.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests under way at once.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Send also what the journal says is stored.")] = False,
+    journal: Annotated[Path | None, typer.Option(help="What is stored where; else in the user's cache.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Prefill passages behind the system prompt. What was interrupted goes on where it stopped."""
+    notes = Journal(journal or default_journal())
+    system = _text(system_prompt)
+    work = Ingest(
+        Server(url, model, api_key=api_key),
+        system,
+        None if whole else passage_tokens,
+        (lambda key: False) if again else notes.__contains__,
+    )
+    errors = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("prefilling passages", total=None)
+        reports = run(
+            work, files, notes, concurrency, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    _show(reports, work)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(_figures(reports, work), indent=2) + "\n", encoding="utf-8")
+    if any(report.error for report in reports):
+        raise typer.Exit(1)
+
+
+def default_journal() -> Path:
+    """Where the journal is kept unless the caller says otherwise: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(cache) / "ragkv" / "ingest.jsonl"
+
+
+def _text(given: str) -> str:
+    """The content of the file, where there is one of that name."""
+    try:
+        is_file = bool(given) and Path(given).is_file()
+    except OSError:  # too long for a name
+        is_file = False
+    try:
+        return Path(given).read_text(encoding="utf-8-sig") if is_file else given
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--system-prompt = {given}: byte {error.start} is not UTF-8") from None
+
+
+def _show(reports: list[FileReport], work: Ingest) -> None:
+    console = Console()
+    table = Table("file", "passages", "known before", "tokens", "stored now", "found there")
+    for report in reports:
+        table.add_row(*_row(report))
+    if len(reports) > 1:
+        table.add_section()
+        table.add_row(*_row(_total(reports)))
+    console.print(table)
+    lines = [(f"{work.model}, behind a system prompt of {work.system_tokens:,} tokens", "")]
+    if not work.reported and any(report.answered for report in reports):
+        lines.append((f"{work.url} does not say what it stores: does it run with ragkv?", "yellow"))
+    lines += [(f"{report.file}: {report.error}", "red") for report in reports if report.error]
+    for line, style in lines:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _row(report: FileReport) -> list[str]:
+    figures = (report.passages, report.known, report.tokens, report.stored_tokens, report.hit_tokens)
+    return [escape(report.file), *(f"{figure:,}" for figure in figures)]
+
+
+def _total(reports: list[FileReport]) -> FileReport:
+    total = FileReport("all")
+    for name in ("passages", "known", "answered", "tokens", "stored_tokens", "hit_tokens"):
+        setattr(total, name, sum(getattr(report, name) for report in reports))
+    return total
+
+
+def _figures(reports: list[FileReport], work: Ingest) -> dict[str, Any]:
+    return {
+        "url": work.url,
+        "model": work.model,
+        "system_tokens": work.system_tokens,
+        "reported": work.reported,
+        "files": [asdict(report) for report in reports],
+    }

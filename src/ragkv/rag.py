@@ -1,0 +1,316 @@
+"""For applications: prompts of passages whose KV can be found again, and the hints that go with them.
+
+Every part (system prompt, each passage, question) is tokenized by itself and the token ids are joined, so a
+passage has the same tokens wherever it stands. It needs a running server, or any tokenizer with Hugging Face's
+`encode`; neither vLLM nor torch.
+
+    from openai import OpenAI
+    from ragkv import rag
+
+    server = rag.Server("http://localhost:8000")
+    asked = rag.prompt(server, "Answer from the passages.", passages, "Question: who signed?\\nAnswer:")
+    client = OpenAI(base_url="http://localhost:8000/v1", api_key="-")
+    answer = client.completions.create(
+        model=MODEL, prompt=asked.token_ids, max_tokens=200, extra_body=asked.extra_body
+    )
+
+For `client.chat.completions`, write the messages as ever, with the passages in them word for word:
+
+    asked = rag.chat(server, messages, passages)
+    answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=asked.extra_body)
+
+A passage is a text, or a pair (id, text); an id names it in the server's answers and metrics, and is a digest of
+the text where none is given. The server says what it did in `answer.kv_transfer_params["ragkv"]`.
+"""
+
+import functools
+import hashlib
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from ragkv.config.settings import SELECTION_NAMES
+from ragkv.errors import RagKVError
+
+SEPARATOR = "\n\n"
+SHORTEST_TRIMMED = 8  # tokens; a shorter rest of a passage could stand anywhere
+CACHED_TEXTS = 1024
+SHOWN = 300  # characters of a server's complaint
+
+Passage: TypeAlias = str | tuple[str, str]
+
+
+class Tokenizer(Protocol):
+    """What `prompt` needs: Hugging Face's tokenizers and `Server` have it."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, with those that the model wants around every prompt or without."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`token_ids` of the whole prompt; `hints`: what `kv_transfer_params["ragkv"]` says of it."""
+
+    token_ids: list[int]
+    hints: dict[str, Any]
+
+    @property
+    def documents(self) -> list[dict[str, Any]]:
+        """The passages: id, start, end, in token positions, ascending; a closing separator is inside."""
+        found: list[dict[str, Any]] = self.hints["documents"]
+        return found
+
+    @property
+    def extra_body(self) -> dict[str, Any]:
+        """For the OpenAI client's argument of that name."""
+        return {"kv_transfer_params": {"ragkv": self.hints}}
+
+
+class Server:
+    """A vLLM server: its tokenizer, its models, its completions.
+
+    `url`: with or without /v1; `timeout`: seconds that any answer may take. Texts already tokenized are
+    remembered. Methods may be called from any thread, and raise RagKVError where the server cannot be reached,
+    refuses, or answers something else.
+    """
+
+    def __init__(
+        self, url: str, model: str | None = None, *, api_key: str | None = None, timeout: float = 600
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if "@" in parts.netloc:
+            raise ValueError("url: holds a user or a password; allowed: http://host:port, and an API key beside")
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"url = {url!r}; allowed: http://host:port or https://host:port")
+        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        self.model = model
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout = timeout
+        self._encoded = functools.lru_cache(CACHED_TEXTS)(self._encode)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        return list(self._encoded(text, add_special_tokens))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> list[int]:
+        """Token ids of messages in the server's chat template; `template`: further fields of /tokenize."""
+        return list(self._tokenize({"messages": list(messages), **template}))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The cards of /v1/models."""
+        cards = self.call("/v1/models").get("data")
+        if isinstance(cards, list) and cards and all(isinstance(card, dict) and "id" in card for card in cards):
+            return cards
+        raise RagKVError(f"{self.url}/v1/models: the answer is no list of models")
+
+    def complete(self, asked: Prompt, **parameters: Any) -> dict[str, Any]:
+        """The answer of /v1/completions, as JSON gives it."""
+        body = {"prompt": asked.token_ids, **asked.extra_body, **parameters}
+        return self.call("/v1/completions", self._with_model(body))
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """POST a body, or GET where there is none."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                answer = json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RagKVError(f"{self.url}{path}: {error.code}: {_complaint(error)}") from None
+        except urllib.error.URLError as error:
+            raise RagKVError(f"{self.url}{path}: {error.reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RagKVError(f"{self.url}{path}: {error or type(error).__name__}") from None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RagKVError(f"{self.url}{path}: the answer is no JSON object")
+        return answer
+
+    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
+        return self._tokenize({"prompt": text, "add_special_tokens": special})
+
+    def _tokenize(self, body: Mapping[str, Any]) -> tuple[int, ...]:
+        tokens = self.call("/tokenize", self._with_model(body)).get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise RagKVError(f"{self.url}/tokenize: the answer holds no tokens")
+        return tuple(tokens)
+
+    def _with_model(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return {**body, "model": self.model} if self.model else dict(body)
+
+
+def prompt(
+    tokenizer: Tokenizer,
+    system: str = "",
+    passages: Iterable[Passage] = (),
+    question: str = "",
+    *,
+    fuse: bool | None = True,
+    recompute_ratio: float | None = None,
+    selection: str | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """The prompt "system, passages, question" for /v1/completions.
+
+    System prompt and passages lose blank lines around them and end in a blank line of their own; the question
+    stays as it is. Special tokens that the tokenizer puts before a prompt stand before this one too. `fuse`:
+    whether the passages' KV may be fused (None: as the server is set), with `recompute_ratio` of the tokens (0
+    to 1) recomputed, chosen by `selection` (one of SELECTION_NAMES); `hints`: others, such as pin and ttl. Raises
+    ValueError where an argument cannot be, RagKVError where a server does not answer.
+    """
+    settings = _settings(fuse, recompute_ratio, selection, hints)
+    tokens = _leading(tokenizer)
+    if system.strip():
+        first = tokenizer.encode(closed(system), add_special_tokens=False)
+        tokens = first if first[: len(tokens)] == tokens else tokens + first
+    documents = []
+    for name, text in _named(passages):
+        start = len(tokens)
+        tokens = tokens + tokenizer.encode(text, add_special_tokens=False)
+        documents.append({"id": name, "start": start, "end": len(tokens)})
+    if question:
+        tokens = tokens + tokenizer.encode(question, add_special_tokens=False)
+    return Prompt(tokens, {"documents": documents, **settings})
+
+
+def chat(
+    server: Server,
+    messages: Sequence[Mapping[str, Any]],
+    passages: Iterable[Passage],
+    *,
+    template: Mapping[str, Any] | None = None,
+    fuse: bool | None = True,
+    recompute_ratio: float | None = None,
+    selection: str | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """Hints for /v1/chat/completions: where the passages stand in messages that hold them word for word.
+
+    The server lays out the messages and tokenizes the whole, so a passage is looked for by its tokens, less one
+    at an edge that the text around it merged with. One that is not found is left out, and is still fused by
+    its structure. Leave a blank line around each. `template`: what else shapes the prompt and goes with the
+    request too, such as tools or chat_template_kwargs. The rest, and errors, as in `prompt`.
+    """
+    settings = _settings(fuse, recompute_ratio, selection, hints)
+    tokens = server.encode_chat(messages, template or {})
+    taken: list[tuple[int, int]] = []
+    documents: list[dict[str, Any]] = []
+    for name, text in _named(passages):
+        found = (_free(tokens, run, taken) for run in _runs(server, text))
+        span = next((each for each in found if each), None)
+        if span is not None:
+            taken.append(span)
+            documents.append({"id": name, "start": span[0], "end": span[1]})
+    documents.sort(key=lambda document: document["start"])
+    return Prompt(tokens, {"documents": documents, **settings})
+
+
+def closed(text: str) -> str:
+    """A part as it stands in a prompt: no blank lines around it but one separator behind it."""
+    return text.lstrip("\r\n").rstrip() + SEPARATOR
+
+
+def digest(text: str) -> str:
+    """The id of a passage that was given none."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _named(passages: Iterable[Passage]) -> Iterator[tuple[str, str]]:
+    texts: dict[str, str] = {}
+    for number, passage in enumerate(passages):
+        name, text = _pair(number, passage)
+        if not text.strip():
+            raise ValueError(f"passages[{number}] = {_short(text)}; allowed: a text that is not blank")
+        text = closed(text)
+        name = digest(text) if name is None else name
+        if texts.setdefault(name, text) != text:
+            raise ValueError(f"passages[{number}]: id {_short(name)} again; allowed: one text an id")
+        yield name, text
+
+
+def _pair(number: int, passage: Any) -> tuple[str | None, str]:
+    match passage:
+        case str():
+            return None, passage
+        case (str() as name, str() as text):
+            return name, text
+    raise ValueError(f"passages[{number}] = {_short(passage)}; allowed: a text, or a pair of id and text")
+
+
+def _settings(
+    fuse: bool | None, ratio: float | None, selection: str | None, hints: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if not isinstance(fuse, bool | None):
+        raise ValueError(f"fuse = {fuse!r}; allowed: True, False, None")
+    if ratio is not None and not (type(ratio) in (int, float) and 0 <= ratio <= 1):
+        raise ValueError(f"recompute_ratio = {ratio!r}; allowed: a number from 0 to 1")
+    if selection is not None and selection not in SELECTION_NAMES:
+        raise ValueError(f"selection = {selection!r}; allowed: {', '.join(SELECTION_NAMES)}")
+    given = {"fuse": fuse, "recompute_ratio": ratio, "selection": selection}
+    if clash := sorted(set(hints or ()) & {"documents", *given}):
+        raise ValueError(f"hints: {clash[0]} has an argument of its own; allowed: other hints")
+    return {**{name: value for name, value in given.items() if value is not None}, **(hints or {})}
+
+
+def _leading(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts before every prompt, such as BOS."""
+    whole, bare = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (True, False))
+    return whole[: _find(whole, bare, 0) or 0]
+
+
+def _runs(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
+    """What a passage's tokens may be amid other text, the likeliest first."""
+    bare = text.removesuffix(SEPARATOR)
+    alone, closing = (tokenizer.encode(each, add_special_tokens=False) for each in (bare, text))
+    yield from (alone, closing)
+    for run in (alone[1:], alone[:-1], alone[1:-1]):
+        if len(run) >= SHORTEST_TRIMMED:
+            yield run
+
+
+def _free(tokens: list[int], run: list[int], taken: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first place of a run that no other passage has."""
+    at = _find(tokens, run, 0)
+    while at is not None and any(at < end and start < at + len(run) for start, end in taken):
+        at = _find(tokens, run, at + 1)
+    return None if at is None else (at, at + len(run))
+
+
+def _find(tokens: list[int], run: list[int], start: int) -> int | None:
+    try:
+        while run:
+            start = tokens.index(run[0], start)
+            if tokens[start : start + len(run)] == run:
+                return start
+            start += 1
+    except ValueError:
+        pass
+    return None
+
+
+def _short(value: Any) -> str:
+    """A faulty value, for a message."""
+    return f"{value!r:.80}"
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    """What a server says is wrong, on one line."""
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+    try:
+        text = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        text = text or error.reason
+    return " ".join(str(text).split())[:SHOWN]
