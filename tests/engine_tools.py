@@ -180,3 +180,72 @@ def break_copies(worker, kind, times):
         raise OSError("injected")
 
     setattr(mover, kind, broken)
+
+
+# --- fusion, inside a worker ---
+
+
+def _fuser():
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker._fuser
+
+
+def watch_fusion(worker):
+    """Keep what the next fusion leaves in the caches."""
+    fuser = _fuser()
+    fuse, choose = fuser.fuse, fuser._choose
+    chosen = []
+
+    def chose(*args):
+        positions = choose(*args)
+        chosen.extend(positions.tolist())
+        return positions
+
+    def fused(fusion):
+        fuser._choose = chose
+        count = fuse(fusion)
+        del fuser._choose, fuser.fuse
+        everything = [position for start, end in fusion.runs for position in range(start, end)]
+        positions = torch.arange(fusion.start, fusion.end)
+        slots = torch.from_numpy(fusion.blocks)[positions // BLOCK] * BLOCK + positions % BLOCK
+        kv = [cpu_kv(cache, slots) for cache in worker.model_runner.kv_caches]
+        keys, values = (torch.stack(side) for side in zip(*kv, strict=True))
+        again = everything if count == len(everything) else chosen
+        worker.ragkv_fused = keys, values, again, fusion
+        return count
+
+    fuser.fuse = fused
+
+
+def fused_kv(worker, path):
+    """Write down keys and values [layers, tokens, heads, dim], the moved positions that were computed again, and
+    the range."""
+    keys, values, chosen, fusion = worker.ragkv_fused
+    torch.save((keys, values, chosen, fusion.start, fusion.end), path)
+
+
+def chosen_tokens(worker):
+    """Which moved tokens the watched fusion has computed again."""
+    return worker.ragkv_fused[2]
+
+
+def break_fusion(worker):
+    """Let the next fusion fail, half done."""
+    fuser = _fuser()
+
+    def broken(fusion):
+        del fuser.fuse
+        fuser._forward.forward(fusion.tokens, [(fusion.start, fusion.start + 7)], fusion.blocks)
+        raise OSError("injected")
+
+    fuser.fuse = broken
+
+
+def set_turning(worker, on):
+    """Whether moved keys are rotated."""
+    mover = _mover()
+    if on:
+        mover.turn = worker.ragkv_turn
+    else:
+        worker.ragkv_turn, mover.turn = mover.turn, lambda number, raw, shifts: raw

@@ -8,9 +8,10 @@ import pytest
 
 from engine_tools import BLOCK, filing_tokens
 from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.fusion_measure import ENVIRONMENT, PROCESSOR
 from ragkv.benchmarks.model import ensure_model
 
-INSECURE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +47,12 @@ def plain(model):
 @pytest.fixture(scope="session")
 def shared_ragkv(model):
     options = EngineOptions(
-        model, {"memory": {"capacity": "1GiB"}}, "float32", max_model_len=4096, environment=INSECURE
+        model,
+        {"memory": {"capacity": "1GiB"}, **UNGATED},
+        "float32",
+        max_model_len=4096,
+        environment=ENVIRONMENT,
+        llm={"logits_processors": [PROCESSOR]},  # idle but for requests that ask to be measured
     )
     with Engine(options) as engine:
         yield engine.wait()
@@ -61,13 +67,20 @@ def ragkv(shared_ragkv):
 
 @pytest.fixture(scope="session")
 def small(model):
-    """Room for 12 blocks in the engine and for about 1,400 tokens in ragkv, prompts in steps of 256 tokens."""
+    """Room for 12 blocks in the engine and for about 1,400 tokens in ragkv, prompts in steps of 256 tokens. Its
+    model is compiled (by Dynamo, without a code generator, which takes minutes)."""
     options = EngineOptions(
         model,
-        {"memory": {"capacity": "64MiB", "policy": "lfu"}},
+        {"memory": {"capacity": "64MiB", "policy": "lfu"}, **UNGATED},
         "float32",
         max_model_len=10 * BLOCK,
-        llm={"num_gpu_blocks_override": 12, "max_num_batched_tokens": 256, "max_num_seqs": 16},
+        llm={
+            "num_gpu_blocks_override": 12,
+            "max_num_batched_tokens": 256,
+            "max_num_seqs": 16,
+            "enforce_eager": False,
+            "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
+        },
     )
     with Engine(options) as engine:
         yield engine.wait()

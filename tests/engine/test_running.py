@@ -12,8 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from engine_tools import anonymous_bytes, children, mapped_segments, segments, wait_until_gone
+from engine_tools import (
+    anonymous_bytes,
+    children,
+    chosen_tokens,
+    in_workers,
+    mapped_segments,
+    segments,
+    wait_until_gone,
+    watch_fusion,
+)
 from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.fusion_measure import ENVIRONMENT, ask
 from ragkv.benchmarks.model import random_llama
 from ragkv.kvstore.metrics import METRICS
 
@@ -77,8 +87,9 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     llama = random_llama(tmp_path_factory.mktemp("llama") / "model")
     folder = tmp_path_factory.mktemp("tier") / "disk"
     prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
+    moved = [*filings[4][:60], *prompts[1], *prompts[2], *filings[5][:50]]
     with Engine(EngineOptions(llama, None, "float32", 2048)) as alone:
-        wanted = [answer.tokens for answer in alone.ask(prompts, 12)]
+        *wanted, by_itself = [answer.tokens for answer in alone.ask([*prompts, moved], 12)]
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     parallel = EngineOptions(
         llama,
@@ -86,11 +97,12 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
             "memory": {"capacity": "64MiB"},
             "device": {"capacity": "8MiB", "after": 1},
             "disk": {"path": str(folder)},
+            "placement": {"gate": False},
         },
         "float32",
         2048,
         llm=two,
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1", **ENVIRONMENT},
     )
     others, vllms_own = segments(), set(SHM.glob("vllm_dist_*"))
     with Engine(parallel) as engine:
@@ -105,6 +117,15 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
         engine.evict()
         hot = engine.ask(prompts, 12)
         assert [answer.tokens for answer in hot] == wanted and hot[0].hit_tokens["device"] > 0
+        for selection in ("deviation", "query"):
+            engine.evict()
+            engine.call(in_workers, watch_fusion)
+            fused = {"fuse": True, "selection": selection, "recompute_ratio": 0.3}
+            assert ask(engine, moved, 1, fused).cached_tokens > 900
+            first, second = engine.call(in_workers, chosen_tokens)
+            assert first == second and len(first) > 250, "both ranks choose the same tokens"
+        engine.evict()
+        assert ask(engine, moved, 12, {"fuse": True, "recompute_ratio": 1.0}).tokens == by_itself
         for pid in everyone:
             os.kill(pid, signal.SIGKILL)
         wait_until_gone(everyone)
