@@ -70,6 +70,25 @@ def test_behind_an_exact_match_the_rest_is_found():
     assert_true(tokens, exact, len(tokens) - 1, pieces)
 
 
+def test_a_first_chunk_is_found_with_and_without_a_beginning_of_sequence():
+    """Stored behind BOS and now in the middle; stored in the middle and now behind BOS; stored as the first."""
+    bos, a, b = [1], text(1, 120), text(2, 120)
+    store = new_store()
+    store.add(bos + a)
+    exact, pieces = store.found(bos + b + a + QUESTION)
+    assert exact == 1 and sum(map(len, pieces)) >= 80
+    assert {piece.shift for piece in pieces if len(piece) > 8} == {120}
+    assert_true(bos + b + a + QUESTION, exact, 261, pieces)
+    store = new_store()
+    store.add(b + a)
+    _, pieces = store.found(bos + a + QUESTION)
+    assert {piece.shift for piece in pieces if len(piece) > 8} == {-119} and sum(map(len, pieces)) >= 80
+    store = new_store()
+    store.add(a)
+    _, pieces = store.found(bos + a + QUESTION)
+    assert {piece.shift for piece in pieces if len(piece) > 8} == {1} and sum(map(len, pieces)) >= 80
+
+
 def test_another_namespace_is_another_world():
     store, a = new_store(), text(1)
     store.add(text(5) + a, namespace=OTHER)

@@ -5,6 +5,7 @@ import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache
 from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, make_mover
+from ragkv.errors import FusionError
 
 LAYERS, HEADS, DIM, BLOCK, BLOCKS, PAGE, PAGES = 3, 2, 4, 8, 6, 5, 9
 CPU = torch.device("cpu")
@@ -129,6 +130,31 @@ def test_one_row_may_be_loaded_into_many_slots(mover):
     world.mover(mover).load(rows, slots)
     for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
         assert torch.equal(world.in_cache(slot), world.in_tier(row))
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("mover", MOVERS)
+def test_moved_keys_are_turned_on_the_way_and_values_are_not(mover, itemsize):
+    """The turn here: add layer and shift to every element, so that a wrong layer, token or side shows."""
+    world = World(strided, itemsize, 2, 1, seed=5)
+    copies, (rows, slots) = world.mover(mover), world.some(25)
+    shifts = torch.randint(-90, 90, (25,), generator=world.chance)
+    copies.turn = lambda layer, raw, by: raw + ((10 * layer + by) % 251)[:, None, None].to(raw.dtype)
+    copies.load(rows, slots, shifts)
+    for row, slot, by in zip(rows.tolist(), slots.tolist(), shifts.tolist(), strict=True):
+        want = world.in_tier(row).clone()
+        for layer in range(LAYERS):
+            want[layer, 0] += torch.tensor((10 * layer + by) % 251).to(want.dtype)
+        assert torch.equal(world.in_cache(slot), want)
+
+
+@pytest.mark.parametrize("mover", ["direct", "staged1"])
+def test_moved_keys_are_not_loaded_where_nothing_turns_them(mover):
+    world = World(strided, 2, 1, 0)
+    before = world.storage.clone()
+    with pytest.raises(FusionError, match="rotate"):
+        world.mover(mover).load(torch.tensor([3]), torch.tensor([9]), torch.tensor([4]))
+    assert torch.equal(world.storage, before)
 
 
 @pytest.mark.parametrize("mover", ["direct", "staged1"])

@@ -1,0 +1,122 @@
+"""Virtual sequences: runs of positions, in batches that an engine can take, and what it is told of them."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_config import spec
+from ragkv.connectors.vllm.forward import EngineForward, batches, runs_of, watch
+
+positions = st.lists(st.integers(0, 120), unique=True).map(sorted).map(lambda p: np.array(p, dtype=np.int64))
+
+
+def spread(runs):
+    return [position for start, end in runs for position in range(start, end)]
+
+
+@given(positions)
+def test_runs_are_the_longest_that_hold_just_these_positions(given_positions):
+    runs = runs_of(given_positions)
+    assert spread(runs) == given_positions.tolist()
+    assert all(end < start for (_, end), (start, _) in pairwise(runs))
+
+
+@given(positions, st.integers(1, 5), st.integers(1, 20))
+def test_batches_keep_all_in_order_within_the_engines_bounds(given_positions, most_runs, most_tokens):
+    made = list(batches(runs_of(given_positions), most_runs, most_tokens))
+    assert [position for batch in made for position in spread(batch)] == given_positions.tolist()
+    for batch in made:
+        assert 1 <= len(batch) <= most_runs and 1 <= len(spread(batch)) <= most_tokens
+        assert all(start < end for start, end in batch)
+
+
+class Builder:
+    """Keeps what it is to build from."""
+
+    def __init__(self, spec, names, config, device):
+        self.block_size = spec.block_size
+
+    def build(self, common_prefix_len, common):
+        self.common = common
+        return common
+
+
+@pytest.fixture
+def forward(monkeypatch):
+    from ragkv.connectors.vllm import forward as module
+
+    seen = []
+
+    def context(metadata, config, **more):
+        seen.append((metadata, more))
+        return torch.inference_mode()
+
+    monkeypatch.setattr("vllm.forward_context.set_forward_context", context)
+    monkeypatch.setattr(module.inspect, "signature", lambda _: SimpleNamespace(parameters={"slot_mapping": 0}))
+    backend = SimpleNamespace(get_builder_cls=lambda: Builder)
+    layer = SimpleNamespace(get_attn_backend=lambda: backend)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64))
+    calls = []
+    model = lambda input_ids, positions: calls.append((input_ids, positions))  # noqa: E731
+    made = EngineForward(config, spec(block_size=16), {"a": layer, "b": layer}, model, 16, 4, torch.device("cpu"))
+    made.calls, made.seen = calls, seen
+    return made
+
+
+def test_what_a_backend_is_told_of_runs(forward):
+    tokens, blocks = np.arange(100, 200, dtype=np.int32), np.array([7, 3, 9, 5], dtype=np.int64)
+    forward.compute(tokens, np.array([2, 3, 4, 20, 33, 34]), blocks)
+    assert forward._builder.block_size == 4, "the kernel's blocks, four to one of the scheduler's"
+    common = forward._builder.common
+    assert common.query_start_loc.tolist() == [0, 1, 3, 6], "short runs first"
+    assert common.seq_lens.tolist() == [21, 35, 5] and common.num_reqs == 3 and common.num_actual_tokens == 6
+    assert common.max_query_len == 3 and common.max_seq_len == 35 and common.causal is True
+    slots = [3 * 16 + 4, 9 * 16 + 1, 9 * 16 + 2, 7 * 16 + 2, 7 * 16 + 3, 7 * 16 + 4]
+    assert common.slot_mapping.tolist() == slots and common.slot_mapping.dtype == torch.int64
+    table = [28, 29, 30, 31, 12, 13, 14, 15, 36, 37, 38, 39]
+    assert common.block_table_tensor.tolist() == [table] * 3 and common.block_table_tensor.dtype == torch.int32
+    ((ids, at),) = forward.calls
+    assert (ids.tolist(), ids.dtype) == ([120, 133, 134, 102, 103, 104], torch.int32)
+    assert (at.tolist(), at.dtype) == ([20, 33, 34, 2, 3, 4], torch.int64)
+    ((metadata, more),) = forward.seen
+    assert metadata == {"a": common, "b": common} and more["slot_mapping"]["b"].tolist() == slots
+
+
+def test_what_is_too_much_for_one_forward_goes_in_several(forward):
+    forward.compute(np.arange(99, dtype=np.int32), np.arange(0, 40, 4), np.arange(8, dtype=np.int64))
+    assert [at.tolist() for _, at in forward.calls] == [[0, 4, 8, 12], [16, 20, 24, 28], [32, 36]]
+
+
+class Attention(torch.nn.Module):
+    def forward(self, query, key, value):
+        return query + key + value
+
+
+def test_a_watch_sees_inputs_however_they_are_given_stops_and_goes():
+    layers, seen = [Attention(), Attention()], []
+    three = [torch.tensor(float(n)) for n in (1, 2, 3)]
+
+    def model():
+        layers[0](*three)
+        layers[1](three[0], value=three[2], key=three[1])
+        seen.append("behind")
+
+    with watch(layers, lambda number, inputs: seen.append((number, *map(float, inputs))), stop=True):
+        model()
+    assert seen == [(0, 1, 2, 3), (1, 1, 2, 3)]
+    with watch(layers[:1], lambda number, inputs: seen.append(number), stop=False):
+        model()
+    assert seen[2:] == [0, "behind"]
+    model()
+    assert seen[4:] == ["behind"], "no hook is left"
+    with (
+        pytest.raises(OSError, match="x"),
+        watch(layers, lambda *_: (_ for _ in ()).throw(OSError("x")), stop=True),
+    ):
+        model()
+    assert not layers[0]._forward_pre_hooks
