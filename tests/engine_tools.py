@@ -1,11 +1,14 @@
 """What the engine tests share: prompts, and functions that run beside an engine or inside its workers."""
 
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
 import torch
 
+from ragkv.benchmarks.engine import Engine
 from ragkv.benchmarks.tenk import generate_filing, load_filings
 from ragkv.connectors.vllm.layout import RAW
 
@@ -72,6 +75,27 @@ def wait_until_gone(pids, seconds=60):
             return
         os.sched_yield()
     raise AssertionError(f"still running: {alive}")
+
+
+class Resting(Engine):
+    """An engine that stands still between calls. An idle vLLM worker spins, and several would take the time of the
+    engine that is tested."""
+
+    def call(self, function, *args):
+        self._signal(signal.SIGCONT)
+        try:
+            return super().call(function, *args)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self):
+        self._signal(signal.SIGCONT)
+        super().close()
+
+    def _signal(self, number):
+        for pid in (self.pid, *children(self.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _runs(pid):

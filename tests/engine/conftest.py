@@ -6,8 +6,8 @@ the same with and without a hit. In bfloat16 they do, with or without ragkv.
 
 import pytest
 
-from engine_tools import BLOCK, filing_tokens
-from ragkv.benchmarks.engine import Engine, EngineOptions
+from engine_tools import BLOCK, Resting, filing_tokens
+from ragkv.benchmarks.engine import EngineOptions
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, PROCESSOR
 from ragkv.benchmarks.model import ensure_model
 
@@ -40,7 +40,7 @@ def filings(tokenizer):
 
 @pytest.fixture(scope="session")
 def plain(model):
-    with Engine(EngineOptions(model, dtype="float32", max_model_len=4096)) as engine:
+    with Resting(EngineOptions(model, dtype="float32", max_model_len=4096)) as engine:
         yield engine.wait()
 
 
@@ -54,7 +54,7 @@ def shared_ragkv(model):
         environment=ENVIRONMENT,
         llm={"logits_processors": [PROCESSOR]},  # idle but for requests that ask to be measured
     )
-    with Engine(options) as engine:
+    with Resting(options) as engine:
         yield engine.wait()
 
 
@@ -82,5 +82,5 @@ def small(model):
             "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
         },
     )
-    with Engine(options) as engine:
+    with Resting(options) as engine:
         yield engine.wait()

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from engine_tools import (
     anonymous_bytes,
@@ -22,9 +23,12 @@ from engine_tools import (
     wait_until_gone,
     watch_fusion,
 )
+from ragkv import rag
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, ask
 from ragkv.benchmarks.model import random_llama
+from ragkv.benchmarks.tenk import generate_filing
+from ragkv.cli import app
 from ragkv.kvstore.metrics import METRICS
 from reference import Llama
 
@@ -185,6 +189,29 @@ def answers(address):
         return False
 
 
+def ingest_and_fuse(address, folder):
+    """As an application does it: passages ahead of time, and then in another order, as completion and as chat."""
+    files = [folder / f"passage {number}.txt" for number in range(3)]
+    for number, file in enumerate(files):
+        file.write_text(generate_filing(number, 400).text[:1200])
+    system, question = "Answer from the excerpts, in a few words.", "Question: what were net sales?\nAnswer:"
+    options = ["--url", address, "--system-prompt", system, "--whole", "--journal", str(folder / "journal")]
+    said = CliRunner().invoke(app, ["ingest", *map(str, files), *options])
+    assert said.exit_code == 0, said.output
+    server = rag.Server(address)
+    passages = [(file.name, file.read_text()) for file in reversed(files)]
+    asked = rag.prompt(server, system, passages, question)
+    told = server.complete(asked, max_tokens=4)["kv_transfer_params"]["ragkv"]
+    assert [each["id"] for each in told["documents"]] == [file.name for file in reversed(files)]
+    assert [each["decision"] for each in told["documents"]] == ["reused", "moved", "moved"]
+    text = "\n\n".join([*(text for _, text in passages), question])
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    asked = rag.chat(server, messages, passages)
+    body = {"model": server.models()[0]["id"], "messages": messages, "max_tokens": 4, **asked.extra_body}
+    told = server.call("/v1/chat/completions", body)["kv_transfer_params"]["ragkv"]
+    assert [each["decision"] for each in told["documents"]] == ["moved"] * 3
+
+
 def test_the_one_line_for_vllm_serve(filings, model, tmp_path):
     before = segments()
     body = {"model": str(model), "prompt": filings[0][:600], "max_tokens": 4, "temperature": 0}
@@ -196,6 +223,7 @@ def test_the_one_line_for_vllm_serve(filings, model, tmp_path):
             )
             with urllib.request.urlopen(posted, timeout=120) as answer:
                 texts.append(json.load(answer)["choices"][0]["text"])
+        ingest_and_fuse(address, tmp_path)
         with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
             page = answer.read().decode()
     assert segments() == before, "a server that was told to stop leaves nothing in shared memory"
