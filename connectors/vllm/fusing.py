@@ -18,7 +18,7 @@ from ragkv.connectors.vllm.tracking import ANSWER_SECONDS, IDLE_SECONDS, Tracked
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows
 from ragkv.kvstore.fusion.matching import find_moved
-from ragkv.kvstore.fusion.plan import UNSUPPORTED, Declined, Plan, decisions, make_plan, runs_of, within
+from ragkv.kvstore.fusion.plan import DECLINED, UNSUPPORTED, Declined, Plan, decisions, make_plan, runs_of, within
 from ragkv.kvstore.fusion.selection import SELECTIONS
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
@@ -215,6 +215,9 @@ class Fusing:
         look = SELECTIONS[hints.selection or settings.selection]
         scoring = look.looking(self._layers) if 0 < ratio < 1 else 0.0
         outcome = make_plan(found, exact, limit, ratio, settings.min_tokens, scoring, self._placement.gate)
+        if isinstance(outcome, Plan) and 2 * outcome.moved < limit - exact:
+            few = f"only {outcome.moved} of {limit - exact} tokens are held; computed in full, all can be stored"
+            outcome = Declined(DECLINED, few, outcome.short)
         tracked.outcome = found, exact, outcome
         if isinstance(outcome, Declined):
             return None

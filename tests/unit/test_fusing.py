@@ -77,6 +77,14 @@ def test_a_new_document_in_the_middle_is_computed(fused):
     assert not moved & set(gap) and max(moved) > max(gap)
 
 
+def test_a_new_text_that_holds_little_of_a_known_one_is_computed_and_stored(fused):
+    engine, asks = fused
+    whole = [*SYSTEM, *text(556, 60), BREAK, *PASSAGES[0], *text(557, 150), BREAK, *ASKED]
+    engine.run(whole, **asks)
+    assert not fusions(engine)
+    assert engine.run(whole, kv_transfer_params={"ragkv": {"fuse": False}}) == len(whole) - 1
+
+
 def test_a_request_that_says_no_is_not_fused(fused):
     engine, _ = fused
     exact = engine.run(prompt(5, 0), kv_transfer_params={"ragkv": {"fuse": False}})
