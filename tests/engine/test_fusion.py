@@ -232,7 +232,7 @@ def test_in_steps_of_256_tokens_and_with_preemptions(small, plain, filings, syst
     parts = [filings[n][300:500] for n in range(2)]
     for part in parts:
         small.ask([[*system, *part]])
-    prompts = [[*system, *parts[1], *parts[0], *filings[n][:300]] for n in (3, 4, 5)]
+    prompts = [[*system, *parts[1], *parts[0], *filings[n][:150]] for n in (3, 4, 5)]
     params = {"extra_args": {"kv_transfer_params": {"ragkv": {"fuse": True, "recompute_ratio": 1.0}}}}
     small.evict()
     answers = small.ask(prompts, 60, ignore_eos=True, **params)

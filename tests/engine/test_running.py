@@ -30,7 +30,6 @@ from ragkv.benchmarks.model import random_llama
 from ragkv.benchmarks.tenk import generate_filing
 from ragkv.cli import app
 from ragkv.kvstore.metrics import METRICS
-from reference import Llama
 
 SHM = Path("/dev/shm")
 TRANSFER = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
@@ -85,14 +84,6 @@ def test_memory_is_flat_over_many_short_requests(small, filings):
         assert after[name] - before[name] > least
 
 
-def greedy(model, prompt, count):
-    """The likeliest tokens, one after the other, by the reference."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(model.prefill(tokens).logits[-1].argmax()))
-    return tuple(tokens[len(prompt) :])
-
-
 def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     shared_ragkv, tmp_path_factory, filings
 ):
@@ -101,8 +92,8 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     folder = tmp_path_factory.mktemp("tier") / "disk"
     prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
     moved = [*filings[4][:60], *prompts[1], *prompts[2], *filings[5][:50]]
-    alone = Llama.load(llama)
-    *wanted, by_itself = [greedy(alone, prompt, 12) for prompt in (*prompts, moved)]
+    with Engine(EngineOptions(llama, None, "float32", 2048)) as alone:
+        *wanted, by_itself = [answer.tokens for answer in alone.ask([*prompts, moved], 12)]
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     parallel = EngineOptions(
         llama,
