@@ -4,12 +4,12 @@
 `random_llama` writes a small Llama with random weights, whose heads divide among tensor-parallel workers.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from ragkv.config import cache_folder
 from ragkv.errors import RagKVError
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -23,8 +23,7 @@ class ModelError(RagKVError):
 
 def default_folder() -> Path:
     """Where the model is kept unless the caller says otherwise: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "ragkv" / "models" / MODEL
+    return cache_folder() / "models" / MODEL
 
 
 def ensure_model(folder: Path | None = None, progress: Callable[[str], None] = print) -> Path:

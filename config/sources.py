@@ -44,6 +44,11 @@ def hide_password(text: str) -> str:
     return _NAMED_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1***@", text))
 
 
+def cache_folder() -> Path:
+    """Where ragkv keeps what can be made again: in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ragkv"
+
+
 def show_value(name: str, value: object) -> str:
     """A faulty value as errors show it, without passwords."""
     if "pass" in name.lower():

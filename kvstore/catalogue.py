@@ -155,7 +155,7 @@ class Catalogue:
             parent, start = chunk, end
         tail = None
         while start < limit:
-            child, shared = self.longest_shared(parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * limit])
+            child, shared = longest_shared(parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * limit])
             if child is None:
                 break
             chunks.append(child)
@@ -164,28 +164,6 @@ class Catalogue:
             if tail is None:
                 break
         return Match(tuple(chunks), min(start, limit), tail)
-
-    def longest_shared(self, parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
-        """The ready child of `parent` that shares the most first tokens with `tokens`, and how many.
-
-        In a list sorted by bytes, what shares the longest prefix stands beside the place of insertion.
-        """
-        children = parent.children
-        if children is None:
-            return None, 0
-        if isinstance(children, Chunk):
-            near = [children]
-        else:
-            place = bisect.bisect_left(children, tokens, key=_tokens)
-            after = (children[index] for index in range(place, len(children)))
-            before = (children[index] for index in range(place - 1, -1, -1))
-            near = [c for side in (after, before) for c in islice(filter(_ready, side), 1)]
-        best, most = None, 0
-        for child in near:
-            shared = shared_tokens(child.tokens, tokens) if child.ready else 0
-            if shared > most:
-                best, most = child, shared
-        return best, most
 
     def insert(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
         """Enter a chunk, without pages and not ready; None where the key is taken.
@@ -236,6 +214,29 @@ class Catalogue:
 
     def __contains__(self, chunk: Chunk) -> bool:
         return self._chunks.get(chunk.key) is chunk
+
+
+def longest_shared(parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
+    """The ready child of `parent` that shares the most first tokens with `tokens`, and how many.
+
+    In a list sorted by bytes, what shares the longest prefix stands beside the place of insertion.
+    """
+    children = parent.children
+    if children is None:
+        return None, 0
+    if isinstance(children, Chunk):
+        near = [children]
+    else:
+        place = bisect.bisect_left(children, tokens, key=_tokens)
+        after = (children[index] for index in range(place, len(children)))
+        before = (children[index] for index in range(place - 1, -1, -1))
+        near = [c for side in (after, before) for c in islice(filter(_ready, side), 1)]
+    best, most = None, 0
+    for child in near:
+        shared = shared_tokens(child.tokens, tokens) if child.ready else 0
+        if shared > most:
+            best, most = child, shared
+    return best, most
 
 
 def shared_tokens(a: bytes, b: bytes) -> int:

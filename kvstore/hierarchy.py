@@ -8,7 +8,7 @@ import bisect
 from collections.abc import Callable, Iterable, Sequence
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot, Match, descendants, is_loose, origin
+from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot, Match, descendants, is_loose, longest_shared
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.holds import Holds
@@ -70,10 +70,6 @@ class Hierarchy:
         """The loose copy of the chunk of that key, ready or not."""
         return self._catalogue.get_loose(holder)
 
-    def place(self, chunk: Chunk) -> tuple[bytes, int]:
-        """The namespace in which a chunk was computed, in or out of the tree, and its first token's position."""
-        return origin(chunk)
-
     def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
         return self._catalogue.match(self._catalogue.root(namespace), chain, limit)
@@ -101,7 +97,7 @@ class Hierarchy:
             if chunk is not None and chunk.open and index < whole:
                 chunk.open, chunk.below = False, 0  # a tail no more: a lower tier has it elsewhere now
             if chunk is None:
-                if index == whole and self._catalogue.longest_shared(parent, tokens)[1] == end - start:
+                if index == whole and longest_shared(parent, tokens)[1] == end - start:
                     break  # a longer child holds the open tail
                 if (start < asked and self._choosy) or not self._admits(key, tokens, start):
                     self._see(cuts[index + 1 :], raw, max(asked, end))

@@ -73,7 +73,7 @@ class Placement:
 
     def gather(self, namespace: bytes, wanted: Sequence[bytes]) -> Gather | None:
         """As `Gathering.gather`; None before `index_contents`."""
-        return None if self.aliases is None else self._loose.gather(namespace, wanted)
+        return self._loose.gather(namespace, wanted) if self._tiers and self.aliases is not None else None
 
     def waits(self, fetch: Fetch | Gather, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
         """Whether a request should go on waiting for a fetch. Stands still for at most `answer_seconds` where the

@@ -20,7 +20,7 @@ from ragkv.kvstore.stores.memory import MemoryStore
 from ragkv.kvstore.stores.wrappers import FaultyStore, Plan, WrapperStore
 from ragkv.kvstore.tier import StoreTier, Wanted, Write
 from ragkv.kvstore.work import Completions, run
-from ragkv.policies import Always, make_policy
+from ragkv.policies import AdmissionPolicy, Always, make_policy
 
 
 @dataclass
@@ -366,3 +366,15 @@ def words(seed, length):
     """Tokens of a text that is its seed's alone, with a paragraph now and then."""
     chance = Random(seed)
     return [1 if place % 23 == 20 else chance.randrange(100, 10**6) for place in range(length)]
+
+
+class SeenTwice(AdmissionPolicy):
+    """Admits what it is asked about for the second time."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def admit(self, key, weight=1, cost=1.0):
+        known = key in self.seen
+        self.seen.add(key)
+        return known

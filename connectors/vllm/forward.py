@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.protocol import Indices, TokenIds, slots_of
+from ragkv.connectors.vllm.protocol import Indices, Run, TokenIds, positions_of, slots_of
 
-Run = tuple[int, int]  # positions, from and up to
 ATTENTION_INPUTS = ("query", "key", "value")
 
 
@@ -59,7 +58,7 @@ class EngineForward:
     def forward(self, tokens: TokenIds, runs: list[Run], blocks: Indices) -> None:
         """As `compute`, of one batch."""
         runs = sorted(runs, key=lambda run: run[1] - run[0])  # backends that tell decodes apart want them first
-        positions = np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in runs])
+        positions = positions_of(runs)
         slots = self._on_device(slots_of(blocks, positions, self._block_tokens))
         common = self._common(runs, positions, slots, blocks)
         metadata = self._builder.build(0, common)
@@ -121,7 +120,7 @@ def watch(layers: Sequence[Any], seen: Callable[[int, Any], None], *, stop: bool
     def hook_of(number: int) -> Any:
         def hook(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = dict(zip(ATTENTION_INPUTS, inputs, strict=False)) | named
-            seen(number, tuple(given[name] for name in ATTENTION_INPUTS))
+            seen(number, tuple(given.get(name) for name in ATTENTION_INPUTS))
             if stop and number == len(layers) - 1:
                 raise _Enough
 

@@ -6,6 +6,7 @@ is set, the engine's own prefix cache keeps it under names that no other request
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ import numpy as np
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.faults import logger
 from ragkv.connectors.vllm.hints import Hints
-from ragkv.connectors.vllm.protocol import Fusion, Indices, slots_of
+from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
 from ragkv.connectors.vllm.tracking import ANSWER_SECONDS, IDLE_SECONDS, Tracked
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk, rows
+from ragkv.kvstore.catalogue import Chunk, origin, rows
 from ragkv.kvstore.fusion.matching import find_moved
 from ragkv.kvstore.fusion.plan import DECLINED, UNSUPPORTED, Declined, Plan, decisions, make_plan, runs_of, within
 from ragkv.kvstore.fusion.selection import SELECTIONS
+from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
@@ -63,16 +65,16 @@ class Fusing:
     ) -> int | None:
         """Up to which token the prompt can be had, of which the first `exact` are exact; None: ask again. `idle`:
         the engine has nothing else to do."""
-        if tracked.plan is not None and not self._stands(tracked, exact):
-            tracked.plan = tracked.planned = None
         if not self._possible(tracked, exact, others):
             tracked.plan = tracked.planned = None
             return exact
         if self._in_flight(tracked, others) or self._waits(tracked, exact, idle=idle):
             return None
-        if tracked.planned != (tracked.request.num_tokens, exact):
+        seen = (tracked.request.num_tokens, exact)
+        if tracked.planned != seen or not self._stands(tracked.plan):
+            tracked.plan = tracked.planned = None  # should the next one fail
             tracked.plan = self._plan(tracked, exact)
-            tracked.planned = tracked.request.num_tokens, exact
+            tracked.planned = seen
         return tracked.plan.end if tracked.plan is not None else exact
 
     def failed(self, times: int) -> None:
@@ -86,25 +88,25 @@ class Fusing:
         assert tracked.plan is not None
         pieces, page_tokens = tracked.plan.pieces, self._placement.hierarchy.page_tokens
         which = [rows([each.chunk], page_tokens)[each.first : each.first + len(each)] for each in pieces]
-        positions = np.concatenate([np.arange(each.start, each.end, dtype=np.int64) for each in pieces])
+        positions = positions_of([(each.start, each.end) for each in pieces])
         shifts = np.concatenate([np.full(len(each), each.shift, dtype=np.int64) for each in pieces])
         slots = slots_of(blocks, positions, self._block_tokens)
         return list(dict.fromkeys(each.chunk for each in pieces)), np.concatenate(which), slots, shifts
 
-    def order(self, job: int, tracked: Tracked, blocks: list[int]) -> Fusion:
+    def order(self, tracked: Tracked, blocks: list[int]) -> Fusion:
         """The order to mend what a plan loads. From now on the request is not exact behind its exact part."""
         plan = tracked.plan
         assert plan is not None
         tracked.taint(plan.exact)
-        tracked.mended = plan.end - plan.exact - plan.moved + plan.budget
+        gap = plan.end - plan.exact - plan.moved
+        tracked.mended = gap + plan.budget
         tokens = tracked.chain.tokens
         question = tokens[max(plan.end, len(tokens) - QUESTION) :]  # as if right behind the documents
         room = len(blocks) * self._block_tokens
         self._metrics.count(m.FUSED_TOKENS, plan.moved - plan.budget, kind="reused")
         self._metrics.count(m.FUSED_TOKENS, plan.budget, kind="recomputed")
-        self._metrics.count(m.FUSED_TOKENS, plan.end - plan.exact - plan.moved, kind="gap")
+        self._metrics.count(m.FUSED_TOKENS, gap, kind="gap")
         return Fusion(
-            job,
             np.concatenate([tokens[: plan.end], question])[:room],
             np.asarray(blocks, dtype=np.int64),
             plan.exact,
@@ -162,11 +164,9 @@ class Fusing:
             logger.warning("ragkv: no fusion, exact reuse only: %s", why)
         tracked.outcome = (), exact, Declined(UNSUPPORTED, why)
 
-    def _stands(self, tracked: Tracked, exact: int) -> bool:
-        """Whether a plan can still be carried out."""
-        plan, hierarchy = tracked.plan, self._placement.hierarchy
-        same = plan is not None and tracked.planned == (tracked.request.num_tokens, exact)
-        return same and plan is not None and all(piece.chunk in hierarchy for piece in plan.pieces)
+    def _stands(self, plan: Plan | None) -> bool:
+        """Whether what was planned, if anything, is still there."""
+        return plan is None or all(piece.chunk in self._placement.hierarchy for piece in plan.pieces)
 
     def _in_flight(self, tracked: Tracked, others: Mapping[str, Tracked | None]) -> bool:
         """Whether a hit in vLLM's own cache is only being computed, in the step that is being made up: its forward
@@ -192,25 +192,17 @@ class Fusing:
         return self._placement.waits(tracked.gather, answer, IDLE_SECONDS if idle else 0.0)
 
     def _gather(self, tracked: Tracked, exact: int) -> Any:
-        """Bring up what lower tiers have of the rest, wherever it was computed; None where that is nothing."""
-        chain, hierarchy = tracked.chain, self._placement.hierarchy
-        raw, starts = chain.tokens.tobytes(), [0, *chain.ends[:-1]]
-
-        def here(tokens: bytes) -> bool:
-            holders = hierarchy.contents.holders(tokens) if hierarchy.contents is not None else ()
-            return any(hierarchy.place(chunk)[0] == tracked.namespace for chunk in holders)
-
-        parts = [raw[4 * start : 4 * end] for start, end in zip(starts, chain.ends, strict=True) if start >= exact]
-        wanted = [tokens for tokens in parts if not here(tokens)]
-        return self._placement.gather(tracked.namespace, wanted) if wanted else None
+        """Bring up what memory lacks of the rest and lower tiers have, wherever it was computed; None: nothing."""
+        chain = tracked.chain
+        raw, spans = chain.tokens.tobytes(), pairwise([0, *chain.ends])
+        parts = [raw[TOKEN_BYTES * start : TOKEN_BYTES * end] for start, end in spans if start >= exact]
+        return self._placement.gather(tracked.namespace, parts)
 
     def _plan(self, tracked: Tracked, exact: int) -> Plan | None:
         hints, settings, hierarchy = tracked.hints, self._settings, self._placement.hierarchy
         assert hierarchy.contents is not None
         limit, shared = max(exact, tracked.request.num_tokens - QUESTION), tracked.match.chunks
-        found = find_moved(
-            hierarchy.contents, hierarchy.place, tracked.namespace, tracked.chain, exact, limit, shared
-        )
+        found = find_moved(hierarchy.contents, origin, tracked.namespace, tracked.chain, exact, limit, shared)
         ratio = settings.recompute_ratio if hints.recompute_ratio is None else hints.recompute_ratio
         look = SELECTIONS[hints.selection or settings.selection]
         scoring = look.looking(self._layers) if 0 < ratio < 1 else 0.0

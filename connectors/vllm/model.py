@@ -1,5 +1,5 @@
 """The engine's model, which vLLM does not show to connectors: each worker is noted before it makes its caches, and
-with them the connector. (A pending change of vLLM calls `register_model` on the connector instead.)
+with them the connector.
 """
 
 import functools

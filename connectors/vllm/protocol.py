@@ -1,5 +1,6 @@
 """What the scheduler side and the worker side tell each other, once a step. Plain data, pickled by vLLM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 Indices = npt.NDArray[np.int64]
+Run = tuple[int, int]  # positions, from and up to
 TokenIds = npt.NDArray[np.int32]
 
 
@@ -41,12 +43,11 @@ class Fusion:
     computed again, and all others (the gaps) are computed. From `end` on the engine computes.
     """
 
-    job: int
     tokens: TokenIds
     blocks: Indices
     start: int
     end: int
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     budget: int
     selection: str
     work: float = 0.0
@@ -109,6 +110,11 @@ class Handshake(KVConnectorHandshakeMetadata):
     refusal: str | None
     segment: tuple[str, int, int] | None = None
     no_fusion: str | None = None
+
+
+def positions_of(runs: Sequence[Run]) -> Indices:
+    """All positions of some runs, in their order; int64."""
+    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in runs])
 
 
 def slots_of(blocks: npt.ArrayLike, positions: Indices, block_tokens: int) -> Indices:

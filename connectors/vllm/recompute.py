@@ -6,15 +6,14 @@ a forward over all tokens is run and stopped there; or the queries of the questi
 over what was moved. Then the chosen tokens and the gaps are computed, once, at their own positions.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.forward import EngineForward, Run, watch
+from ragkv.connectors.vllm.forward import EngineForward, watch
 from ragkv.connectors.vllm.layout import LayerCache
-from ragkv.connectors.vllm.protocol import Fusion, Indices, slots_of
+from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
 from ragkv.kvstore.fusion.selection import SELECTIONS, Look, Selection, deviation_scores, query_scores
 
 
@@ -41,7 +40,7 @@ class Fuser:
 
     def fuse(self, fusion: Fusion) -> int:
         """Mend one request's moved tokens; how many of them were computed again."""
-        moved = _positions(fusion.runs)
+        moved = positions_of(fusion.runs)
         gaps = np.setdiff1d(np.arange(fusion.start, fusion.end, dtype=np.int64), moved, assume_unique=True)
         chosen = moved[:0]
         if fusion.budget >= len(moved):
@@ -76,7 +75,7 @@ class Fuser:
         layer, scores = self._layers[number], [torch.zeros(0, device=self._layers[number].kv_cache.device)]
 
         def compare(_: int, inputs: Any) -> None:
-            positions = _positions(runs)
+            positions = positions_of(runs)
             keys, values = (side.reshape(len(positions), layer.num_kv_heads, -1) for side in inputs[1:])
             here = np.isin(positions, moved, assume_unique=True)
             fresh = keys[torch.from_numpy(here).to(keys.device)]
@@ -112,7 +111,3 @@ class Fuser:
         slots = torch.from_numpy(slots_of(fusion.blocks, positions, self._block_tokens))
         keys = cache.read(cache.find(slots.to(layer.kv_cache.device)), 0).view(self._dtype)
         return keys.float() * layer._k_scale.float() if self._dtype.itemsize == 1 else keys
-
-
-def _positions(runs: Sequence[Run]) -> Indices:
-    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in runs])

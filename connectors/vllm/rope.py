@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ragkv.connectors.vllm.forward import watch
 from ragkv.errors import FusionError
 from ragkv.kvstore.fusion.rotation import Rotation, check, compare, tried_positions
 
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-class _Seen(Exception):
-    """An attention layer was reached; what it was given is known."""
 
 
 def rotations(model: nn.Module, layers: Sequence[str]) -> list[Rotation]:
@@ -85,21 +82,12 @@ def _keys(block: nn.Module, attention: Any, positions: torch.Tensor, hidden: tor
     needed = {p.name for p in parameters.values() if p.default is p.empty and p.kind not in _COLLECTING}
     if unlike := needed - given.keys() | given.keys() - parameters.keys():
         raise FusionError(f"{name}.forward is unlike others in {', '.join(sorted(unlike))}")
-    keys = []
-
-    def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        keys.append(named["key"] if "key" in named else args[1])
-        raise _Seen
-
-    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
+    keys: list[Any] = []
     try:
-        block(**given)
-    except _Seen:
-        pass
+        with watch([attention], lambda _, inputs: keys.append(inputs[1]), stop=True):
+            block(**given)
     except Exception as error:  # a model's code, called out of its way, may raise anything
         raise FusionError(f"{name}.forward cannot be tried: {type(error).__name__}: {error}") from error
-    finally:
-        handle.remove()
     if not keys or keys[0] is None:
         raise FusionError(f"{name} does not hand keys to its attention")
     return torch.as_tensor(keys[0]).reshape(len(positions), -1, attention.head_size)

@@ -135,7 +135,7 @@ class SchedulerSide:
         self._hierarchy.pin(chunks)
         self._under_way[job.id] = UnderWay(chunks, self._workers, is_store=False)
         self._orders.loads.append(job)
-        self._orders.fusions.append(self.fusing.order(job.id, tracked, blocks))
+        self._orders.fusions.append(self.fusing.order(tracked, blocks))
         self._hierarchy.used(chunks)
         self._placement.used(chunks)
         tracked.sources[m.MEMORY] = tracked.sources.get(m.MEMORY, 0) + plan.end - plan.exact

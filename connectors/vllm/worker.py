@@ -126,7 +126,7 @@ class WorkerSide:
             self._segment.close()
             self._segment = None
 
-    def learn_model(self, model: Any, found: list[LayerCache], shape: Shape) -> None:
+    def _learn_model(self, model: Any, found: list[LayerCache], shape: Shape) -> None:
         """From now on moved tokens can be mended, if this model is of a kind that can be."""
         try:
             turn = make_turn(self._vllm_config, shape, model)
@@ -185,7 +185,7 @@ class WorkerSide:
         self._stopwatch = Stopwatch(device)
         self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
         if (model := find_model(self._vllm_config)) is not None:
-            self.learn_model(model, found, shape)
+            self._learn_model(model, found, shape)
 
     def _carry_out(self, jobs: list[Job], clock: str, block_tokens: int | None) -> None:
         """Move all jobs of a step, those of each tier at once. `block_tokens` is given for loads."""

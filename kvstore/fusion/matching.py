@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ragkv.kvstore.catalogue import Catalogue, Chunk, shared_tokens
+from ragkv.kvstore.catalogue import Chunk, longest_shared, shared_tokens
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.keys import TOKEN_BYTES
@@ -20,7 +20,6 @@ FOREIGN = 4  # what a token of foreign context weighs, where one of its own docu
 LOOKED_AT = 16  # of the holders of a chunk's tokens that do not go on where another stopped
 REACH = 4096  # tokens that are compared with children at a time: more than a chunk has
 
-_longest_shared = Catalogue().longest_shared  # it reads nothing but the chunk
 Place = Callable[[Chunk], tuple[bytes, int]]
 
 
@@ -195,7 +194,7 @@ class _Search:
         """What goes on behind a piece in its tree, up to `limit`."""
         while piece.end < limit and piece.ends_chunk:
             tokens = self._slice(piece.end, min(limit, piece.end + REACH))
-            child, shared = _longest_shared(piece.chunk, tokens)
+            child, shared = longest_shared(piece.chunk, tokens)
             if child is None:
                 return
             piece = Piece(piece.end, piece.end + shared, child, 0, piece.stored + len(piece))

@@ -1,7 +1,5 @@
 """The command `ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ragkv.benchmarks.report import write_json
+from ragkv.config import cache_folder
 from ragkv.ingest import FileReport, Ingest, Journal, run
 from ragkv.rag import Server
 
@@ -56,17 +56,14 @@ def ingest(
             work, files, notes, concurrency, lambda done, total: bar.update(task, completed=done, total=total)
         )
     _show(reports, work)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(_figures(reports, work), indent=2) + "\n", encoding="utf-8")
+    write_json(json_file, _figures(reports, work))
     if any(report.error for report in reports):
         raise typer.Exit(1)
 
 
 def default_journal() -> Path:
     """Where the journal is kept unless the caller says otherwise: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "ragkv" / "ingest.jsonl"
+    return cache_folder() / "ingest.jsonl"
 
 
 def _text(given: str) -> str:

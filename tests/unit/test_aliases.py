@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hand_lanes import ContentStack, Lower, Stack, redis, words
+from hand_lanes import ContentStack, Lower, SeenTwice, Stack, redis, words
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.aliases import holder, reader
@@ -12,7 +12,6 @@ from ragkv.kvstore.codec import AliasHeader, decode, encode
 from ragkv.kvstore.keys import as_tokens, content_key, tail_key
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.inventory import Inventory
-from ragkv.policies.admission import AdmissionPolicy
 
 TEXT = words(1, 60)  # chunks of 21 and 23 tokens, and a tail of 16
 PASSAGE = words(5, 20)
@@ -259,18 +258,6 @@ def test_an_alias_goes_before_its_holder_and_both_are_within_the_budget():
             assert not isinstance(header, AliasHeader) or holder(header) in lower.index
     assert 0 < len(lower.index) <= 10 and lower.index.keys() == lower.stored()
     assert alias_of(lower, texts[-1][16:]) is not None
-
-
-class SeenTwice(AdmissionPolicy):
-    """Admits what it is asked about for the second time."""
-
-    def __init__(self):
-        self.seen = set()
-
-    def admit(self, key, weight=1, cost=1.0):
-        known = key in self.seen
-        self.seen.add(key)
-        return known
 
 
 def test_a_choosy_tier_chooses_among_aliases_too():

@@ -135,7 +135,7 @@ def test_nothing_is_fused_upon_a_prefix_that_another_request_failed_to_load():
     worker._not_loaded({3})
     tokens = np.arange(6 * BLOCK, dtype=np.int32)
     blocks = np.array([3, 4, 5, 6, 7, 8])
-    order = Fusion(1, tokens, blocks, 2 * BLOCK, 4 * BLOCK, ((2 * BLOCK, 4 * BLOCK),), 0, "random")
+    order = Fusion(tokens, blocks, 2 * BLOCK, 4 * BLOCK, ((2 * BLOCK, 4 * BLOCK),), 0, "random")
     worker._fuse(order, BLOCK)
     assert not worker._fuser.fused
     assert worker.take_invalid_blocks() >= {3, 5, 6}

@@ -7,7 +7,7 @@ import pytest
 from hand_lanes import ContentStack, Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Match, is_loose
+from ragkv.kvstore.catalogue import Match, is_loose, origin
 from ragkv.kvstore.codec import decode, encode
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.keys import as_tokens, chain_key, content_key
@@ -76,8 +76,8 @@ def test_a_new_engine_finds_a_passage_wherever_it_was_computed(lower):
     stack.start()
     assert stack.bring(PASSAGE, OTHER, words(7, 20)) == [1, 1, 0]
     (chunk,) = stack.holders(PASSAGE)
-    assert is_loose(chunk) and stack.hierarchy.place(chunk) == (Stack.SPACE, 16)
-    assert stack.hierarchy.place(stack.holders(OTHER)[0]) == (Stack.SPACE, 36)
+    assert is_loose(chunk) and origin(chunk) == (Stack.SPACE, 16)
+    assert origin(stack.holders(OTHER)[0]) == (Stack.SPACE, 36)
     assert stack.metrics.get(m.PROMOTED_TOKENS, lower().name) == 39
     assert stack.metrics.get(m.WAITS, "loaded") == 1
     stack.check()
@@ -105,7 +105,7 @@ def test_it_never_matches(stack):
     assert stack.match(TEXT, CUTS).length == 0 and stack.match(PASSAGE).length == 0
     assert stack.get(TEXT, CUTS) == 55, "the text itself is loaded all the same"
     assert sorted(map(is_loose, stack.holders(PASSAGE))) == [False, True]
-    assert {stack.hierarchy.place(chunk) for chunk in stack.holders(PASSAGE)} == {(Stack.SPACE, 16)}
+    assert {origin(chunk) for chunk in stack.holders(PASSAGE)} == {(Stack.SPACE, 16)}
     stack.hierarchy.forget(stack.match(TEXT, CUTS).chunks[0], m.EXPIRED)
     assert list(map(is_loose, stack.holders(PASSAGE))) == [True]
 
@@ -311,7 +311,7 @@ def test_an_alias_that_names_another_holder_meanwhile_stays(stack, disk):
     stack.settle()
     assert not stack.placement.waits(gather)
     stack.forget()
-    assert stack.bring(PASSAGE) == [1] and stack.hierarchy.place(stack.holders(PASSAGE)[0])[1] == 0
+    assert stack.bring(PASSAGE) == [1] and origin(stack.holders(PASSAGE)[0])[1] == 0
 
 
 WRONG = {

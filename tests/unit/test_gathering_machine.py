@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hand_lanes import ContentStack, Lower, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import is_loose
+from ragkv.kvstore.catalogue import is_loose, origin
 from ragkv.kvstore.keys import as_tokens, chain_key
 
 PASSAGES = [words(seed, length) for seed, length in ((1, 16), (2, 18), (3, 17), (4, 20))]
@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
         for tokens in PASSAGES:
             for chunk in self.stack.holders(tokens):
                 key = chunk.parent.holder if is_loose(chunk) else chunk.key
-                assert self.stack.hierarchy.place(chunk) == (self.stack.SPACE, self.true[key])
+                assert origin(chunk) == (self.stack.SPACE, self.true[key])
 
     @invariant()
     def nobody_waits_for_nothing(self):

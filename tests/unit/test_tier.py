@@ -2,13 +2,12 @@
 
 import pytest
 
-from hand_lanes import Bench, HandClock, Lower, key, redis
+from hand_lanes import Bench, HandClock, Lower, SeenTwice, key, redis
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
 from ragkv.kvstore.stores.wrappers import Fault, on_calls
 from ragkv.kvstore.tier import Wanted
-from ragkv.policies import AdmissionPolicy
 
 A, B, C, D = map(key, range(1, 5))
 
@@ -206,24 +205,12 @@ def test_what_is_greater_than_the_budget_is_not_taken(bench):
     assert bench.tier.knows(A) is True
 
 
-class Second(AdmissionPolicy):
-    """Admits a key the second time it is asked for."""
-
-    def __init__(self):
-        self.seen = set()
-
-    def admit(self, key, weight=1, cost=1.0):
-        known = key in self.seen
-        self.seen.add(key)
-        return known
-
-
 def test_admission(bench):
-    bench.tier._admission = Second()
+    bench.tier._admission = SeenTwice()
     assert not bench.write(A, replaces=True)
     assert bench.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.ADMISSION) == 1
     bench.keep(A, replaces=True)
-    bench.tier._admission = Second()
+    bench.tier._admission = SeenTwice()
     bench.keep(A, b"newer", replaces=True)  # what is there need not ask again
 
 
