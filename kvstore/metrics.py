@@ -35,6 +35,7 @@ READ_SECONDS = "ragkv_tier_read_seconds"
 WRITTEN_BYTES = "ragkv_tier_written_bytes_total"
 WRITE_SECONDS = "ragkv_tier_write_seconds"
 QUEUED_BYTES = "ragkv_tier_queued_bytes"
+FREE_BYTES = "ragkv_tier_free_bytes"
 UNWRITTEN_CHUNKS = "ragkv_tier_unwritten_chunks_total"
 REJECTED_PAYLOADS = "ragkv_tier_rejected_payloads_total"
 FUSION_DECISIONS = "ragkv_fusion_decisions_total"
@@ -42,30 +43,46 @@ FUSED_TOKENS = "ragkv_fused_tokens_total"
 FUSION_SECONDS = "ragkv_fusion_seconds"
 DOCUMENT_HITS = "ragkv_document_hits_total"
 DOCUMENT_SAVED_TOKENS = "ragkv_document_saved_tokens_total"
+TURN_REQUESTS = "ragkv_turn_requests_total"
+TURN_PROMPT_TOKENS = "ragkv_turn_prompt_tokens_total"
+TURN_REUSED_TOKENS = "ragkv_turn_reused_tokens_total"
 
 MEMORY, DEVICE, DISK, REDIS = "memory", "device", "disk", "redis"
 CAPACITY, RESET, SUPERSEDED, ABANDONED, EXPIRED = "capacity", "reset", "superseded", "abandoned", "expired"
 NO_ROOM, COLLISION, ADMISSION = "no_room", "collision", "admission"
 RESTING, THROTTLED = "resting", "throttled"
+_TIERS = ((MEMORY,), (DEVICE,), (DISK,), (REDIS,))
+_TURNS = (("1",), ("2",), ("3",), ("4",), ("5+",))
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Kind, help text and label names of one metric."""
+    """Kind, help text and label names of one metric. `known`: label values of series that are there from the
+    start, at 0, so that a rate sees how they begin to grow; of a gauge none is."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def at_start(self) -> tuple[tuple[str, ...], ...]:
+        """The label values of all series that are there from the start."""
+        if self.kind == "gauge":
+            return ()
+        return self.known if self.labels else ((),)
 
 
 METRICS: dict[str, Metric] = {
     each.name: each
     for each in (
         Metric(LOOKED_UP_TOKENS, "counter", "Prompt tokens that were looked up, beyond the engine's own hits."),
-        Metric(HIT_TOKENS, "counter", "Prompt tokens served from ragkv, by tier.", ("tier",)),
+        Metric(HIT_TOKENS, "counter", "Prompt tokens served from ragkv, by tier.", ("tier",), _TIERS),
         Metric(STORED_TOKENS, "counter", "Tokens whose KV was stored."),
-        Metric(LOOKUPS, "counter", "Requests looked up, by result (hit, miss).", ("result",)),
+        Metric(
+            LOOKUPS, "counter", "Requests looked up, by result (hit, miss).", ("result",), (("hit",), ("miss",))
+        ),
         Metric(USED_BYTES, "gauge", "Bytes in use, by tier.", ("tier",)),
         Metric(USED_PAGES, "gauge", "Pages in use, by tier.", ("tier",)),
         Metric(CAPACITY_BYTES, "gauge", "Byte budget, by tier.", ("tier",)),
@@ -85,7 +102,13 @@ METRICS: dict[str, Metric] = {
         Metric(LOAD_SECONDS, "histogram", "Time a worker spent on one step's loads."),
         Metric(STORE_SECONDS, "histogram", "Time a worker spent on one step's stores."),
         Metric(ERRORS, "counter", "Faults that were caught and treated as a miss, by kind.", ("kind",)),
-        Metric(PROMOTED_TOKENS, "counter", "Tokens brought into memory, by the tier they came from.", ("tier",)),
+        Metric(
+            PROMOTED_TOKENS,
+            "counter",
+            "Tokens brought into memory, by the tier they came from.",
+            ("tier",),
+            ((DISK,), (REDIS,)),
+        ),
         Metric(
             WAITS,
             "counter",
@@ -117,6 +140,7 @@ METRICS: dict[str, Metric] = {
         Metric(WRITTEN_BYTES, "counter", "Bytes written to a lower tier.", ("tier",)),
         Metric(WRITE_SECONDS, "histogram", "Time of one write to a lower tier.", ("tier",)),
         Metric(QUEUED_BYTES, "gauge", "Bytes that wait to be written to a lower tier.", ("tier",)),
+        Metric(FREE_BYTES, "gauge", "Bytes free on the file system of a lower tier, as last written.", ("tier",)),
         Metric(
             UNWRITTEN_CHUNKS,
             "counter",
@@ -141,12 +165,28 @@ METRICS: dict[str, Metric] = {
             "counter",
             "Prompt tokens of fused requests, by what became of them (reused, recomputed, gap).",
             ("kind",),
+            (("reused",), ("recomputed",), ("gap",)),
         ),
         Metric(FUSION_SECONDS, "histogram", "Time a worker spent on one request's fusion."),
         Metric(
             DOCUMENT_HITS, "counter", "Requests that reused KV of a document, by its hinted id.", ("document",)
         ),
         Metric(DOCUMENT_SAVED_TOKENS, "counter", "Tokens of a document not computed again.", ("document",)),
+        Metric(
+            TURN_REQUESTS,
+            "counter",
+            "Requests, by turn of their conversation (1, 2, 3, 4, 5+).",
+            ("turn",),
+            _TURNS,
+        ),
+        Metric(TURN_PROMPT_TOKENS, "counter", "Prompt tokens of those requests.", ("turn",), _TURNS),
+        Metric(
+            TURN_REUSED_TOKENS,
+            "counter",
+            "Of those, tokens that were not computed: the engine's own hits, and ragkv's.",
+            ("turn",),
+            _TURNS,
+        ),
     )
 }
 

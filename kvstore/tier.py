@@ -183,6 +183,8 @@ class StoreTier:
             if outcome.error is None:
                 self._metrics.count(m.WRITTEN_BYTES, write.size, tier=self.name)
                 self._metrics.observe(m.WRITE_SECONDS, outcome.seconds, tier=self.name)
+                if outcome.value is not None:
+                    self._metrics.gauge(m.FREE_BYTES, outcome.value, tier=self.name)
             elif self.index is not None and write.key not in self._pending:
                 self.index.drop(write.key)
             self._report()
@@ -240,11 +242,13 @@ class StoreTier:
         self._delete(victims if victims is not None else [write.key] if known else [])
         return victims is not None
 
-    def _put(self, write: Write, parts: Callable[[], Sequence[Buffer]]) -> None:
+    def _put(self, write: Write, parts: Callable[[], Sequence[Buffer]]) -> int | None:
+        """Write, or touch; the bytes that are free then, if anybody knows."""
         if self._asks and not write.replaces and self._store.contains([write.key])[0]:
             self._store.touch([write.key])  # another engine was quicker; equal keys are equal bytes
         else:
             self._store.put(write.key, parts())
+        return self._store.free_bytes()
 
     def _delete(self, keys: list[bytes]) -> None:
         if keys:

@@ -1,12 +1,15 @@
 """The scheduler side, put together from the settings."""
 
 import contextlib
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import Faults, logger
+from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages
 from ragkv.connectors.vllm.tracking import Recorder
 from ragkv.errors import StoreError
@@ -61,6 +64,22 @@ def _memory_policy(settings: Settings) -> EvictionPolicy[Any]:
     if memory.priorities == 1:
         return make_policy(memory.policy)
     return Prioritized(lambda: make_policy(memory.policy), memory.priorities)
+
+
+def side_maker(vllm_config: Any) -> Callable[..., SchedulerSide]:
+    """What makes the scheduler side: where vLLM traces, one that makes spans."""
+    observability = getattr(vllm_config, "observability_config", None)
+    endpoint = getattr(observability, "otlp_traces_endpoint", None)
+    if endpoint is None:
+        return SchedulerSide
+    try:
+        from ragkv.connectors.vllm.tracing import TracedSide, open_tracer
+
+        tracer, flush = open_tracer(endpoint)
+    except Exception as error:  # OpenTelemetry is not ours, and may fail in any way
+        logger.warning("ragkv: no spans to %s: %s: %s", endpoint, type(error).__name__, error)
+        return SchedulerSide
+    return functools.partial(TracedSide, tracer=tracer, flush=flush)
 
 
 def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from ragkv.connectors.vllm.compose import make_placement, make_recorder
+from ragkv.connectors.vllm.compose import make_placement, make_recorder, side_maker
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
@@ -74,7 +74,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if settings.fusion.enabled:
             placement.index_contents()
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
-        return SchedulerSide(
+        return side_maker(config)(
             placement,
             Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
             self._namespaces.of,

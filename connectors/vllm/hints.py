@@ -3,14 +3,15 @@
     {"ragkv": {"documents": [{"id": "10-K 2023", "start": 12, "end": 3012}],
                "pin": {"owner": "desk 7", "seconds": 3600, "documents": ["10-K 2023"]},
                "unpin": {"owner": "desk 6"}, "ttl": 86400, "priority": 1,
-               "fuse": true, "recompute_ratio": 0.15, "selection": "query"}}
+               "fuse": true, "recompute_ratio": 0.15, "selection": "query", "turn": 2}}
 
 `documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
 that names it. `pin`: keep in memory, for an owner and so many seconds, the prompt up to the end of the last of
 these documents, or all of it where none is named; `unpin` takes all of an owner's pins back. `ttl`: serve what
 this request adds no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first.
 `fuse`: reuse documents that return at another position, or not; `recompute_ratio`, `selection`: of them, how much
-is computed again, and which tokens; where absent, as `fusion.*` says.
+is computed again, and which tokens; where absent, as `fusion.*` says. `turn`: of its conversation, for
+the metrics, which else infer it; 0: it is no part of one.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ from typing import Any
 from ragkv.config.settings import SELECTION_NAMES
 
 KEY = "ragkv"
-ALLOWED = ("documents", "fuse", "pin", "priority", "recompute_ratio", "selection", "ttl", "unpin")
+ALLOWED = ("documents", "fuse", "pin", "priority", "recompute_ratio", "selection", "ttl", "turn", "unpin")
 LONGEST = 3e9  # seconds; a century
 HIGHEST = 9
+LATEST = 1_000_000  # turn
 MOST_DOCUMENTS = 4096
 OWNER = 200  # characters of a name
 SHOWN = 80  # characters of a faulty value
@@ -59,6 +61,7 @@ class Hints:
     fuse: bool | None = None
     recompute_ratio: float | None = None
     selection: str | None = None
+    turn: int | None = None
     given: bool = field(default=False, compare=False)
 
     @property
@@ -85,6 +88,7 @@ def read_hints(params: Any) -> tuple[Hints, str | None]:
         fuse=reader.checked("fuse", lambda value: type(value) is bool, "true or false"),
         recompute_ratio=reader.checked("recompute_ratio", _is_ratio, "a number from 0 to 1"),
         selection=reader.checked("selection", _is_selection, ", ".join(SELECTION_NAMES)),
+        turn=reader.checked("turn", _is_turn, f"a whole number from 0 to {LATEST}"),
         pin=reader.pin(spans),
         unpin=reader.unpin(),
         ttl=reader.checked("ttl", _is_time, f"seconds, above 0, at most {LONGEST:.0f}"),
@@ -186,6 +190,10 @@ def _is_ratio(value: Any) -> bool:
 
 def _is_selection(value: Any) -> bool:
     return isinstance(value, str) and value in SELECTION_NAMES
+
+
+def _is_turn(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LATEST
 
 
 def _is_priority(value: Any) -> bool:

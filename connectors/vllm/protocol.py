@@ -1,6 +1,6 @@
 """What the scheduler side and the worker side tell each other, once a step. Plain data, pickled by vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 Indices = npt.NDArray[np.int64]
 Run = tuple[int, int]  # positions, from and up to
+Times = tuple[int, int, int, bool]  # began, ended (ns since 1970), of how many workers, whether one failed
 TokenIds = npt.NDArray[np.int32]
 
 
@@ -23,7 +24,7 @@ class Job:
     `shifts[i]`: how many positions further on it stands now than when it was computed, for loads of moved tokens.
 
     `finishes`: the request whose blocks vLLM keeps until this store is done. `device`: the rows are of the device
-    tier, not of the memory tier.
+    tier, not of the memory tier. `timed`: workers shall report when it began and ended.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Job:
     finishes: str | None = None
     device: bool = False
     shifts: Indices | None = None
+    timed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Fusion:
 
     `tokens`: int32, of the prompt, up to the end of the tokens that have a block; `blocks`: int64, the request's.
     The range from `start` to `end` is fused: `runs` of it were loaded, at most `budget` of their tokens are
-    computed again, and all others (the gaps) are computed. From `end` on the engine computes.
+    computed again, and all others (the gaps) are computed. From `end` on the engine computes. `timed`: the
+    number under which workers shall report when it began and ended; 0: they need not.
     """
 
     tokens: TokenIds
@@ -51,6 +54,7 @@ class Fusion:
     budget: int
     selection: str
     work: float = 0.0
+    timed: int = 0
 
 
 @dataclass
@@ -74,7 +78,8 @@ class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
     `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`, `fusions`: (tokens, seconds) of
-    forwards, of loads and of fusions (their work), for the gate. `unfused`: fusions that failed.
+    forwards, of loads and of fusions (their work), for the gate. `unfused`: fusions that failed. `times`: of what
+    was to be timed, by number.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -84,6 +89,7 @@ class StepReport(KVConnectorWorkerMetadata):
     copies: list[tuple[int, float]] = field(default_factory=list)
     fusions: list[tuple[float, float]] = field(default_factory=list)
     unfused: int = 0
+    times: dict[int, Times] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -99,6 +105,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.copies + other.copies,
             self.fusions + other.fusions,
             max(self.unfused, other.unfused),
+            merge_times(dict(self.times), other.times),
         )
 
 
@@ -110,6 +117,14 @@ class Handshake(KVConnectorHandshakeMetadata):
     refusal: str | None
     segment: tuple[str, int, int] | None = None
     no_fusion: str | None = None
+
+
+def merge_times(into: dict[int, Times], more: Mapping[int, Times]) -> dict[int, Times]:
+    """`into`, with other workers' times of the same numbers: from the first that began to the last that ended."""
+    for number, (began, ended, workers, failed) in more.items():
+        first, last, others, failed_there = into.get(number, (began, ended, 0, False))
+        into[number] = min(first, began), max(last, ended), others + workers, failed or failed_there
+    return into
 
 
 def positions_of(runs: Sequence[Run]) -> Indices:

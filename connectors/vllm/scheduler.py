@@ -19,11 +19,11 @@ from ragkv.connectors.vllm.tracking import (
     UnderWay,
     progress,
 )
+from ragkv.connectors.vllm.turns import Turns
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows, starts
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.fusion.plan import Plan
-from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
@@ -52,7 +52,7 @@ class SchedulerSide:
         self._chunker, self._namespace_of = chunker, namespace_of
         self._block_tokens, self._workers = block_tokens, workers
         self._metrics, self._faults, self._recorder, self._clock = metrics, faults, recorder, clock
-        self.fusing, self._documents = fusing, documents
+        self.fusing, self._documents, self._turns = fusing, documents, Turns(metrics)
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
@@ -93,6 +93,7 @@ class SchedulerSide:
         self._metrics.count(m.LOOKUPS, result="hit" if external else "miss")
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
         tracked.stored = tracked.mended = 0
+        self._turns.count(tracked, external)
         if not external:
             return
         plan = tracked.plan
@@ -180,7 +181,7 @@ class SchedulerSide:
         tracked.blocks = blocks
         # The last token was sampled, not computed; what runs ahead of the others was thrown away.
         upto = min(request.num_tokens - 1, request.num_computed_tokens)
-        self._extend(tracked)
+        tracked.extend()
         told = None if self.fusing is None else self.fusing.tell(tracked, upto)
         return self._store(tracked, upto, finishes=request.request_id), told
 
@@ -247,7 +248,8 @@ class SchedulerSide:
                 self._hierarchy.holds.release(hints.unpin)
             chain = TokenChain(namespace, self._chunker, hints.boundaries)
             tracked = self._tracked[request_id] = Tracked(request, namespace, chain, hints)
-            self._extend(tracked)
+            tracked.extend()
+            self._turns.begin(tracked)
             if self._recorder is not None:
                 self._recorder.record(namespace, chain)
         return self._tracked[request_id]
@@ -257,7 +259,7 @@ class SchedulerSide:
         request = tracked.request
         seen = (request.num_tokens, self._hierarchy.version)
         if tracked.seen != seen:
-            self._extend(tracked)
+            tracked.extend()
             tracked.match = self._hierarchy.match(tracked.namespace, tracked.chain, request.num_tokens - 1)
             tracked.seen = seen
 
@@ -318,17 +320,12 @@ class SchedulerSide:
                 self._faults.note("pins", "owners have pinned all that they may of the memory tier")
                 return
 
-    def _extend(self, tracked: Tracked) -> None:
-        known = len(tracked.chain.tokens)
-        if known < tracked.request.num_tokens:
-            tracked.chain.extend(as_tokens(tracked.request.all_token_ids[known:]))
-
     def _store_new(self, tracked: Tracked, upto: int) -> None:
         """Store what a step completes: whole chunks now and then, the open tail when the prompt ends."""
         prompt_ends = tracked.stored < tracked.request.num_prompt_tokens <= upto
         if not prompt_ends and upto - tracked.stored < self._chunker.max_tokens:
             return
-        self._extend(tracked)
+        tracked.extend()
         if not prompt_ends:
             upto = max((end for end in tracked.chain.ends if end <= upto), default=0)
         self._store(tracked, upto)

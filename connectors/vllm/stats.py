@@ -58,6 +58,9 @@ class RagKVPromMetrics(KVConnectorPromMetrics):
             else:
                 made = histogram(name=name, documentation=metric.text, labelnames=labels, buckets=SECONDS)
             self._metrics[name] = made
+            for values in metric.at_start:
+                for engine in per_engine_labelvalues.values():
+                    made.labels(*engine, *values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Book one record."""

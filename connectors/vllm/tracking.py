@@ -9,6 +9,7 @@ from ragkv.kvstore.catalogue import Chunk, Match
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import Declined, Plan
+from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.promotion import Fetch
 
 NO_MATCH = Match((), 0)
@@ -31,7 +32,8 @@ class Tracked:
     open tail stored or read last; `fetch`: what is brought up for it, once; `declined`: the gate said that
     computing is quicker; `sources`: tokens by tier. `plan`: of fusion, as of `planned`; `gather`: what is brought
     up for it, once; `outcome`: what was found, behind which token, and what came of it; `approximate`: from where
-    on its KV is not exact; `mended`: tokens that a fusion computed."""
+    on its KV is not exact; `mended`: tokens that a fusion computed. `turn`: of its conversation, 0 for none;
+    `counted`: among its turn's requests."""
 
     request: Any
     namespace: bytes
@@ -55,6 +57,14 @@ class Tracked:
     outcome: tuple[Sequence[Piece], int, Plan | Declined] | None = None
     approximate: int | None = None
     mended: int = 0
+    turn: int = 0
+    counted: bool = False
+
+    def extend(self) -> None:
+        """Let the chain hold all tokens that the request has by now."""
+        known = len(self.chain.tokens)
+        if known < self.request.num_tokens:
+            self.chain.extend(as_tokens(self.request.all_token_ids[known:]))
 
     def taint(self, position: int) -> None:
         """From this position on its KV is not exact."""

@@ -29,10 +29,12 @@ SOME_STEPS = 64  # of the other steps one in so many is timed: they tell what a 
 
 @dataclass(slots=True)
 class _Running:
-    """A job whose copy may still be under way."""
+    """A job whose copy may still be under way. `began`: ns since 1970; `timing`: of a load."""
 
     job: Job
     ticket: Ticket
+    began: int
+    timing: Timing | None
 
 
 class WorkerSide:
@@ -49,6 +51,7 @@ class WorkerSide:
         self._stopwatch: Stopwatch | None = None
         self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
         self._timings: list[tuple[Literal["prefills", "copies", "fusions"], float, Timing]] = []
+        self._mended: list[tuple[Fusion, int, Timing]] = []  # fusions to be timed, and when they began
         self._fuser: Fuser | None = None
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
@@ -104,7 +107,7 @@ class WorkerSide:
     def take_report(self) -> StepReport | None:
         """Jobs that ended since the last call."""
         report = self._report
-        if not (report.done or report.tainted or report.prefills or report.copies or report.fusions):
+        if report == StepReport():
             return None
         self._report = StepReport()
         return report
@@ -146,20 +149,24 @@ class WorkerSide:
         """Mend one request's moved tokens. Where that fails vLLM computes them."""
         blocks = set(fusion.blocks[fusion.start // block_tokens :].tolist())
         assert self._stopwatch is not None
-        beginning, started = self._stopwatch.start(), time.perf_counter()
+        beginning, started, began = self._stopwatch.start(), time.perf_counter(), time.time_ns()
         try:
             if self._fuser is None:
                 raise FusionError("an order to fuse, and no way to")
             if not self._fuser.agreed(self._invalid.isdisjoint(fusion.blocks.tolist())):
                 self._not_loaded(blocks)
+                self._note_time(fusion.timed, began, failed=True)
                 return
             self._fuser.fuse(fusion)
         except Exception as error:  # whatever it is: the engine computes what was to be fused
             self._faults.note("fuse", error)
             self._not_loaded(blocks)
             self._report.unfused += 1
+            self._note_time(fusion.timed, began, failed=True)
             return
-        self._timings.append(("fusions", fusion.work, self._stopwatch.stop(beginning)))
+        timing = self._stopwatch.stop(beginning)
+        self._timings.append(("fusions", fusion.work, timing))
+        self._mended += [(fusion, began, timing)] if fusion.timed else []
         self._metrics.observe(m.FUSION_SECONDS, time.perf_counter() - started)
 
     def _connect(self, caches: dict[str, torch.Tensor]) -> None:
@@ -198,6 +205,7 @@ class WorkerSide:
         self._metrics.observe(clock, time.perf_counter() - started)
 
     def _move(self, jobs: list[Job], mover: Mover | None, block_tokens: int | None) -> None:
+        began, timing = time.time_ns(), None
         try:
             if mover is None or self._stopwatch is None:
                 raise RagKVError("orders without a tier to carry them out")
@@ -212,13 +220,14 @@ class WorkerSide:
         except Exception as error:  # whatever it is: these jobs failed, and are reported so
             self._faults.note("store" if block_tokens is None else "load", error)
             for job in jobs:
-                self._end(job, failed=True)
+                self._end(job, began, None, failed=True)
                 if block_tokens is not None:
                     self._not_loaded(set((job.slots // block_tokens).tolist()))
             return
-        if block_tokens is not None and mover is self._mover:
-            self._timings.append(("copies", len(rows), self._stopwatch.stop(beginning)))
-        self._running.extend(_Running(job, ticket) for job in jobs)
+        if block_tokens is not None:
+            timing = self._stopwatch.stop(beginning)
+            self._timings += [("copies", len(rows), timing)] if mover is self._mover else []
+        self._running.extend(_Running(job, ticket, began, timing) for job in jobs)
 
     def _not_loaded(self, blocks: set[int]) -> None:
         """The forward will run on blocks that lack what was promised: whatever it computes is not to be kept."""
@@ -234,6 +243,11 @@ class WorkerSide:
             else:
                 getattr(self._report, kind).append((tokens, seconds))
         self._timings = unknown
+        for each in self._mended[:]:
+            fusion, began, timing = each
+            if timing.seconds() is not None:
+                self._note_time(fusion.timed, began, timing)
+                self._mended.remove(each)
         still = []
         for running in self._running:
             try:
@@ -242,14 +256,22 @@ class WorkerSide:
                 self._faults.note("copy", error)
                 ended = failed = True
             if ended:
-                self._end(running.job, failed=failed)
+                self._end(running.job, running.began, running.timing, failed=failed)
             else:
                 still.append(running)
         self._running = still
 
-    def _end(self, job: Job, *, failed: bool) -> None:
+    def _end(self, job: Job, began: int, timing: Timing | None, *, failed: bool) -> None:
         self._report.done[job.id] = 1
+        self._note_time(job.id if job.timed else 0, began, timing, failed=failed)
         if failed:
             self._report.failed.add(job.id)
         if job.finishes is not None:
             self._finished.add(job.finishes)
+
+    def _note_time(self, number: int, began: int, timing: Timing | None = None, *, failed: bool = False) -> None:
+        """Report when something ended: as the device has timed it, else now. Number 0: nobody wants to know."""
+        if number:
+            seconds = None if failed or timing is None else timing.seconds()
+            ended = time.time_ns() if seconds is None else began + round(seconds * 1e9)
+            self._report.times[number] = began, ended, 1, failed

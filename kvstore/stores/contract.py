@@ -85,6 +85,10 @@ class Store(ABC):
         """What was read under `key` proved bad: never give it again. Default: delete it."""
         self.delete([key])
 
+    def free_bytes(self) -> int | None:
+        """Bytes that the place where values lie could still take; None: the backend does not know."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Let all resources go. Safe to call twice."""

@@ -129,6 +129,12 @@ class DiskStore(Store):
                 except OSError:
                     folder.delete(key)
 
+    def free_bytes(self) -> int:
+        folder = self._folder()
+        with self._faults:
+            system = os.fstatvfs(folder.descriptor)
+            return system.f_bavail * system.f_frsize
+
     def close(self) -> None:
         self._opened = None
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class WrapperStore(Store):
-    """Hands every call on to `inner`; all but `close` pass through `_pass`."""
+    """Hands every call on to `inner`; all but `free_bytes` and `close` pass through `_pass`."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -49,6 +49,9 @@ class WrapperStore(Store):
 
     def reject(self, key: bytes, reason: str) -> None:
         self._pass("reject", lambda: self.inner.reject(key, reason), None)
+
+    def free_bytes(self) -> int | None:
+        return self.inner.free_bytes()
 
     def close(self) -> None:
         self.inner.close()

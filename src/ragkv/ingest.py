@@ -129,7 +129,8 @@ class Ingest:
     def prefill(self, passage: Passage) -> Answer:
         """Have the server compute and keep a passage. RagKVError where it does not."""
         asked = prompt(self._server, self._system, [(passage.id, passage.text)], fuse=False)
-        answer = self._server.complete(asked, max_tokens=1, temperature=0)
+        hints = {"ragkv": asked.hints | {"turn": 0}}  # what follows it is no second turn
+        answer = self._server.complete(asked, max_tokens=1, temperature=0, kv_transfer_params=hints)
         params = answer.get("kv_transfer_params")
         report = params.get("ragkv") if isinstance(params, dict) else None
         if not isinstance(report, dict):

@@ -78,6 +78,14 @@ def test_folder_and_files_are_for_us_alone(tmp_path):
         os.umask(before)
 
 
+def test_free_bytes_are_those_of_the_file_system(store, folder, monkeypatch):
+    system = os.statvfs(folder)
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: system)
+    assert store.free_bytes() == system.f_bavail * system.f_frsize > 0
+    store.close()
+    assert reason(store.free_bytes) == "closed"
+
+
 def test_a_folder_open_to_others_is_used_as_it_is_with_a_warning(tmp_path):
     tmp_path.chmod(0o755)
     with contextlib.closing(DiskStore(tmp_path)) as store:

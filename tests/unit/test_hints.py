@@ -228,4 +228,4 @@ def test_the_example_of_the_docstring_holds():
     assert problem is None
     document = Document("10-K 2023", 12, 3012)
     pin = Pin("desk 7", 3600.0, 3012)
-    assert hints == Hints((document,), pin, "desk 6", 86400, 1, True, 0.15, "query")
+    assert hints == Hints((document,), pin, "desk 6", 86400, 1, True, 0.15, "query", 2)

@@ -69,7 +69,7 @@ def test_every_passage_is_prefilled_alone_behind_the_system_prompt(fake, run, fi
     for body in fake.prompts():
         hints = body["kv_transfer_params"]["ragkv"]
         (document,) = hints["documents"]
-        assert hints["fuse"] is False and body["max_tokens"] == 1 and body["model"] == "toy"
+        assert hints["fuse"] is False and hints["turn"] == 0 and body["max_tokens"] == 1 and body["model"] == "toy"
         assert body["prompt"][: document["start"]] == behind and document["end"] == len(body["prompt"])
         number = document["id"][len("one.txt#") :]
         text = fake.tokenizer.decode(body["prompt"][document["start"] :])

@@ -145,6 +145,18 @@ def test_every_metric_is_exported_under_its_name(exported, registry):
         assert (family.type, family.documentation) == (each.kind, each.text)
 
 
+def test_what_is_known_beforehand_is_there_from_the_start_at_zero(exported, registry):
+    """Else a rate would never see the first hit: a series that begins at 499 has not grown."""
+    for engine in ("0", "1"):
+        labels = {"model_name": "toy", "engine": engine}
+        value = registry.get_sample_value
+        assert value(m.STORED_TOKENS, labels) == value(f"{m.LOAD_SECONDS}_count", labels) == 0
+        for tier in (m.MEMORY, m.DEVICE, m.DISK, m.REDIS):
+            assert value(m.HIT_TOKENS, {**labels, "tier": tier}) == 0
+            assert value(m.USED_BYTES, {**labels, "tier": tier}) is None, "a gauge is not known"
+        assert value(m.LOOKUPS, {**labels, "result": "hit"}) == 0
+
+
 def test_records_are_booked_by_engine(exported, registry):
     exported.observe(recorded(), 0)
     exported.observe(recorded(), 1)

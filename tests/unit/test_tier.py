@@ -42,6 +42,14 @@ def test_what_was_written_is_read(bench):
     assert bench.metrics.get(m.CHUNKS, "disk") == 2 and bench.metrics.get(m.USED_BYTES, "disk") == 11
 
 
+def test_what_is_free_is_told_after_a_write_where_the_backend_knows(bench):
+    bench.keep(A)
+    assert (m.FREE_BYTES, "disk") not in bench.metrics.gauges
+    bench.store.free_bytes = lambda: 12345
+    bench.keep(B)
+    assert bench.metrics.get(m.FREE_BYTES, "disk") == 12345
+
+
 def test_a_batch_is_one_call(bench):
     bench.keep(A), bench.keep(B)
     bench.read(A, B)

@@ -1,0 +1,269 @@
+"""Spans of what ragkv does for a request, in the request's own trace. Loaded only where vLLM traces.
+
+Times are of the wall clock. A lookup's are the scheduler side's; of the others the workers say when they began and
+ended. vLLM makes its span when the request has ended, under what the request's headers name: so do these.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ragkv.connectors.vllm.protocol import Job, StepOrders, StepReport, Times, merge_times
+from ragkv.connectors.vllm.scheduler import SchedulerSide
+from ragkv.connectors.vllm.tracking import Tracked
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.fusion.plan import Declined, Plan
+
+LOOKUP, LOAD, FUSE, STORE = "ragkv.lookup", "ragkv.load", "ragkv.fuse", "ragkv.store"
+SCOPE = "ragkv"
+MOST_OPEN = 10_000  # jobs whose end is awaited; a worker that died reports none
+FLUSH_SECONDS = 2.0
+
+Attributes = dict[str, str | int | bool]
+
+
+@dataclass(slots=True)
+class _Request:
+    """`context`: what its spans are under; where the headers name nothing its first lookup, None until then.
+    `began`, `ended`: of a lookup, from the first question to the first answer (0: none yet)."""
+
+    context: Context | None
+    began: int = 0
+    ended: int = 0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A span whose end the workers will report, of a request."""
+
+    name: str
+    asked: _Request
+    attributes: Attributes
+
+
+class TracedSide(SchedulerSide):
+    """A scheduler side that tells what it does. `flush` sends what is waiting to be sent."""
+
+    def __init__(
+        self,
+        *args: Any,
+        tracer: trace.Tracer,
+        flush: Callable[[], object],
+        wall: Callable[[], int] = time.time_ns,
+        **more: Any,
+    ) -> None:
+        super().__init__(*args, **more)
+        self._tracer, self._flush, self._wall = tracer, flush, wall
+        self._requests: dict[str, _Request] = {}
+        self._open: dict[int, _Open] = {}
+        self._times: dict[int, Times] = {}
+
+    def lookup(self, request: Any, computed: int) -> int | None:
+        """As `SchedulerSide.lookup`; notes when it was first asked, and first answered."""
+        with self._noted():
+            asked = self._requests.get(request.request_id)
+            if asked is None:
+                asked = self._requests[request.request_id] = _Request(_context(request))
+            asked.began = asked.began or self._wall()
+        answer = super().lookup(request, computed)
+        with self._noted():
+            asked = self._requests[request.request_id]
+            asked.ended = 0 if answer is None else asked.ended or self._wall()
+        return answer
+
+    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
+        """As `SchedulerSide.allocated`; ends the lookup's span, and opens those of what it orders."""
+        loads, fusions = len(self._orders.loads), len(self._orders.fusions)
+        super().allocated(request, blocks, external)
+        tracked = self._tracked.get(request.request_id)
+        with self._noted():
+            if tracked is None:
+                return
+            self._looked_up(tracked, external)
+            for job in self._orders.loads[loads:]:
+                self._expect(job.id, LOAD, tracked, self._of_load(tracked, job))
+            for number in range(fusions, len(self._orders.fusions)):
+                self._jobs += 1
+                self._orders.fusions[number] = replace(self._orders.fusions[number], timed=self._jobs)
+                self._expect(
+                    self._jobs, FUSE, tracked, _of_fusion(tracked, self._orders.fusions[number].selection)
+                )
+
+    def take_orders(self) -> StepOrders:
+        """As `SchedulerSide.take_orders`; asks for the times of the jobs."""
+        orders = super().take_orders()
+        with self._noted():
+            orders.loads = [replace(job, timed=job.id in self._open) for job in orders.loads]
+            orders.stores = [replace(job, timed=job.id in self._open) for job in orders.stores]
+        return orders
+
+    def finished(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As `SchedulerSide.finished`; nothing more is noted of the request."""
+        try:
+            return super().finished(request, blocks)
+        finally:
+            self._requests.pop(request.request_id, None)
+
+    def report(self, report: StepReport) -> None:
+        """As `SchedulerSide.report`; ends the spans whose work all workers have done."""
+        super().report(report)
+        with self._noted():
+            merge_times(self._times, report.times)
+            for number in report.times:
+                if number not in self._open:
+                    del self._times[number]
+                elif self._times[number][2] >= self._workers:
+                    began, ended, _, failed = self._times.pop(number)
+                    each = self._open.pop(number)
+                    self._span(each.name, each.asked.context, began, ended, each.attributes, failed=failed)
+
+    def close(self, seconds: float) -> bool:
+        """As `SchedulerSide.close`; then sends what spans there are, within `FLUSH_SECONDS`."""
+        complete = super().close(seconds)
+        with self._noted():
+            sender = threading.Thread(target=self._flush, name="ragkv-flush", daemon=True)
+            sender.start()
+            sender.join(FLUSH_SECONDS)
+        return complete
+
+    def _store(self, tracked: Tracked, upto: int, finishes: str | None = None) -> bool:
+        ordered = super()._store(tracked, upto, finishes)
+        if ordered:
+            with self._noted():
+                self._ordered_store(tracked, self._orders.stores[-1], m.MEMORY)
+        return ordered
+
+    def _copy_hot(self, tracked: Tracked, blocks: list[int]) -> None:
+        stores = len(self._orders.stores)
+        super()._copy_hot(tracked, blocks)
+        with self._noted():
+            for job in self._orders.stores[stores:]:
+                self._ordered_store(tracked, job, m.DEVICE)
+
+    def _ordered_store(self, tracked: Tracked, job: Job, tier: str) -> None:
+        chunks = len(self._under_way[job.id].chunks)
+        self._expect(job.id, STORE, tracked, {"ragkv.chunks": chunks, **self._size(job), "ragkv.tier": tier})
+
+    def _looked_up(self, tracked: Tracked, external: int) -> None:
+        asked, request = self._requests[tracked.request.request_id], tracked.request
+        attributes: Attributes = {
+            "ragkv.request.id": request.request_id,
+            "ragkv.result": _result(tracked, external),
+            "ragkv.tokens": request.num_tokens,
+            "ragkv.tokens.engine": tracked.computed,
+            "ragkv.tokens.hit": external,
+            "ragkv.chunks": len(tracked.match.chunks),
+            "ragkv.turn": tracked.turn,
+        }
+        if external:
+            attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in tracked.sources.items()}
+        if tracked.declined is not None:
+            attributes["ragkv.gate"] = "decline" if tracked.declined else "load"
+        if tracked.fetch is not None:
+            attributes["ragkv.fetch"] = tracked.fetch.result
+        outcome = tracked.outcome[2] if tracked.outcome is not None else None
+        if isinstance(outcome, Declined):
+            attributes |= {"ragkv.fusion": outcome.kind, "ragkv.fusion.reason": outcome.reason}
+        elif isinstance(outcome, Plan):
+            attributes["ragkv.fusion"] = "moved"
+        ended = asked.ended or self._wall()
+        span = self._span(LOOKUP, asked.context, asked.began or ended, ended, attributes)
+        if asked.context is None:
+            asked.context = trace.set_span_in_context(span, Context())
+        asked.began = asked.ended = 0
+
+    def _of_load(self, tracked: Tracked, job: Job) -> Attributes:
+        tier = m.DEVICE if job.device else m.MEMORY
+        attributes = {**self._size(job), "ragkv.tier": tier, "ragkv.moved": job.shifts is not None}
+        if tier == m.MEMORY and job.shifts is None:
+            brought = {name: tokens for name, tokens in tracked.sources.items() if name in (m.DISK, m.REDIS)}
+            attributes |= {f"ragkv.tokens.{name}": tokens for name, tokens in brought.items()}
+        return attributes
+
+    def _size(self, job: Job) -> Attributes:
+        token_bytes = self._hierarchy.page_bytes // self._hierarchy.page_tokens
+        return {"ragkv.tokens": len(job.rows), "ragkv.bytes": len(job.rows) * token_bytes}
+
+    def _expect(self, number: int, name: str, tracked: Tracked, attributes: Attributes) -> None:
+        """A job was ordered: its span is made once all workers have reported it."""
+        request_id = tracked.request.request_id
+        asked = self._requests[request_id]
+        self._open[number] = _Open(name, asked, {"ragkv.request.id": request_id, **attributes})
+        if len(self._open) > MOST_OPEN:
+            lost = next(iter(self._open))
+            del self._open[lost]
+            self._times.pop(lost, None)
+
+    def _span(
+        self,
+        name: str,
+        context: Context | None,
+        began: int,
+        ended: int,
+        attributes: Attributes,
+        *,
+        failed: bool = False,
+    ) -> trace.Span:
+        context = Context() if context is None else context  # never under a span of the engine's start
+        span = self._tracer.start_span(name, context, attributes=attributes, start_time=began)
+        if failed:
+            span.set_status(trace.StatusCode.ERROR, "a worker failed")
+        span.end(ended)
+        return span
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Tracing fails no request."""
+        try:
+            yield
+        except Exception as error:  # whatever it is: spans are lost, and nothing else
+            self._faults.note("tracing", error)
+
+
+def open_tracer(endpoint: str) -> tuple[trace.Tracer, Callable[[], object]]:
+    """A tracer that sends where vLLM sends, and what flushes it: vLLM's own where it has made one in this process,
+    which is so unless several API servers share an engine."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from vllm.tracing import init_tracer
+
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        init_tracer(SCOPE, endpoint)
+    provider = trace.get_tracer_provider()
+    assert isinstance(provider, TracerProvider)
+    return provider.get_tracer(SCOPE), provider.force_flush
+
+
+def _context(request: Any) -> Context | None:
+    """What a request's headers put its spans under, or None."""
+    headers = getattr(request, "trace_headers", None)
+    if not headers:
+        return None
+    context = TraceContextTextMapPropagator().extract(headers, Context())
+    return context if trace.get_current_span(context).get_span_context().is_valid else None
+
+
+def _result(tracked: Tracked, external: int) -> str:
+    if external:
+        return "hit"
+    declined = tracked.declined or (tracked.fetch is not None and tracked.fetch.result == "declined")
+    return "declined" if declined else "miss"
+
+
+def _of_fusion(tracked: Tracked, selection: str) -> Attributes:
+    plan = tracked.plan
+    assert plan is not None
+    return {
+        "ragkv.tokens": plan.end - plan.exact,
+        "ragkv.tokens.moved": plan.moved,
+        "ragkv.tokens.recomputed": plan.budget,
+        "ragkv.tokens.gap": plan.end - plan.exact - plan.moved,
+        "ragkv.chunks": len({id(piece.chunk) for piece in plan.pieces}),
+        "ragkv.selection": selection,
+    }
