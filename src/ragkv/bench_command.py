@@ -1,0 +1,133 @@
+"""`ragkv bench`: what is measured. Heavy imports wait until a command needs them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ragkv import completion
+from ragkv.serving_command import compare, serve
+
+app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+FilingsOption = Annotated[
+    Path | None, typer.Option(help="A folder of filings (*.txt) instead of the generated ones.")
+]
+SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
+TIERS = ("disk", "redis")
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+@app.command(epilog="Example: ragkv bench prefix --tokens 6000 --json prefix.json")
+def prefix(
+    tier: Annotated[str, typer.Option(help="The tier to load from: memory.")] = "memory",
+    tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each measured on both engines.")] = 8,
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """TTFT cold and warm against plain vLLM, paired."""
+    from ragkv.benchmarks.prefix import run
+
+    run(tier, tokens, rounds, filings, json_file)
+
+
+@app.command(epilog="Example: ragkv bench restart --tier redis")
+def restart(
+    tier: Annotated[
+        str, typer.Option(help="What outlives the engine: disk or redis.", autocompletion=completion.one_of(TIERS))
+    ] = "disk",
+    tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents.")] = 8,
+    redis: Annotated[str | None, typer.Option(help="URL of a server, instead of one of its own.")] = None,
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """TTFT and hits of a second engine, from what a first one left."""
+    from ragkv.benchmarks.restart import run
+
+    run(tier, tokens, rounds, filings, redis, json_file)
+
+
+@app.command(epilog="Example: ragkv bench plan --tokens 100000 --chunks 1000000")
+def plan(
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the prompt.")] = 100_000,
+    chunks: Annotated[int, typer.Option(min=1000, help="Chunks in the catalogue.")] = 1_000_000,
+    json_file: JsonOption = None,
+) -> None:
+    """Time to plan a long prompt against a large catalogue."""
+    from ragkv.benchmarks.plan import run
+
+    run(tokens, chunks, json_file)
+
+
+@app.command(epilog="Example: ragkv bench tiers --tier disk --folder /var/cache")
+def tiers(
+    tier: Annotated[
+        str, typer.Option(help="Which: disk, redis, or both.", autocompletion=completion.some_of(TIERS))
+    ] = "disk,redis",
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure.")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of a server; else one is started.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Bytes a second of the disk and Redis tiers, beside plain reads and writes."""
+    from ragkv.benchmarks.tiers import run
+
+    run(tier.split(","), folder, redis, json_file)
+
+
+@app.command(epilog="Example: ragkv bench fuzz --inputs 10000 --seed 1")
+def fuzz(
+    inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Give harmed payloads to the codec: it must refuse them."""
+    from ragkv.benchmarks.fuzz import run
+
+    run(inputs, seed, json_file)
+
+
+@app.command(epilog="Example: ragkv bench fusion --selections deviation,query --ratios 0.15 --trials 5")
+def fusion(
+    selections: Annotated[
+        str,
+        typer.Option(
+            help="Which tokens are computed again.", autocompletion=completion.some_of(SELECTIONS.split(","))
+        ),
+    ] = SELECTIONS,
+    ratios: Annotated[str, typer.Option(help="How many of them, as shares.")] = "0.05,0.15,0.3",
+    passages: Annotated[int, typer.Option(min=1, max=100, help="Passages of a prompt.")] = 6,
+    tokens: Annotated[int, typer.Option(min=16, max=7000, help="Tokens of each passage.")] = 500,
+    stored: Annotated[
+        str,
+        typer.Option(help="What passages were prefilled behind: prefix (the system prompt), elsewhere or alone."),
+    ] = "prefix",
+    text: Annotated[
+        str, typer.Option(help="questions about several filings, or a filing's running text.")
+    ] = "questions",
+    continuation: Annotated[int, typer.Option(min=1, max=512, help="Tokens that quality is measured over.")] = 32,
+    trials: Annotated[int, typer.Option(min=1, max=100, help="Prompts, each measured with every setting.")] = 6,
+    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "auto",
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture into this file.")] = None,
+) -> None:
+    """Quality and TTFT of fused passages against full prefill. Lists are separated by commas."""
+    from ragkv.benchmarks.fusion import run
+    from ragkv.benchmarks.fusion_trials import Shape
+
+    run(
+        selections=selections,
+        ratios=ratios,
+        shape=Shape(passages, tokens, stored, text, continuation),
+        trials=trials,
+        dtype=dtype,
+        filings=filings,
+        json_file=json_file,
+        plot=plot,
+    )
+
+
+app.command()(serve)
+app.command()(compare)

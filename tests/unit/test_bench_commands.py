@@ -1,0 +1,119 @@
+"""`ragkv demo`, `ragkv bench prefix`, `restart` and `plan` as users call them, on engines that only count."""
+
+import json
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from fusion_bench_tools import Words
+from ragkv.benchmarks import demo, prefix, restart
+from ragkv.benchmarks.engine import Answer
+from ragkv.benchmarks.report import shared_prefix
+from ragkv.cli import app
+
+SECONDS = 0.001  # for each token that is computed
+
+
+class Tokenizer(Words):
+    """Words, with what the demonstration needs besides."""
+
+    def encode(self, text, add_special_tokens=False):
+        return super().encode(text, add_special_tokens)
+
+    def decode(self, ids):
+        return " ".join(f"w{number}" for number in ids)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "".join(f"<{each['role']}> {each['content']} </> " for each in messages) + "<assistant>"
+
+
+class CountingEngine:
+    """Reuses prefixes of what it was asked, as vLLM with or without ragkv does. `below`: what lies on disk or in
+    Redis, which outlives it."""
+
+    below: dict[str, list[list[int]]] = {}  # noqa: RUF012
+
+    def __init__(self, options):
+        self._own, self._memory = [], []
+        self._with_ragkv = options.ragkv is not None
+        place = {name: value for name, value in (options.ragkv or {}).items() if name != "memory"}
+        self._below = self.below.setdefault(json.dumps(place), []) if place else []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def wait(self):
+        return self
+
+    def ask(self, prompts, max_tokens=1):
+        answers = []
+        for prompt in prompts:
+            known = [*self._own, *self._memory, *self._below]
+            hits = min(max((shared_prefix(prompt, each) for each in known), default=0), len(prompt) - 1)
+            tokens = tuple(range(max_tokens))
+            self._own.append([*prompt, *tokens])
+            if self._with_ragkv:
+                self._memory.append([*prompt, *tokens])
+                self._below.append([*prompt, *tokens])
+            ttft = SECONDS * (len(prompt) - hits)
+            answers.append(Answer(ttft, tokens, "an answer", hits, {"host": hits} if hits else {}))
+        return answers
+
+    def evict(self, *, ragkv_too=False):
+        self._own.clear()
+
+    def metrics(self):
+        names = ("store_seconds_sum", "store_seconds_count", "load_seconds_sum", "load_seconds_count")
+        return {f"ragkv_{name}": 1.0 for name in names}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a command; what it wrote to --json."""
+    for module in (demo, prefix, restart):
+        monkeypatch.setattr(module, "ensure_model", lambda progress: tmp_path)
+        monkeypatch.setattr(module, "Engine", CountingEngine)
+    monkeypatch.setattr(CountingEngine, "below", {})
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, [*arguments, "--json", "report.json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / "report.json").read_text())
+
+    return run
+
+
+def test_demo(run, tmp_path):
+    report = run("demo", "--tokens", "200")
+    summary = report["summary"]
+    assert summary["outputs_equal"] and 0.9 < summary["hit_fraction"] <= 1
+    assert len(report["turns"]) == 8
+    first, later = report["turns"][0], report["turns"][2]
+    assert first["ttft_s"] == first["plain_ttft_s"] == pytest.approx(SECONDS * first["prompt_tokens"])
+    assert later["ttft_s"] < 0.3 * later["plain_ttft_s"]
+    assert (tmp_path / "out" / "demo.png").is_file()
+
+
+def test_bench_prefix(run):
+    report = run("bench", "prefix", "--tokens", "200", "--rounds", "2")
+    assert report["cold_over_plain"] == pytest.approx(1, abs=0.01)
+    assert report["warm_over_floor"] == pytest.approx(1)
+    assert report["hit_fraction"] == 1
+    assert min(report["seconds"]["cold"]) > 10 * max(report["seconds"]["warm"])
+
+
+def test_bench_restart(run):
+    report = run("bench", "restart", "--tier", "disk", "--tokens", "200", "--rounds", "2")
+    assert report["hit_fraction"] == 1 and report["below_over_memory"] == pytest.approx(1)
+    assert min(report["seconds"]["cold"]) > 100 * max(report["seconds"]["below"])
+
+
+def test_bench_plan(run):
+    report = run("bench", "plan", "--tokens", "1000", "--chunks", "1000")
+    assert report["chunks"] >= 1000 and report["plan_hit_s"] > 0
