@@ -1,0 +1,139 @@
+"""Prometheus and Grafana for ragkv's servers: a ready folder, and which metrics a server owes it.
+
+The files lie in `ragkv.config`, in `observe/`; what is written differs from them in the targets and the price.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ragkv.dashboard import DEFAULT_PRICE, build
+from ragkv.errors import RagKVError
+from ragkv.grafana import text_of
+from ragkv.scrape import Snapshot
+
+DASHBOARD, RULES = "dashboard.json", "rules.yml"
+TARGETS, GPU_TARGETS = "targets.yml", "gpu_targets.yml"
+DEFAULT_TARGET = "localhost:8000"
+GPU_PREFIX = "DCGM_"  # what only an exporter beside a GPU has
+_TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+_METRIC = re.compile(r"(?:ragkv_|vllm:|http_|DCGM_)\w+")  # `ragkv:` begins what our rules record
+_PARTS = re.compile(r"_(bucket|sum|count)$")  # of a histogram
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the dashboard: its row, its title, and its queries."""
+
+    row: str
+    title: str
+    queries: tuple[str, ...]
+
+
+def shipped() -> dict[str, str]:
+    """All files of the folder, by their paths in it, as they come with ragkv."""
+    return dict(_files(resources.files("ragkv.config") / "observe", ""))
+
+
+def files(
+    targets: Sequence[str] = (DEFAULT_TARGET,), gpu_targets: Sequence[str] = (), price: float = DEFAULT_PRICE
+) -> dict[str, str]:
+    """The same for these servers and DCGM exporters (HOST:PORT each) and this price of a million prompt tokens.
+    RagKVError: a target or the price cannot be."""
+    if not 0 <= price < math.inf:
+        raise RagKVError(f"ragkv: --price = {price}; allowed: a number from 0 on")
+    return {
+        **shipped(),
+        TARGETS: _target_list("--target", targets),
+        GPU_TARGETS: _target_list("--gpu-target", gpu_targets),
+        DASHBOARD: text_of(build(price)),
+    }
+
+
+def write(folder: Path, wanted: Mapping[str, str], *, force: bool = False) -> list[Path]:
+    """Write files into a folder, which is made; the paths of those that were not there, or not so. RagKVError:
+    some are there and differ, and `force` is not set: then nothing is written."""
+    new = {name: text for name, text in wanted.items() if _read(folder / name) != text}
+    differing = [name for name in sorted(new) if (folder / name).exists()]
+    if differing and not force:
+        raise RagKVError(f"ragkv: {folder}: {', '.join(differing)}: there, and different; --force replaces them")
+    for name, text in new.items():
+        path = folder / name
+        made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for each in made:  # a folder that was there keeps its mode
+            each.chmod(0o755)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o644)  # containers read it under another user
+    return [folder / name for name in sorted(new)]
+
+
+def panels(model: Mapping[str, Any]) -> list[Panel]:
+    """Of a dashboard in Grafana's JSON model, closed rows too."""
+    found = []
+    row = ""
+    for each in model["panels"]:
+        row = each["title"] if each["type"] == "row" else row
+        for panel in each["panels"] if each["type"] == "row" else [each]:
+            found.append(Panel(row, panel["title"], tuple(target["expr"] for target in panel["targets"])))
+    return found
+
+
+def needed(wanted: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """The metrics that dashboard and rules ask of a server, each with who asks. GPU exporters' are left out."""
+    wanted = shipped() if wanted is None else wanted
+    asking = [
+        (f"panel {panel.row} / {panel.title}", query)
+        for panel in panels(json.loads(wanted[DASHBOARD]))
+        for query in panel.queries
+    ]
+    for group in yaml.safe_load(wanted[RULES])["groups"]:
+        for rule in group["rules"]:
+            kind = "alert" if "alert" in rule else "record"
+            asking.append((f"{kind} {rule[kind]}", rule["expr"]))
+    found: dict[str, list[str]] = {}
+    for who, expression in asking:
+        for name in metrics_in(expression):
+            if not name.startswith(GPU_PREFIX) and who not in found.setdefault(name, []):
+                found[name].append(who)
+    return found
+
+
+def metrics_in(text: str) -> set[str]:
+    """The metrics that a query, or any text, names. Parts of a histogram count as the histogram."""
+    return {_PARTS.sub("", name) for name in _METRIC.findall(text)}
+
+
+def missing(snapshot: Snapshot, names: Iterable[str]) -> list[str]:
+    """Which of `names` a server lacks; what it declares is there, with or without values."""
+    return sorted(
+        name for name in names if not snapshot.knows(name) and not snapshot.knows(name.removesuffix("_total"))
+    )
+
+
+def _files(folder: Traversable, prefix: str) -> Iterable[tuple[str, str]]:
+    for each in folder.iterdir():
+        if each.is_dir():
+            yield from _files(each, f"{prefix}{each.name}/")
+        else:
+            yield prefix + each.name, each.read_text(encoding="utf-8")
+
+
+def _target_list(option: str, targets: Sequence[str]) -> str:
+    for target in targets:
+        match = _TARGET.fullmatch(target)
+        if match is None or not 0 < int(match[2]) < 65536:
+            raise RagKVError(f"ragkv: {option} = {target!r}; allowed: HOST:PORT")
+    return f"- targets: {json.dumps(list(targets))}\n" if targets else "[]\n"
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
