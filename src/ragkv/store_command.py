@@ -1,5 +1,7 @@
 """The commands `ragkv store …`: look into a disk store's folder, check it, and tidy it up."""
 
+import itertools
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -18,20 +20,26 @@ app = typer.Typer(no_args_is_help=True, help="Look into the folder of the disk t
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder; engines may be using it.")]
 NamespaceOption = Annotated[str, typer.Option(help="Only namespaces that begin with these hexadecimal digits.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHORT = 8
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@app.command("ls")
+@app.command("ls", epilog="Example: ragkv store ls /var/cache/ragkv --limit 10")
 def list_values(
     folder: FolderArgument,
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0: all.")] = 50,
     namespace: NamespaceOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """List values, the last used first, with the first digits of their keys."""
     table = Table("key", "tokens", "size", "last used", "namespace")
     more = False
-    for value in _selected(Inventory(folder), namespace):
+    values = _selected(Inventory(folder), namespace)
+    if as_json:
+        typer.echo(json.dumps([_described(value) for value in itertools.islice(values, limit or None)], indent=2))
+        return
+    for value in values:
         more = bool(limit) and table.row_count == limit
         if more:
             break
@@ -45,10 +53,11 @@ def list_values(
         console.print("There are more; --limit 0 shows all.")
 
 
-@app.command()
+@app.command(epilog="Example: ragkv store show /var/cache/ragkv 3f2a")
 def show(
     folder: FolderArgument,
     key: Annotated[str, typer.Argument(help="The first hexadecimal digits of a key, as many as it takes.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a value says of itself. Token ids stay where they are."""
     inventory = Inventory(folder)
@@ -56,6 +65,9 @@ def show(
     if value is None or value.header is None:
         raise ValueError(f"KEY = {key!r}; {'gone meanwhile' if value is None else f'bad: {value.fault}'}")
     header = value.header
+    if as_json:
+        typer.echo(json.dumps(_described(value), indent=2))
+        return
     table = Table("field", "value")
     for name, text in {
         "key": header.key.hex(),
@@ -75,10 +87,11 @@ def show(
     Console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: ragkv store verify /var/cache/ragkv --quarantine")
 def verify(
     folder: FolderArgument,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is bad out of the way.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read and check every byte; exit status 1 where a value is bad."""
     inventory = Inventory(folder)
@@ -91,16 +104,23 @@ def verify(
         if value.fault:
             bad.append(value)
     for value in bad:
-        console.print(f"{value.key.hex()}: {value.fault}")
         if quarantine:
             inventory.quarantine(value.key, value.fault or "")
-    moved = ", moved into quarantine" if quarantine and bad else ""
-    console.print(f"{checked} values, {_size(read_bytes)}: {len(bad)} bad{moved}")
+        if not as_json:
+            console.print(f"{value.key.hex()}: {value.fault}")
+    if as_json:
+        faults = {value.key.hex(): value.fault for value in bad}
+        typer.echo(
+            json.dumps({"values": checked, "bytes": read_bytes, "bad": faults, "moved": quarantine}, indent=2)
+        )
+    else:
+        moved = ", moved into quarantine" if quarantine and bad else ""
+        console.print(f"{checked} values, {_size(read_bytes)}: {len(bad)} bad{moved}")
     if bad:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: ragkv store rm /var/cache/ragkv --older-than 7d --yes")
 def rm(
     folder: FolderArgument,
     keys: Annotated[list[str] | None, typer.Argument(help="Keys, by their first hexadecimal digits.")] = None,
@@ -127,15 +147,43 @@ def rm(
     typer.echo(f"{removed} values removed")
 
 
-@app.command()
-def stats(folder: FolderArgument) -> None:
+@app.command(epilog="Example: ragkv store stats /var/cache/ragkv --json")
+def stats(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """Sums over the folder."""
     totals = Inventory(folder).totals()
+    if as_json:
+        typer.echo(json.dumps(asdict(totals), indent=2))
+        return
     table = Table("", "")
     for name, figure in asdict(totals).items():
         shown = {"bytes": _size, "oldest": _date, "newest": _date}.get(name, "{:,}".format)
         table.add_row(name, shown(figure))
     Console().print(table)
+
+
+def _described(value: Value) -> dict[str, object]:
+    """A value as JSON has it: sizes in bytes, times in seconds since the epoch (0: never)."""
+    described: dict[str, object] = {
+        "key": value.key.hex(),
+        "size": value.size,
+        "used": value.used,
+        "fault": value.fault,
+    }
+    header = value.header
+    if header is not None:
+        described |= {
+            "tokens": header.token_count,
+            "namespace": header.namespace.hex(),
+            "parent": header.parent.hex(),
+            "position": header.position,
+            "open": header.open,
+            "shape": list(header.shape),
+            "dtype": header.dtype,
+            "created": header.created,
+            "expires": header.expires,
+            "kv_bytes": header.raw_bytes,
+        }
+    return described
 
 
 def _selected(inventory: Inventory, namespace: str) -> Iterator[Value]:

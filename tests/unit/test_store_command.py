@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import time
@@ -273,3 +274,19 @@ def test_a_folder_that_cannot_be_written_to(store, monkeypatch):
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(StoreError, match=f"{store.folder}: Permission denied"):
         inventory.remove(key(0))
+
+
+def test_json_for_programs(store, run):
+    _, out, _ = run("ls", store.folder, "--json", "--limit", "2")
+    listed = json.loads(out)
+    assert [each["key"] for each in listed] == [key(0).hex(), key(1).hex()]
+    assert listed[0]["tokens"] == 3 and listed[0]["namespace"] == ONE.hex() and listed[0]["fault"] is None
+    _, out, _ = run("show", store.folder, "a3", "--json")
+    assert json.loads(out) == {**json.loads(out), "shape": [2, 6, 5], "expires": 2.5e9, "kv_bytes": 120}
+    assert "text" not in out
+    harm(store, 1)
+    status, out, _ = run("verify", store.folder, "--json")
+    report = json.loads(out)
+    assert status == 1 and list(report["bad"]) == [key(1).hex()] and report["values"] == 4 and not report["moved"]
+    _, out, _ = run("stats", store.folder, "--json")
+    assert json.loads(out)["files"] == 4

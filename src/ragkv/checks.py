@@ -1,0 +1,238 @@
+"""What ragkv needs of a machine, checked one by one by trying it. Each check gives findings and raises nothing."""
+
+import contextlib
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ragkv.config import Loaded, Settings, check_shared_memory, load
+from ragkv.config.settings import format_size
+from ragkv.errors import ConfigError, RagKVError, StoreError
+from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
+from ragkv.kvstore.segment import available_bytes, sweep
+from ragkv.kvstore.stores.contract import KEY_BYTES
+from ragkv.kvstore.stores.disk import DiskStore
+from ragkv.kvstore.stores.redis_url import Location, parse_location
+
+MIB = 1 << 20
+SPEED_BYTES = 64 * MIB
+QUESTIONS = 20
+SLOW_SECONDS = 0.01
+MEMORY_INFO = Path("/proc/meminfo")
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: `said` in one line, and where something is to be done, `todo` in another."""
+
+    check: str
+    status: Literal["ok", "warn", "fail"]
+    said: str
+    todo: str = ""
+
+
+def load_for_here(file: Path | None, environ: Mapping[str, str]) -> Loaded:
+    """The settings an engine would start with. ConfigError: they cannot be, or not on this machine."""
+    loaded = load(environ=environ, file=file)
+    if loaded.settings.redis.url is not None:
+        parse_location(loaded.settings.redis.url)
+    sweep()
+    check_shared_memory(loaded.settings, available_bytes())
+    return loaded
+
+
+def check_settings(file: Path | None, environ: Mapping[str, str]) -> tuple[Finding, Settings | None]:
+    """Whether the settings hold, apart from any machine; and the settings."""
+    try:
+        loaded = load(environ=environ, file=file)
+        if loaded.settings.redis.url is not None:
+            parse_location(loaded.settings.redis.url)
+    except ConfigError as error:
+        todo = "set what is named to what is allowed; `ragkv config show` lists every setting"
+        return Finding("settings", "fail", str(error).removeprefix("ragkv: "), todo), None
+    origins = sorted({origin for key, origin in loaded.origins.items() if "." in key})
+    return Finding("settings", "ok", f"from {', '.join(origins)}" if origins else "all defaults"), loaded.settings
+
+
+def check_memory(settings: Settings) -> Finding:
+    """Room for the memory tier in shared memory, and memory to back it."""
+    folder, want = SHARED_MEMORY, settings.memory.capacity
+    try:
+        sweep()
+        free, stats = available_bytes(folder), os.statvfs(folder)
+    except (RagKVError, OSError) as error:
+        return Finding("shared memory", "fail", str(error), f"mount a tmpfs at {folder}")
+    said = f"{folder}: {_size(free)} free of {_size(stats.f_blocks * stats.f_frsize)}, {_size(want)} wanted"
+    if want > free:
+        todo = (
+            f"set memory.capacity to at most {free // MIB}MiB, or give {folder} more room (containers: "
+            "--ipc=host or --shm-size; Kubernetes: an emptyDir of medium Memory); what engines that run here hold "
+            "is taken already"
+        )
+        return Finding("shared memory", "fail", f"too small: {said}", todo)
+    there = _memory_bytes()
+    if want > there:
+        said += f"; the machine has {_size(there)} of memory to back it"
+        return Finding("shared memory", "warn", said, "set memory.capacity below the memory that is to be had")
+    return Finding("shared memory", "ok", said)
+
+
+def check_disk(settings: Settings, speed_bytes: int = SPEED_BYTES) -> list[Finding]:
+    """The disk tier's folder: whether values can be kept there, and how quickly; nothing is left behind."""
+    if settings.disk.path is None:
+        return [Finding("disk", "ok", "no disk tier (disk.path is not set)")]
+    path = Path(settings.disk.path).expanduser()
+    todo = f"give the engine's user a folder that it may write to, or set disk.path to another than {path}"
+    try:
+        with _stand_in(path) as folder:
+            store = DiskStore(folder)
+            held = sum(entry.size for entry in store.scan())
+            free = shutil.disk_usage(folder).free
+            wrote, read = _speeds(folder, speed_bytes)
+    except (StoreError, OSError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return [Finding("disk", "fail", f"{path} cannot be written to: {text}", todo)]
+    said = f"{path}: {_size(free)} free, {_size(held)} kept"
+    if speed_bytes:
+        said += f", writes {_size(wrote)}/s, reads {_size(read)}/s"
+    findings = [Finding("disk", "ok", said)]
+    if store.warning and folder == path:
+        findings.append(Finding("disk", "warn", store.warning, f"chmod 700 {path}, owned by the engine's user"))
+    if free + held < settings.disk.capacity:
+        said = (
+            f"{path} has room for {_size(free + held)}, less than disk.capacity = {_size(settings.disk.capacity)}"
+        )
+        findings.append(Finding("disk", "warn", said, f"set disk.capacity to at most {(free + held) // MIB}MiB"))
+    return findings
+
+
+def check_redis(settings: Settings) -> list[Finding]:
+    """The Redis tier's server: reached as the engine would reach it, written to, and asked for its limits."""
+    from ragkv.kvstore.stores.redis import RedisStore
+
+    redis = settings.redis
+    if redis.url is None:
+        return [Finding("redis", "ok", "no Redis tier (redis.url is not set)")]
+    location = parse_location(redis.url)
+    prefix = f"{redis.prefix}:doctor:"
+    store = RedisStore(redis.url, ttl_seconds=60, timeout_seconds=redis.timeout, prefix=prefix)
+    key, value = os.urandom(KEY_BYTES), os.urandom(64 << 10)
+    try:
+        store.contains([key])
+        median = statistics.median(_seconds(lambda: store.contains([key])) for _ in range(QUESTIONS))
+        store.put(key, [value])
+        same = store.get(key)
+        store.delete([key])
+    except StoreError as error:
+        return [Finding("redis", "fail", str(error).removeprefix("redis: "), _redis_todo(error.reason))]
+    finally:
+        store.close()
+    said = f"{location.text}: answers in {median * 1e3:.2f} ms (median of {QUESTIONS})"
+    if same is None or bytes(same) != value:
+        return [Finding("redis", "fail", f"{said}, but does not keep what is written", "look at its eviction")]
+    findings = [Finding("redis", "ok", said)]
+    if median > SLOW_SECONDS:
+        todo = "use a server nearer by: loading from this one will seldom be quicker than computing"
+        findings = [Finding("redis", "warn", f"{said}, which is slow", todo)]
+    return findings + _redis_limits(location, redis.timeout)
+
+
+def _redis_todo(reason: str) -> str:
+    return {
+        "gone": "start the server, or set redis.url to where one listens",
+        "timeout": "look at the network between, or raise redis.timeout",
+        "refused": "look at user, password, rights and certificates in redis.url, and whether it is a replica",
+        "full": "give the server maxmemory-policy allkeys-lru, or more maxmemory",
+    }.get(reason, "look into the server's log")
+
+
+def _redis_limits(location: Location, seconds: float) -> list[Finding]:
+    """What one server says of its memory; others, and those that do not say, are not judged."""
+    import redis
+
+    if location.kind != "single":
+        return []
+    host, port = location.addresses[0]
+    where = {"unix_socket_path": host} if location.transport == "unix" else {"host": host, "port": port}
+    options = {**location.options, "socket_timeout": seconds, "socket_connect_timeout": seconds}
+    client = redis.Redis(**where, ssl=location.transport == "tls", **options)
+    try:
+        info = client.info("memory")
+    except redis.RedisError:
+        return []
+    finally:
+        client.close()
+    most, policy = int(info.get("maxmemory", 0)), str(info.get("maxmemory_policy", ""))
+    todo = "give the server maxmemory, and maxmemory-policy allkeys-lru"
+    if most == 0:
+        return [Finding("redis", "warn", "the server has no maxmemory: it grows until its machine is full", todo)]
+    if policy == "noeviction":
+        said = f"maxmemory {_size(most)} with policy noeviction: once full, it takes nothing more"
+        return [Finding("redis", "warn", said, todo)]
+    return [Finding("redis", "ok", f"maxmemory {_size(most)}, policy {policy}")]
+
+
+@contextlib.contextmanager
+def _stand_in(path: Path) -> Iterator[Path]:
+    """The folder itself, or where there is none yet, one in the nearest that is there, removed afterwards."""
+    if path.exists():
+        yield path
+        return
+    parent = next(each for each in path.parents if each.exists() or each.is_symlink())
+    with tempfile.TemporaryDirectory(prefix=".ragkv-doctor-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _speeds(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes a second written, down to the disk, and read from there again."""
+    if not size:
+        return 0.0, 0.0
+    block = memoryview(os.urandom(min(size, MIB)))
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        descriptor = file.fileno()
+
+        def write() -> None:
+            for _ in range(size // len(block)):
+                file.write(block)
+            os.fsync(descriptor)
+
+        def read() -> None:
+            file.seek(0)
+            while file.read(MIB):
+                pass
+
+        wrote = _seconds(write)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return size / wrote, size / _seconds(read)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
+
+
+def _memory_bytes() -> int:
+    """Memory to be had: of the machine, or of this container where that is less."""
+    fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
+    found = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        found = min(found, int(MEMORY_LIMIT.read_text()))
+    return found
+
+
+def _size(size: float) -> str:
+    """Rounded down, so that less than what is wanted never reads like it."""
+    whole = int(size)
+    for name in ("TiB", "GiB", "MiB"):
+        unit = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": MIB}[name]
+        if whole >= unit:
+            return f"{int(whole / unit * 10) / 10:g} {name}"
+    return format_size(whole)

@@ -1,0 +1,141 @@
+"""`ragkv config`: look at settings, and take them over from LMCache."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ragkv.errors import RagKVError
+
+app = typer.Typer(no_args_is_help=True, help="Look at settings, or take LMCache's over.")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A YAML file of settings.")], as_json: JsonFlag = False
+) -> None:
+    """Say whether a file's settings hold, on this machine; exit status 1 where they do not.
+
+    Example: ragkv config check ragkv.yaml
+    """
+    from ragkv.config import check_shared_memory, load
+    from ragkv.kvstore.segment import available_bytes
+    from ragkv.kvstore.stores.redis_url import parse_location
+
+    try:
+        loaded = load(environ={}, file=file)
+        if loaded.settings.redis.url is not None:
+            parse_location(loaded.settings.redis.url)
+        check_shared_memory(loaded.settings, available_bytes())
+    except RagKVError as error:
+        if not as_json:
+            raise
+        _print_json({"file": str(file), "good": False, "error": str(error)})
+        raise typer.Exit(1) from None
+    if as_json:
+        _print_json({"file": str(file), "good": True, "error": None})
+    else:
+        typer.echo(f"{file}: good")
+
+
+@app.command()
+def show(
+    file: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    extra: Annotated[str, typer.Option(help="kv_connector_extra_config, as JSON.")] = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Every setting's value, and where it came from. In JSON sizes are bytes.
+
+    Example: ragkv config show --extra '{"memory": {"capacity": "32GiB"}}'
+    """
+    from ragkv.config import load
+
+    loaded = load(_mapping(extra), file=file)
+    if as_json:
+        values = loaded.settings.model_dump()
+        origins = {key: origin for key, _, origin in loaded.rows()}
+        _print_json(
+            {key: {"value": values[key.split(".")[0]][key.split(".")[1]], "from": origins[key]} for key in origins}
+        )
+        return
+    table = Table("setting", "value", "from")
+    for row in loaded.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="LMCache's YAML file.")],
+    output: Annotated[Path | None, typer.Option(help="Write the settings to this new file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take settings over from LMCache's YAML; on stderr, what was not taken over, and why.
+
+    Passwords in URLs are kept in the file that --output names (mode 0600), and shown nowhere.
+
+    Example: ragkv config import lmcache.yaml --output ragkv.yaml
+    """
+    from ragkv.config.sources import hide_password
+    from ragkv.lmcache_import import read
+
+    found = read(file)
+    if output is not None:
+        _write(output, found.text(file.name, passwords=True))
+    if as_json:
+        settings = {key: {"value": each.value, "from": each.origin} for key, each in found.taken.items()}
+        left = [{"key": each.key, "value": each.value, "reason": each.reason} for each in found.left]
+        _print_json({"settings": settings, "left": left, "output": None if output is None else str(output)})
+        return
+    shown = found.text(file.name, passwords=False)
+    if output is None:
+        typer.echo(shown, nl=False)
+        if shown != found.text(file.name, passwords=True):
+            typer.echo("redis.url is shown without its password; --output FILE keeps it", err=True)
+    else:
+        typer.echo(f"{output}: {len(found.taken)} settings; next: ragkv config check {output}")
+    for each in found.left:
+        typer.echo(f"not taken over: {each.key} = {each.value}: {hide_password(each.reason)}", err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """A new file that only its owner may read."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise RagKVError(f"ragkv: --output = {path}; allowed: a file that is not there yet") from None
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def _mapping(text: str) -> dict[str, object]:
+    from ragkv.config.sources import hide_password
+
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RagKVError(f"ragkv: --extra = {hide_password(text)!r}; allowed: a JSON object")
+    return value
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """JSON on stdout, with no password in it."""
+    from ragkv.config.sources import hide_password
+
+    typer.echo(json.dumps(_hidden(value, hide_password), indent=2, ensure_ascii=False))
+
+
+def _hidden(value: Any, hide: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _hidden(each, hide) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_hidden(each, hide) for each in value]
+    return hide(value) if isinstance(value, str) else value

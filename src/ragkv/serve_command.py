@@ -1,0 +1,120 @@
+"""The command `ragkv serve`: vLLM's server with ragkv's connector, its settings checked first."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from ragkv.errors import RagKVError
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+EPILOG = """Examples:\n
+  ragkv serve Qwen/Qwen3-8B\n
+  ragkv serve Qwen/Qwen3-8B --config ragkv.yaml --port 8001 --max-model-len 32768\n
+  ragkv serve Qwen/Qwen3-8B --config ragkv.yaml --dry-run\n
+  ragkv serve Qwen/Qwen3-8B --config ragkv.yaml -- --config vllm.yaml\n
+Exit status: 1 when the settings cannot be, 2 for wrong usage, else vLLM's own."""
+OURS = {
+    "--kv-transfer-config": "ragkv serve makes it from its own settings (--config, RAGKV_…)",
+    "--kv-offloading-size": "it would put vLLM's offloading in ragkv's place",
+}
+PLUGINS = "VLLM_PLUGINS"
+PLUGIN = "ragkv"
+FILE_VARIABLE = "RAGKV_CONFIG"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be run: `command`, with `environment` as the whole environment."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def shown(self) -> str:
+        """The command as a shell takes it, from an environment like this process's own."""
+        dropped = [name for name in os.environ if name not in self.environment]
+        return shlex.join(
+            [*(["env", *(part for name in dropped for part in ("-u", name))] if dropped else []), *self.command]
+        )
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or folder, as vLLM takes it.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[VLLM_ARGUMENTS]", help="What vLLM's server takes.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; else RAGKV_CONFIG's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and run nothing.")] = False,
+) -> None:
+    """Serve MODEL by vLLM with ragkv. Options that are not ragkv's go to vLLM; after -- all of them do."""
+    launch = prepare(model, arguments or [], config, os.environ)
+    if dry_run:
+        typer.echo(launch.shown())
+        return
+    start(launch)
+
+
+def prepare(model: str, arguments: Sequence[str], file: Path | None, environ: Mapping[str, str]) -> Launch:
+    """What to run for MODEL. RagKVError: the settings cannot be, here, or contradict the arguments.
+
+    Settings reach vLLM as the file's absolute path: every process of an engine finds it, in whatever folder it
+    runs, and passwords stay out of the list of processes. The file of `file` is stronger than RAGKV_CONFIG, and
+    so that variable goes; the other RAGKV_ variables stay, and are stronger than the file.
+    """
+    if model.startswith("-"):
+        raise RagKVError(f"ragkv serve: MODEL = {model!r}; allowed: the model first, then vLLM's options")
+    for argument in arguments:
+        _refuse_ours(argument)
+    named = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
+    _check(named, environ)
+    transfer: dict[str, object] = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
+    if named is not None:
+        transfer["kv_connector_extra_config"] = {"config": str(named.expanduser().absolute())}
+    command = (*_server(model), "--kv-transfer-config", json.dumps(transfer), *arguments)
+    return Launch(command, {name: value for name, value in environ.items() if name != FILE_VARIABLE})
+
+
+def start(launch: Launch) -> NoReturn:
+    """Become the server, so that signals are its own, and its exit status ours."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(launch.command[0], launch.command, dict(launch.environment))
+
+
+def _refuse_ours(argument: str) -> None:
+    """vLLM takes options also with underscores, abbreviated, and with dots for parts of a JSON value."""
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
+    for option, why in OURS.items():
+        if name.startswith("--kv-") and len(name) > len("--kv-") and option.startswith(name):
+            raise RagKVError(f"ragkv serve: {argument.partition('=')[0]} = …; allowed: not here, since {why}")
+
+
+def _check(file: Path | None, environ: Mapping[str, str]) -> None:
+    from ragkv.checks import load_for_here
+
+    load_for_here(file, environ)
+    plugins = environ.get(PLUGINS)
+    if plugins is not None and PLUGIN not in plugins.split(","):
+        raise RagKVError(f"ragkv serve: {PLUGINS} = {plugins!r}; allowed: a list with {PLUGIN!r} in it, or unset")
+    if importlib.util.find_spec("vllm") is None:
+        raise RagKVError(
+            "ragkv serve: vLLM is not installed in this environment; allowed: one with it, such as by "
+            "pip install 'ragkv[vllm]'"
+        )
+
+
+def _server(model: str) -> tuple[str, ...]:
+    """`vllm serve`, or where that does not start (it asks for a distribution named vllm) the server's module."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model
+    return sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model
