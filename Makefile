@@ -1,12 +1,13 @@
 # make env    the environment, .venv: made once, brought up to date when pyproject.toml changes
 # make demo   the demonstration
 # make test   format, lint, types, import rules and every test
+# make docs   the documentation's site, in out/site
 # make clean  removes what was built, but not .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test lint docs clean
 
 env: .venv/.stamp
 
@@ -23,7 +24,12 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engine" -n 2
+	$(BIN)/python -m pytest -m engine
+
+docs: env
+	$(BIN)/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist out src/ragkv.egg-info

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ragkv.config.settings import keys
+from ragkv.connectors.vllm.hints import ALLOWED
 from ragkv.kvstore.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +28,8 @@ def test_every_setting_stands_in_the_readme(key):
     section, name = key.split(".")
     table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{section}.")]
     assert any(f"`{key}`" in line or f"`{name}`" in line for line in table)
+
+
+@pytest.mark.parametrize("hint", ALLOWED)
+def test_every_hint_is_described(hint):
+    assert f"`{hint}`" in (ROOT / "docs" / "tiers.md").read_text()
