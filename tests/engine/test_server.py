@@ -1,0 +1,97 @@
+"""vLLM's server with ragkv, as `ragkv serve` starts it, and what one does with it from outside."""
+
+import json
+import urllib.request
+
+from typer.testing import CliRunner
+
+from engine_tools import segments
+from otlp_collector import check_one_trace
+from ragkv import rag
+from ragkv.benchmarks.tenk import generate_filing
+from ragkv.cli import app
+from ragkv.kvstore.metrics import METRICS
+
+
+def invoke(*arguments):
+    said = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert said.exit_code == 0, said.output
+    return said.output
+
+
+def complete(server, prompt, tokens=4):
+    """The text of a greedy answer."""
+    body = {"model": "smollm2", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+
+def test_it_answers_and_its_metrics_are_all_there(server, filings):
+    first, second = (complete(server, filings[0][:600]) for _ in range(2))
+    assert first and first == second
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        page = answer.read().decode()
+    typed = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE ragkv_")}
+    assert typed >= METRICS.keys()
+    stored = [line for line in page.splitlines() if line.startswith("ragkv_stored_tokens_total{")]
+    assert float(stored[0].split()[-1]) >= 600
+    assert not segments(), "its memory has no name any more"
+
+
+def test_passages_are_ingested_and_fused_in_another_order(server, tmp_path):
+    """As an application does it: passages ahead of time, and then in another order, as completion and as chat."""
+    files = [tmp_path / f"passage {number}.txt" for number in range(3)]
+    for number, file in enumerate(files):
+        file.write_text(generate_filing(100 + number, 400).text[:1200])
+    system, question = "Answer from the excerpts, in a few words.", "Question: what were net sales?\nAnswer:"
+    options = ("--url", server.url, "--system-prompt", system, "--whole", "--journal", tmp_path / "journal")
+    invoke("ingest", *files, *options)
+    client = rag.Server(server.url)
+    passages = [(file.name, file.read_text()) for file in reversed(files)]
+    asked = rag.prompt(client, system, passages, question)
+    told = client.complete(asked, max_tokens=4)["kv_transfer_params"]["ragkv"]
+    assert [each["id"] for each in told["documents"]] == [file.name for file in reversed(files)]
+    assert [each["decision"] for each in told["documents"]] == ["reused", "moved", "moved"]
+    text = "\n\n".join([*(text for _, text in passages), question])
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    asked = rag.chat(client, messages, passages)
+    body = {"model": client.models()[0]["id"], "messages": messages, "max_tokens": 4, **asked.extra_body}
+    told = client.call("/v1/chat/completions", body)["kv_transfer_params"]["ragkv"]
+    assert [each["decision"] for each in told["documents"]] == ["moved"] * 3
+
+
+def test_spans_stand_in_vllms_trace(server, collector):
+    check_one_trace(server.url, collector)
+
+
+def test_top_shows_what_was_hit(server, filings):
+    for _ in range(2):
+        complete(server, filings[1][:700])
+    frame = json.loads(invoke("top", "--url", server.url, "--once", "--json"))
+    assert frame["sources"]["memory"] >= 699 or frame["sources"]["engine"] >= 640
+    assert 0 < frame["tiers"]["memory"]["used_bytes"] <= frame["tiers"]["memory"]["capacity_bytes"]
+    assert frame["tiers"]["disk"]["read"] == frame["tiers"]["disk"]["write"] == "in use"
+
+
+def test_the_doctor_finds_it_well(server):
+    findings = {each["check"]: each for each in json.loads(invoke("doctor", "--url", server.url, "--json"))}
+    assert findings["server"]["status"] == findings["interface"]["status"] == "ok", findings
+    assert findings["vllm"]["status"] == "ok", findings
+
+
+def test_the_serving_benchmark_plays_against_it(server, tmp_path):
+    """A server that runs already; two runs of the same compare, and name no difference in errors."""
+    shape = ("--documents", 2, "--turns", 2, "--tokens", 300, "--answer-tokens", 4, "--rounds", 1)
+    for name in ("a", "b"):
+        files = ("--json", tmp_path / f"{name}.json", "--plot", tmp_path / f"{name}.png")
+        invoke("bench", "serve", "--url", f"ragkv={server.url}", *shape, *files)
+    report = json.loads((tmp_path / "a.json").read_text())
+    (system,) = report["systems"]
+    assert system["errors"] == 0 and system["requests"] == 4
+    assert system["first_turn_ttft_s"]["n"] == system["followup_ttft_s"]["n"] == 2
+    assert 0 < sum(system["hit_tokens"].values()) < system["prompt_tokens"]
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    invoke("bench", "compare", tmp_path / "a.json", tmp_path / "b.json")
