@@ -26,6 +26,7 @@ from typing import Any
 from ragkv.benchmarks.server import HOST, POLL_SECONDS, START_SECONDS, Server, ServerError, fetch, free_port
 from ragkv.config.settings import format_size
 from ragkv.errors import RagKVError
+from ragkv.scrape import ScrapeError, parse
 
 PLAIN, RAGKV, FUSION, OFFLOAD, LMCACHE = SYSTEMS = ("plain", "ragkv", "ragkv+fusion", "vllm-offload", "lmcache")
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
@@ -98,14 +99,12 @@ class System:
     def tokens(self) -> Counter[str]:
         """Prompt tokens since its start, all of them under "" and those that were hit under their source; none
         where it does not say."""
-        from prometheus_client.parser import text_string_to_metric_families
-
         found: Counter[str] = Counter()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            for family in text_string_to_metric_families(fetch(f"{self.url}/metrics")):
-                for sample in family.samples:
-                    if sample.name in (PROMPTS, HITS):
-                        found[sample.labels.get("source", "")] += int(sample.value)
+        with contextlib.suppress(OSError, http.client.HTTPException, ScrapeError):
+            seen = parse(fetch(f"{self.url}/metrics"), time.monotonic())
+            if seen.values.get(PROMPTS):
+                hits = {source: int(count) for source, count in seen.by(HITS, "source").items()}
+                found.update({"": int(seen.total(PROMPTS)), **hits})
         return found
 
     def close(self) -> None:

@@ -111,8 +111,9 @@ def test_the_shell_is_told(typed, offered):
     assert done.stdout.split() == offered
 
 
-def test_completion_can_be_shown():
-    assert "complete" in run("--show-completion", "bash", SHELL="/bin/bash").stdout
+def test_completion_can_be_installed():
+    """What a shell is to load; which shell it is, --install-completion sees from its parents."""
+    assert "_RAGKV_COMPLETE=complete_bash" in run(_RAGKV_COMPLETE="source_bash").stdout
 
 
 def test_json_is_json(tmp_path):
