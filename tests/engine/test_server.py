@@ -77,9 +77,9 @@ def test_top_shows_what_was_hit(server, filings):
 
 
 def test_the_doctor_finds_it_well(server):
-    findings = {each["check"]: each for each in json.loads(invoke("doctor", "--url", server.url, "--json"))}
-    assert findings["server"]["status"] == findings["interface"]["status"] == "ok", findings
-    assert findings["vllm"]["status"] == "ok", findings
+    findings = json.loads(invoke("doctor", "--url", server.url, "--json"))
+    first = {each["check"]: each["status"] for each in reversed(findings)}  # faults of other tests come behind
+    assert first["server"] == first["interface"] == first["vllm"] == "ok", findings
 
 
 def test_the_serving_benchmark_plays_against_it(server, tmp_path):

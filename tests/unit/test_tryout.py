@@ -6,7 +6,7 @@ import pytest
 
 from ragkv.doctor import check_vllm
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 # Patches the backend of this platform, in whatever process imports it: V is written where K belongs.
 BROKEN = """
