@@ -1,6 +1,7 @@
 """What the Redis tests share: marks, keys, certificates, and a relay between a store and its server."""
 
 import contextlib
+import select
 import shutil
 import socket
 import ssl
@@ -101,6 +102,9 @@ class Relay:
             if self._context:
                 client = self._context.wrap_socket(client, server_side=True)
             with client, socket.create_connection((HOST, self._target)) as server:
+                if self._context:
+                    self._take_turns(client, server)
+                    return
                 self._run(self._pass_on, client, server, 1 << 16)
                 self._answer(server, client, self._cut_after if first else None)
 
@@ -110,6 +114,16 @@ class Relay:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
+
+    def _take_turns(self, client, server):
+        """Both ways in one thread, since two must not be at one TLS connection at once."""
+        while not self._ended.is_set():
+            ready = [client] if client.pending() else select.select([client, server], [], [], 0.1)[0]
+            for source, target in ((client, server), (server, client)):
+                if source in ready:
+                    if not (data := source.recv(1 << 16)):
+                        return
+                    target.sendall(data)
 
     def _answer(self, server, client, left):
         while data := self._receive(server, 1 if self._trickle else 1 << 16):
