@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import redis
 
+from ragkv.benchmarks.server import HOST, free_port
 from ragkv.errors import RagKVError
 
-HOST = "127.0.0.1"
 SLOTS = 16384
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
@@ -268,13 +268,6 @@ class Cluster(_Closing):
         states = [server.ask("CLUSTER", "INFO") for server in self.servers]
         wanted = {"cluster_state": "ok", "cluster_known_nodes": str(len(self.servers))}
         return all({name: _info(state).get(name) for name in wanted} == wanted for state in states)
-
-
-def free_port() -> int:
-    with socket.socket() as plain:
-        plain.bind((HOST, 0))
-        port: int = plain.getsockname()[1]
-        return port
 
 
 def _lines(folder: Path, password: str, maxmemory: int, policy: str) -> list[str]:

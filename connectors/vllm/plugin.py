@@ -5,11 +5,10 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-from ragkv.config import Loaded, check_shared_memory, load
+from ragkv.config import Loaded
 from ragkv.connectors.vllm import NAME
 from ragkv.connectors.vllm.model import watch_workers
-from ragkv.kvstore.segment import available_bytes, sweep
-from ragkv.kvstore.stores.redis_url import parse_location
+from ragkv.preflight import check_room, read_settings
 
 ROOM_CHECKED = "_ragkv_room_checked"
 
@@ -42,11 +41,8 @@ def check_settings(kv_transfer_config: Any) -> Loaded:
     Room in shared memory is looked at once: the mark on the configuration goes with it into every process of
     the engine, where the room may be taken already, by the engine itself.
     """
-    loaded = load(kv_transfer_config.kv_connector_extra_config)
-    if loaded.settings.redis.url is not None:
-        parse_location(loaded.settings.redis.url)
+    loaded = read_settings(kv_transfer_config.kv_connector_extra_config)
     if not getattr(kv_transfer_config, ROOM_CHECKED, False):
-        sweep()
-        check_shared_memory(loaded.settings, available_bytes())
+        check_room(loaded.settings)
         object.__setattr__(kv_transfer_config, ROOM_CHECKED, True)
     return loaded

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ragkv.config import Loaded, Settings, check_shared_memory, load
+from ragkv.config import Settings
 from ragkv.config.settings import format_size
 from ragkv.errors import ConfigError, RagKVError, StoreError
 from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
@@ -19,6 +19,7 @@ from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.contract import KEY_BYTES
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
+from ragkv.preflight import read_settings
 
 MIB = 1 << 20
 SPEED_BYTES = 64 * MIB
@@ -38,22 +39,10 @@ class Finding:
     todo: str = ""
 
 
-def load_for_here(file: Path | None, environ: Mapping[str, str]) -> Loaded:
-    """The settings an engine would start with. ConfigError: they cannot be, or not on this machine."""
-    loaded = load(environ=environ, file=file)
-    if loaded.settings.redis.url is not None:
-        parse_location(loaded.settings.redis.url)
-    sweep()
-    check_shared_memory(loaded.settings, available_bytes())
-    return loaded
-
-
 def check_settings(file: Path | None, environ: Mapping[str, str]) -> tuple[Finding, Settings | None]:
     """Whether the settings hold, apart from any machine; and the settings."""
     try:
-        loaded = load(environ=environ, file=file)
-        if loaded.settings.redis.url is not None:
-            parse_location(loaded.settings.redis.url)
+        loaded = read_settings(environ=environ, file=file)
     except ConfigError as error:
         todo = "set what is named to what is allowed; `ragkv config show` lists every setting"
         return Finding("settings", "fail", str(error).removeprefix("ragkv: "), todo), None

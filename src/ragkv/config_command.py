@@ -24,15 +24,10 @@ def check(
 
     Example: ragkv config check ragkv.yaml
     """
-    from ragkv.config import check_shared_memory, load
-    from ragkv.kvstore.segment import available_bytes
-    from ragkv.kvstore.stores.redis_url import parse_location
+    from ragkv.preflight import check_room, read_settings
 
     try:
-        loaded = load(environ={}, file=file)
-        if loaded.settings.redis.url is not None:
-            parse_location(loaded.settings.redis.url)
-        check_shared_memory(loaded.settings, available_bytes())
+        check_room(read_settings(environ={}, file=file).settings)
     except RagKVError as error:
         if not as_json:
             raise

@@ -98,9 +98,9 @@ def _refuse_ours(argument: str) -> None:
 
 
 def _check(file: Path | None, environ: Mapping[str, str]) -> None:
-    from ragkv.checks import load_for_here
+    from ragkv.preflight import check_room, read_settings
 
-    load_for_here(file, environ)
+    check_room(read_settings(environ=environ, file=file).settings)
     plugins = environ.get(PLUGINS)
     if plugins is not None and PLUGIN not in plugins.split(","):
         raise RagKVError(f"ragkv serve: {PLUGINS} = {plugins!r}; allowed: a list with {PLUGIN!r} in it, or unset")

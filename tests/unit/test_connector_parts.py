@@ -9,6 +9,7 @@ from vllm.config import KVTransferConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource as Source
 
 from engine_config import caches, config, spec
+from ragkv import preflight
 from ragkv.config import Settings
 from ragkv.connectors.vllm import NAME, plugin
 from ragkv.connectors.vllm.connector import RagKVConnector
@@ -127,7 +128,7 @@ def test_bad_settings_stop_the_start(extra, says):
 def test_more_memory_than_the_machine_has_stops_the_start(monkeypatch):
     with pytest.raises(ConfigError, match=r"memory.capacity = 1048576TiB.*(--shm-size|shared memory|/dev/shm)"):
         plugin.check_settings(transfer(memory={"capacity": "1048576TiB"}))
-    monkeypatch.setattr(plugin, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 2**20)
     with pytest.raises(ConfigError, match=r"memory.capacity = 2MiB"):
         plugin.check_settings(transfer(memory={"capacity": "2MiB"}))
     assert plugin.check_settings(transfer(memory={"capacity": "1MiB"})).settings.memory.capacity == 2**20
@@ -136,7 +137,7 @@ def test_more_memory_than_the_machine_has_stops_the_start(monkeypatch):
 def test_room_is_looked_at_once_for_all_processes_of_an_engine(monkeypatch):
     config = transfer(memory={"capacity": "2MiB"})
     plugin.check_settings(config)
-    monkeypatch.setattr(plugin, "available_bytes", lambda: 0)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
     elsewhere = pickle.loads(pickle.dumps(config))
     assert plugin.check_settings(elsewhere).settings.memory.capacity == 2**21
     with pytest.raises(ConfigError, match=r"memory\.capacity"):
