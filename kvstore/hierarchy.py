@@ -52,6 +52,11 @@ class Hierarchy:
         self.holds = Holds(memory.pages, self._hold, self._let_go)
         self._report()
 
+    @property
+    def pages(self) -> int:
+        """Pages of memory, used or not."""
+        return self._memory.pages
+
     def __len__(self) -> int:
         return len(self._catalogue)
 

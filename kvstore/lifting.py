@@ -26,7 +26,8 @@ BATCH_BYTES = 8 << 20  # read by one job: enough to be quick, and small enough f
 class Lift:
     """What is being brought up for a request. `answers`: by tier, which keys it holds. `sources`: the tier that
     each chunk came from. `waiting_for`: a tier for each question and each small read that is not answered yet.
-    `over`: the request need not wait any more. `probes`: it does not pay, but somebody has to try."""
+    `over`: the request need not wait any more; `kept`: chunks that have come, and are pinned until it has used
+    them; `gone`: it will not. `probes`: it does not pay, but somebody has to try."""
 
     namespace: bytes
     began: float
@@ -38,6 +39,8 @@ class Lift:
     sources: dict[Chunk, str] = field(default_factory=dict)
     waiting_for: list[StoreTier] = field(default_factory=list)
     over: bool = False
+    kept: list[Chunk] = field(default_factory=list)
+    gone: bool = False
     probes: bool = False
     result: str = "missed"
 
@@ -84,6 +87,11 @@ class Lifts(ABC, Generic[L]):
                     tier.late()
             self._end(lift, "deadline")
         return not lift.over
+
+    def let_go(self, lift: L) -> None:
+        """The request has what it wants of it, or wants nothing any more."""
+        kept, lift.kept, lift.gone = lift.kept, [], True
+        self._hierarchy.unpin(kept)
 
     @abstractmethod
     def _load(self, lift: L) -> None:
@@ -176,7 +184,7 @@ class Lifts(ABC, Generic[L]):
                 if header is None:
                     self._hierarchy.abandon(read.chunk)
                 else:
-                    self._arrived(read.chunk, tier, header)
+                    self._arrived(read.chunk, tier, header, self._loading[read.chunk])
                 for lift in self._loading.pop(read.chunk):
                     lift.result = lift.result if header is None else "loaded"
                     self._loaded(lift)
@@ -184,8 +192,13 @@ class Lifts(ABC, Generic[L]):
         beside = [read.beside for read in batch if read.beside is not None]
         tier.read([read.wanted for read in batch] + beside, done)
 
-    def _arrived(self, chunk: Chunk, tier: StoreTier, header: Header) -> None:
+    def _arrived(self, chunk: Chunk, tier: StoreTier, header: Header, lifts: Sequence[L]) -> None:
+        """A chunk has come; it stays at least until those who wait for it have used it."""
         chunk.below |= tier.bit
+        for lift in lifts:
+            if not lift.over and not lift.gone and chunk in self._hierarchy:
+                self._hierarchy.pin([chunk])
+                lift.kept.append(chunk)
         self._hierarchy.commit(chunk)
         if header.expires and chunk in self._hierarchy:
             left = header.expires - self._payloads.wall()

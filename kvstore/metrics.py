@@ -99,8 +99,8 @@ METRICS: dict[str, Metric] = {
             "Chunks that memory did not take, by reason (no_room, collision, admission).",
             ("reason",),
         ),
-        Metric(LOAD_SECONDS, "histogram", "Time a worker spent on one step's loads."),
-        Metric(STORE_SECONDS, "histogram", "Time a worker spent on one step's stores."),
+        Metric(LOAD_SECONDS, "histogram", "Time that the copies of one load took."),
+        Metric(STORE_SECONDS, "histogram", "Time that the copies of one store took."),
         Metric(ERRORS, "counter", "Faults that were caught and treated as a miss, by kind.", ("kind",)),
         Metric(
             PROMOTED_TOKENS,

@@ -87,6 +87,14 @@ class Placement:
                 break
         return self._loose.waits(fetch) if isinstance(fetch, Gather) else self._up.waits(fetch)
 
+    def let_go(self, *lifts: Fetch | Gather | None) -> None:
+        """What was brought up for a request is used, or not wanted any more: it may be evicted."""
+        for lift in lifts:
+            if isinstance(lift, Gather):
+                self._loose.let_go(lift)
+            elif lift is not None:
+                self._up.let_go(lift)
+
     def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:
         """Chunks, each with its position, have been computed and stored: write them through. So is what stands
         before them, where a tier lacks it: it was a tail until now, or could not be written."""

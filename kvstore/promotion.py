@@ -178,7 +178,7 @@ class Promotion(Lifts[Fetch]):
         if chunk is not None:
             chunk.open = True
             self._payloads.pages.fill(chunk, raw)
-            self._arrived(chunk, tier, header)
+            self._arrived(chunk, tier, header, [fetch])
             fetch.sources[chunk] = tier.name
             fetch.result = "loaded"
 

@@ -252,7 +252,7 @@ class Stack:
 
     def start(self):
         """A new engine over what lies in the lower tiers; what the old one had under way is lost."""
-        self.clock, self.metrics = HandClock(self.wall.now / 1e6), Recorded()
+        self.clock, self.metrics, self.lifts = HandClock(self.wall.now / 1e6), Recorded(), []
         self.completions = HandCompletions(self.clock)
         shape = self.SHAPE
         self.memory = MemoryTier(self.pages_wanted, make_policy("lru"))
@@ -300,7 +300,18 @@ class Stack:
 
     def fetch(self, tokens, named=(), computed=0):
         match = self.match(tokens, named)
-        return self.placement.fetch(self.SPACE, self.chain(tokens, named), match, computed, len(tokens))
+        chain = self.chain(tokens, named)
+        return self._lifted(self.placement.fetch(self.SPACE, chain, match, computed, len(tokens)))
+
+    def _lifted(self, lift):
+        """A request waits for it, until `let_go`."""
+        self.lifts.append(lift)
+        return lift
+
+    def let_go(self):
+        """Whoever waited has used what came."""
+        self.placement.let_go(*self.lifts)
+        self.lifts.clear()
 
     def get(self, tokens, named=()):
         """Fetch, let all lanes work, and see how much there is then."""
@@ -315,13 +326,16 @@ class Stack:
             self.placement.tick()
             if not any(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)):
                 break
+        self.let_go()
 
     def forget(self):
         """Memory loses everything; below nothing changes."""
+        self.let_go()
         self.hierarchy.reset()
         assert self.memory.used == 0
 
     def check(self):
+        self.let_go()
         self.hierarchy.check_integrity()
         assert self.hierarchy._pins == len(self.hierarchy.holds._owners) and not self.hierarchy._doomed
         assert not self.placement._up._loading
@@ -338,7 +352,7 @@ class ContentStack(Stack):
 
     def gather(self, *passages, space=Stack.SPACE):
         """Gather passages, each of all tokens of a chunk."""
-        return self.placement.gather(space, [as_tokens(tokens).tobytes() for tokens in passages])
+        return self._lifted(self.placement.gather(space, [as_tokens(tokens).tobytes() for tokens in passages]))
 
     def holders(self, tokens):
         """The chunks in memory that hold these tokens; their bytes are checked."""

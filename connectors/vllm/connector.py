@@ -76,13 +76,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
         return side_maker(config)(
             placement,
-            Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
-            self._namespaces.of,
             block_tokens,
             shape.ranks,
             self._metrics,
             self.faults,
-            make_recorder(settings, self.faults),
+            chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
+            namespace_of=self._namespaces.of,
+            recorder=make_recorder(settings, self.faults),
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
         )
@@ -125,13 +125,14 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(_not_looked_up)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded in the step that takes the request up; None: ask again in the next."""
+        """Tokens that can be loaded while the request waits; None: ask again in the next step."""
         if self._scheduler is None:
             return NO_TOKENS
-        return self._scheduler.lookup(request, num_computed_tokens), False
+        tokens = self._scheduler.lookup(request, num_computed_tokens)
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """The request was taken up, and `num_external_tokens` must be loaded before its forward."""
+        """The request was taken up, and waits until `num_external_tokens` are loaded into its blocks."""
         if self._scheduler is not None:
             self._allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
@@ -158,10 +159,17 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(gives(None))
     def update_connector_output(self, connector_output: Any) -> None:
-        """The workers' report on what was ordered."""
+        """The workers' report on what was ordered, and requests whose transfers have ended on all of them."""
         report = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(report, StepReport):
-            self._scheduler.report(report)
+        if self._scheduler is not None:
+            received = connector_output.finished_recving
+            waiting = self._scheduler.report(
+                report if isinstance(report, StepReport) else None,
+                connector_output.finished_sending or (),
+                received or (),
+            )
+            if waiting:
+                received -= waiting
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
@@ -193,6 +201,14 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             sources[source] = sources.get(source, 0) + tokens
         return sources
 
+    def has_pending_push_work(self) -> bool:
+        """Whether vLLM must go on stepping, though no request runs or waits: stores are under way."""
+        return self._scheduler is not None and self._scheduler.has_pending_work
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether blocks will be free soon, so that nobody need be preempted."""
+        return self._scheduler is not None and self._scheduler.has_pending_frees
+
     @guarded(gives(False))
     def reset_cache(self) -> bool:
         """Forget all KV."""
@@ -218,25 +234,33 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None and isinstance(connector_metadata, StepOrders):
             self._worker.begin(connector_metadata)
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Blocks of preempted requests are about to be overwritten."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepOrders):
+            self._worker.preempt(kv_connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Load before the forward."""
-        if self._worker is not None and isinstance(self._connector_metadata, StepOrders):
-            self._worker.load(self._connector_metadata)
+        """Nothing yet: requests wait for their loads, so these follow the forward of others."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads are ordered before the forward as a whole."""
+        """Nothing to wait for: no request runs before its KV has come."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing to do by layer: stores follow the forward as a whole."""
 
     def wait_for_save(self) -> None:
-        """Store after the forward."""
-        if self._worker is not None and isinstance(self._connector_metadata, StepOrders):
-            self._worker.store(self._connector_metadata)
+        """Load, mend and store, after the forward."""
+        if self._worker is not None:
+            self._worker.carry_out()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose last store is done."""
-        return (None if self._worker is None else self._worker.take_finished() or None), None
+        """Requests whose stores are done, and requests whose KV has come or will not. (Some versions of vLLM call
+        for saves later than for this, or not at all in a step without a forward.)"""
+        if self._worker is None:
+            return None, None
+        self._worker.carry_out()
+        sent, received = self._worker.take_finished()
+        return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM must compute itself."""

@@ -5,7 +5,6 @@ is set, the engine's own prefix cache keeps it under names that no other request
 """
 
 import os
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +24,7 @@ from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
 
-QUESTION = 32  # last tokens of a prompt, always the engine's own, and what a selection takes for the question
+QUESTION = 32  # last tokens of a prompt, which are never moved, and what a selection takes for the question
 MOST_FAILURES = 3
 MOST_KEPT = 1_000_000  # hashes of fused blocks that are remembered; beyond, no more are left in vLLM's cache
 
@@ -60,22 +59,27 @@ class Fusing:
                 tracked.taint(number * self._block_tokens)
                 return
 
-    def lookup(
-        self, tracked: Tracked, exact: int, others: Mapping[str, Tracked | None], *, idle: bool = False
-    ) -> int | None:
+    def lookup(self, tracked: Tracked, exact: int, *, idle: bool = False) -> int | None:
         """Up to which token the prompt can be had, of which the first `exact` are exact; None: ask again. `idle`:
-        the engine has nothing else to do."""
-        if not self._possible(tracked, exact, others):
+        the engine has nothing else to do. (A hit in vLLM's own cache may be of blocks that are only being computed
+        in this step: fusions are of a later one.)"""
+        if not self._possible(tracked, exact):
             tracked.plan = tracked.planned = None
             return exact
-        if self._in_flight(tracked, others) or self._waits(tracked, exact, idle=idle):
+        if self._waits(tracked, exact, idle=idle):
             return None
         seen = (tracked.request.num_tokens, exact)
         if tracked.planned != seen or not self._stands(tracked.plan):
             tracked.plan = tracked.planned = None  # should the next one fail
             tracked.plan = self._plan(tracked, exact)
             tracked.planned = seen
-        return tracked.plan.end if tracked.plan is not None else exact
+        return self.end(tracked) if tracked.plan is not None else exact
+
+    def end(self, tracked: Tracked) -> int:
+        """Up to which token a fusion computes what it does not move: some tokens behind the last moved one, where
+        the question is put while it is looked at, so that they have blocks; never the prompt's last."""
+        assert tracked.plan is not None
+        return min(tracked.plan.end + QUESTION, int(tracked.request.num_tokens) - 1)
 
     def failed(self, times: int) -> None:
         """Workers could not fuse. An engine that cannot is not asked for ever."""
@@ -95,25 +99,26 @@ class Fusing:
 
     def order(self, tracked: Tracked, blocks: list[int]) -> Fusion:
         """The order to mend what a plan loads. From now on the request is not exact behind its exact part."""
-        plan = tracked.plan
+        plan, end = tracked.plan, self.end(tracked)
         assert plan is not None
         tracked.taint(plan.exact)
-        gap = plan.end - plan.exact - plan.moved
+        gap = end - plan.exact - plan.moved
         tracked.mended = gap + plan.budget
         tokens = tracked.chain.tokens
-        question = tokens[max(plan.end, len(tokens) - QUESTION) :]  # as if right behind the documents
-        room = len(blocks) * self._block_tokens
         self._metrics.count(m.FUSED_TOKENS, plan.moved - plan.budget, kind="reused")
         self._metrics.count(m.FUSED_TOKENS, plan.budget, kind="recomputed")
         self._metrics.count(m.FUSED_TOKENS, gap, kind="gap")
         return Fusion(
-            np.concatenate([tokens[: plan.end], question])[:room],
+            tracked.request.request_id,
+            tokens[:end],
             np.asarray(blocks, dtype=np.int64),
             plan.exact,
-            plan.end,
+            end,
             tuple(runs_of(plan.pieces)),
             plan.budget,
             tracked.hints.selection or self._settings.selection,
+            tokens[plan.end - end :],  # as if right behind the documents
+            plan.end,
             plan.work,
         )
 
@@ -137,7 +142,7 @@ class Fusing:
         }
         return {"ragkv": told}
 
-    def _possible(self, tracked: Tracked, exact: int, others: Mapping[str, Tracked | None]) -> bool:
+    def _possible(self, tracked: Tracked, exact: int) -> bool:
         request, why = tracked.request, self.refusal
         if not self.wanted(tracked.hints) or getattr(request, "skip_reading_prefix_cache", False):
             return False
@@ -153,10 +158,8 @@ class Fusing:
             return False
         if tracked.declined:
             return False  # even what is exact is quicker to compute than to load
-        if request.num_tokens // self._block_tokens <= exact // self._block_tokens:
-            return False  # no whole block has a name that could tell those that follow it from exact ones
-        # Else it may be computing what this request counts on, and nobody knows.
-        return not tracked.computed or all(other is not None for other in others.values())
+        # Else no whole block has a name that could tell those that follow it from exact ones.
+        return bool(request.num_tokens // self._block_tokens > exact // self._block_tokens)
 
     def _refuse(self, tracked: Tracked, exact: int, why: str) -> None:
         if why not in self._said:
@@ -167,18 +170,6 @@ class Fusing:
     def _stands(self, plan: Plan | None) -> bool:
         """Whether what was planned, if anything, is still there."""
         return plan is None or all(piece.chunk in self._placement.hierarchy for piece in plan.pieces)
-
-    def _in_flight(self, tracked: Tracked, others: Mapping[str, Tracked | None]) -> bool:
-        """Whether a hit in vLLM's own cache is only being computed, in the step that is being made up: its forward
-        comes after the fusion's."""
-        size = self._block_tokens
-        for other in others.values():
-            if other is None or other is tracked or getattr(other.request.status, "name", "") != "RUNNING":
-                continue
-            first = other.request.num_computed_tokens // size  # of its blocks, that is not whole yet
-            if first < tracked.computed // size and _same_block(tracked.request, other.request, first, size):
-                return True
-        return False
 
     def _waits(self, tracked: Tracked, exact: int, *, idle: bool) -> bool:
         """Whether more is on its way from lower tiers; it is asked for once."""
@@ -233,11 +224,3 @@ def saved(start: int, end: int, computed: int, exact: int, plan: Plan | None) ->
     `exact`, and of what a plan moves."""
     tokens = max(0, min(end, exact) - max(start, computed))
     return tokens + sum(common for _, common in within(plan.pieces, start, end)) if plan is not None else tokens
-
-
-def _same_block(one: Any, other: Any, number: int, size: int) -> bool:
-    """Whether two requests have the same tokens up to the end of a block. (Names of blocks tell it at once.)"""
-    if one.block_hashes and other.block_hashes:
-        return bool(one.block_hashes[number : number + 1] == other.block_hashes[number : number + 1] != [])
-    end = (number + 1) * size
-    return len(other.all_token_ids) >= end and list(one.all_token_ids[:end]) == list(other.all_token_ids[:end])

@@ -19,33 +19,36 @@ TokenIds = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Copy the KV of some tokens. `rows[i]`: where token i stands in the memory tier (page * tokens a page +
-    offset); `slots[i]`: where in the engine's cache (block * tokens a block + offset); both int64 [n].
+    """Copy the KV of some tokens of one request. `rows[i]`: where token i stands in the memory tier (page * tokens
+    a page + offset); `slots[i]`: where in the engine's cache (block * tokens a block + offset); both int64 [n].
     `shifts[i]`: how many positions further on it stands now than when it was computed, for loads of moved tokens.
 
-    `finishes`: the request whose blocks vLLM keeps until this store is done. `device`: the rows are of the device
-    tier, not of the memory tier. `timed`: workers shall report when it began and ended.
+    `device`: the rows are of the device tier, not of the memory tier. `fused`: a fusion follows the request's
+    loads, so their end is not the end of its waiting. `timed`: workers shall report when it began and ended.
     """
 
     id: int
     rows: Indices
     slots: Indices
-    finishes: str | None = None
+    request: str = ""
     device: bool = False
     shifts: Indices | None = None
+    fused: bool = False
     timed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Mend what a request was given from elsewhere, after the loads and before the step's own forward.
+    """Mend what was loaded for a request from elsewhere, while the request still waits.
 
-    `tokens`: int32, of the prompt, up to the end of the tokens that have a block; `blocks`: int64, the request's.
-    The range from `start` to `end` is fused: `runs` of it were loaded, at most `budget` of their tokens are
-    computed again, and all others (the gaps) are computed. From `end` on the engine computes. `timed`: the
-    number under which workers shall report when it began and ended; 0: they need not.
+    `tokens`: int32, the prompt's first `end`; `blocks`: int64, the request's. The range from `start` to `end` is
+    fused: `runs` of it were loaded, at most `budget` of their tokens are computed again, and all others (the gaps)
+    are computed. `question`: int32, the prompt's last tokens, which a selection may look at from position `asked`
+    on; there is room for all of them before `end`. `timed`: the number under which workers shall report when it
+    began and ended; 0: they need not.
     """
 
+    request: str
     tokens: TokenIds
     blocks: Indices
     start: int
@@ -53,42 +56,55 @@ class Fusion:
     runs: tuple[Run, ...]
     budget: int
     selection: str
+    question: TokenIds
+    asked: int
     work: float = 0.0
     timed: int = 0
 
 
 @dataclass
 class StepOrders(KVConnectorMetadata):
-    """Scheduler side to workers: loads before the forward, stores after it.
+    """Scheduler side to workers, once a step. A load's request waits until every worker has named it as received;
+    each names it exactly once: when its last load has ended, or its fusion, or as one of `given_up`.
 
-    `invalid_blocks`: blocks that vLLM was promised and will not get; workers report them as failed loads.
-    `tokens`: that the forward computes. `fusions`: between loads and forward.
+    `fusions`: of requests whose loads have ended well on every worker. `given_up`: requests that will get nothing
+    (more), with the blocks that vLLM must compute itself. `cancelled`: requests whose loads shall end as failed.
+    `finishing`: requests that ended, whose blocks vLLM keeps until their stores are done. `preempted`: requests
+    whose blocks are given to others in this step. `tokens`: that the forward computes; `alone`: the only request
+    in it, or None.
     """
 
     loads: list[Job] = field(default_factory=list)
     stores: list[Job] = field(default_factory=list)
-    invalid_blocks: set[int] = field(default_factory=set)
+    fusions: list[Fusion] = field(default_factory=list)
+    given_up: dict[str, list[int]] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+    finishing: set[str] = field(default_factory=set)
+    preempted: set[str] = field(default_factory=set)
     block_tokens: int = 0
     tokens: int = 0
-    fusions: list[Fusion] = field(default_factory=list)
+    alone: str | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is anything that workers must be told soon, forward or not."""
+        return bool(self.loads or self.stores or self.fusions or self.given_up or self.cancelled or self.finishing)
 
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
-    `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`, `fusions`: (tokens, seconds) of
-    forwards, of loads and of fusions (their work), for the gate. `unfused`: fusions that failed. `times`: of what
-    was to be timed, by number.
+    `prefills`, `copies`, `fusions`: (tokens, seconds) of forwards, of loads and of fusions (their work), for the
+    gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number.
     """
 
     done: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
-    tainted: bool = False
     prefills: list[tuple[int, float]] = field(default_factory=list)
     copies: list[tuple[int, float]] = field(default_factory=list)
     fusions: list[tuple[float, float]] = field(default_factory=list)
-    unfused: int = 0
+    unfused: set[str] = field(default_factory=set)
     times: dict[int, Times] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
@@ -100,11 +116,10 @@ class StepReport(KVConnectorWorkerMetadata):
         return StepReport(
             done,
             self.failed | other.failed,
-            self.tainted or other.tainted,
             self.prefills + other.prefills,
             self.copies + other.copies,
             self.fusions + other.fusions,
-            max(self.unfused, other.unfused),
+            self.unfused | other.unfused,
             merge_times(dict(self.times), other.times),
         )
 

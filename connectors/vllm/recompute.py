@@ -27,17 +27,6 @@ class Fuser:
         self._forward, self._layers, self._caches, self._dtype = forward, layers, caches, dtype
         self._block_tokens = tokens
 
-    def agreed(self, well: bool) -> bool:
-        """Whether all ranks are well: a rank alone in a forward would wait for the others for ever."""
-        from vllm.distributed import get_tp_group
-
-        group = get_tp_group()
-        if group.world_size == 1:
-            return well
-        vote = torch.tensor([int(well)])
-        torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-        return bool(vote.item())
-
     def fuse(self, fusion: Fusion) -> int:
         """Mend one request's moved tokens; how many of them were computed again."""
         moved = positions_of(fusion.runs)
@@ -54,13 +43,12 @@ class Fuser:
         from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 
         selection = SELECTIONS[fusion.selection]
-        if Look.QUESTION in selection.looks_at and len(fusion.tokens) <= fusion.end:
-            selection = SELECTIONS["deviation"]  # no question has blocks in this step
         looks: list[torch.Tensor] = []
         if Look.EARLY_KEYS in selection.looks_at:
             looks.append(tensor_model_parallel_all_reduce(self._early_keys(fusion, moved, selection)))
         if Look.QUESTION in selection.looks_at:
-            self._forward.compute(fusion.tokens, gaps, fusion.blocks)  # the question must not see what was there
+            before = gaps[gaps < fusion.asked]  # the question must not see what was there
+            self._forward.compute(fusion.tokens, before, fusion.blocks)
             looks.append(tensor_model_parallel_all_reduce(self._question(fusion, moved, selection)))
         scores = torch.stack(looks).prod(0) if looks else None
         chosen = selection.choose(fusion.runs, fusion.budget, scores)
@@ -89,12 +77,13 @@ class Fuser:
         return torch.cat(scores)
 
     def _question(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
-        """How much the question attends to each moved token, among all before it. It is run right behind them, and
-        then again by the engine, which overwrites its K and V."""
-        before = np.arange(fusion.end, dtype=np.int64)
+        """How much the question attends to each moved token, among all before it. It is run right behind them, in
+        the places of tokens that are computed afterwards."""
+        before = np.arange(fusion.asked, dtype=np.int64)
+        tokens = np.concatenate([fusion.tokens[: fusion.asked], fusion.question])
         numbers = selection.question_layers(len(self._layers))
         layers = [self._layers[number] for number in numbers]
-        scores = torch.zeros(fusion.end, dtype=torch.float32, device=layers[0].kv_cache.device)
+        scores = torch.zeros(fusion.asked, dtype=torch.float32, device=layers[0].kv_cache.device)
 
         def look(place: int, inputs: Any) -> None:
             layer = layers[place]
@@ -102,7 +91,7 @@ class Fuser:
             scores.add_(query_scores(queries, self._keys(numbers[place], fusion, before), layer.impl.scale))
 
         with watch(layers, look, stop=True):
-            self._forward.forward(fusion.tokens, [(fusion.end, len(fusion.tokens))], fusion.blocks)
+            self._forward.forward(tokens, [(fusion.asked, len(tokens))], fusion.blocks)
         return scores[torch.from_numpy(moved).to(scores.device)]
 
     def _keys(self, number: int, fusion: Fusion, positions: Indices) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """Sizes that both sides must agree on: what a page is, and how many of them each tier has."""
 
+import torch
+
 from ragkv.config import Settings
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.errors import LayoutError
 from ragkv.kvstore.pages import PageShape
+
+STEP_ON_CPU, STEP_BESIDE = 32 << 20, 256 << 20  # bytes
 
 
 def page_shape(settings: Settings, shape: Shape) -> PageShape:
@@ -34,3 +38,9 @@ def memory_pages(settings: Settings, page: PageShape) -> int:
 def device_pages(settings: Settings, page: PageShape) -> int:
     """Pages of the device tier; each worker holds its rank's share of every page, within `device.capacity`."""
     return settings.device.capacity * page.ranks // page.page_bytes
+
+
+def step_bytes(settings: Settings, device: torch.device) -> int:
+    """Most bytes that a worker copies in a step in which other requests compute. Copies of a CPU's cache take the
+    time of the forward itself; an accelerator's run beside it."""
+    return settings.transfer.step or (STEP_ON_CPU if device.type == "cpu" else STEP_BESIDE)

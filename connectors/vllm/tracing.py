@@ -7,7 +7,7 @@ ended. vLLM makes its span when the request has ended, under what the request's 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ragkv.connectors.vllm.protocol import Job, StepOrders, StepReport, Times, merge_times
+from ragkv.connectors.vllm.protocol import Fusion, Job, StepOrders, StepReport, Times, merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracking import Tracked
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore.catalogue import Chunk
 from ragkv.kvstore.fusion.plan import Declined, Plan
 
 LOOKUP, LOAD, FUSE, STORE = "ragkv.lookup", "ragkv.load", "ragkv.fuse", "ragkv.store"
@@ -80,21 +81,20 @@ class TracedSide(SchedulerSide):
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """As `SchedulerSide.allocated`; ends the lookup's span, and opens those of what it orders."""
-        loads, fusions = len(self._orders.loads), len(self._orders.fusions)
+        loads, tracked = len(self._orders.loads), self._tracked.get(request.request_id)
+        again = tracked is not None and not tracked.looked
         super().allocated(request, blocks, external)
-        tracked = self._tracked.get(request.request_id)
         with self._noted():
-            if tracked is None:
+            if tracked is None or again:
                 return
             self._looked_up(tracked, external)
             for job in self._orders.loads[loads:]:
                 self._expect(job.id, LOAD, tracked, self._of_load(tracked, job))
-            for number in range(fusions, len(self._orders.fusions)):
+            load = self._loads.get(request.request_id)
+            if load is not None and load.fusion is not None:
                 self._jobs += 1
-                self._orders.fusions[number] = replace(self._orders.fusions[number], timed=self._jobs)
-                self._expect(
-                    self._jobs, FUSE, tracked, _of_fusion(tracked, self._orders.fusions[number].selection)
-                )
+                load.fusion = replace(load.fusion, timed=self._jobs)
+                self._expect(self._jobs, FUSE, tracked, _of_fusion(tracked, load.fusion))
 
     def take_orders(self) -> StepOrders:
         """As `SchedulerSide.take_orders`; asks for the times of the jobs."""
@@ -111,9 +111,15 @@ class TracedSide(SchedulerSide):
         finally:
             self._requests.pop(request.request_id, None)
 
-    def report(self, report: StepReport) -> None:
+    def report(
+        self, report: StepReport | None, sent: Collection[str] = (), received: Collection[str] = ()
+    ) -> set[str]:
         """As `SchedulerSide.report`; ends the spans whose work all workers have done."""
-        super().report(report)
+        waiting = super().report(report, sent, received)
+        self._end_spans(report or StepReport())
+        return waiting
+
+    def _end_spans(self, report: StepReport) -> None:
         with self._noted():
             merge_times(self._times, report.times)
             for number in report.times:
@@ -133,19 +139,18 @@ class TracedSide(SchedulerSide):
             sender.join(FLUSH_SECONDS)
         return complete
 
-    def _store(self, tracked: Tracked, upto: int, finishes: str | None = None) -> bool:
-        ordered = super()._store(tracked, upto, finishes)
-        if ordered:
-            with self._noted():
-                self._ordered_store(tracked, self._orders.stores[-1], m.MEMORY)
-        return ordered
-
-    def _copy_hot(self, tracked: Tracked, blocks: list[int]) -> None:
-        stores = len(self._orders.stores)
-        super()._copy_hot(tracked, blocks)
+    def _order_store(self, tracked: Tracked, new: list[tuple[int, Chunk]]) -> None:
+        super()._order_store(tracked, new)
         with self._noted():
-            for job in self._orders.stores[stores:]:
-                self._ordered_store(tracked, job, m.DEVICE)
+            self._ordered_store(tracked, self._orders.stores[-1], m.MEMORY)
+
+    def _copies_of_hot(
+        self, tracked: Tracked, hot: Sequence[Chunk], places: dict[Chunk, int], blocks: list[int]
+    ) -> Job:
+        job = super()._copies_of_hot(tracked, hot, places, blocks)
+        with self._noted():
+            self._ordered_store(tracked, job, m.DEVICE)
+        return job
 
     def _ordered_store(self, tracked: Tracked, job: Job, tier: str) -> None:
         chunks = len(self._under_way[job.id].chunks)
@@ -256,14 +261,14 @@ def _result(tracked: Tracked, external: int) -> str:
     return "declined" if declined else "miss"
 
 
-def _of_fusion(tracked: Tracked, selection: str) -> Attributes:
+def _of_fusion(tracked: Tracked, fusion: Fusion) -> Attributes:
     plan = tracked.plan
     assert plan is not None
     return {
-        "ragkv.tokens": plan.end - plan.exact,
+        "ragkv.tokens": fusion.end - plan.exact,
         "ragkv.tokens.moved": plan.moved,
         "ragkv.tokens.recomputed": plan.budget,
-        "ragkv.tokens.gap": plan.end - plan.exact - plan.moved,
+        "ragkv.tokens.gap": fusion.end - plan.exact - plan.moved,
         "ragkv.chunks": len({id(piece.chunk) for piece in plan.pieces}),
-        "ragkv.selection": selection,
+        "ragkv.selection": fusion.selection,
     }

@@ -29,11 +29,12 @@ class Recorder:
 class Tracked:
     """A request under way. `computed`: what vLLM had itself at the last lookup; `seen`: what that lookup was of;
     `stored`: first tokens that need no look any more; `asked`: first tokens that admission has seen; `tail`: the
-    open tail stored or read last; `fetch`: what is brought up for it, once; `declined`: the gate said that
-    computing is quicker; `sources`: tokens by tier. `plan`: of fusion, as of `planned`; `gather`: what is brought
-    up for it, once; `outcome`: what was found, behind which token, and what came of it; `approximate`: from where
-    on its KV is not exact; `mended`: tokens that a fusion computed. `turn`: of its conversation, 0 for none;
-    `counted`: among its turn's requests."""
+    open tail stored or read last; `looked`: looked up since vLLM took it up last; `held`: chunks that are kept for
+    it until then; `pages`: of memory that its match has; `refused`: a load failed, so it is computed; `fetch`:
+    what is brought up for it, once; `declined`: the gate said that computing is quicker; `sources`: tokens by
+    tier. `plan`: of fusion, as of `planned`; `gather`: what is brought up for it, once; `outcome`: what was found,
+    behind which token, and what came of it; `approximate`: from where on its KV is not exact; `mended`: tokens
+    that a fusion computed. `turn`: of its conversation, 0 for none; `counted`: among its turn's requests."""
 
     request: Any
     namespace: bytes
@@ -46,6 +47,10 @@ class Tracked:
     stored: int = 0
     asked: int = 0
     tail: Chunk | None = None
+    looked: bool = False
+    held: tuple[Chunk, ...] = ()
+    pages: int = 0
+    refused: bool = False
     fetch: Fetch | None = None
     fetched: bool = False
     declined: bool | None = None
@@ -77,9 +82,10 @@ class Tracked:
 
 @dataclass(slots=True)
 class UnderWay:
-    """A job given out: what it fills (stores, copies) or reads (loads), what it makes superfluous, who still
-    works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier."""
+    """A job given out, of a request: what it fills (stores, copies) or reads (loads), what it makes superfluous,
+    who still works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier."""
 
+    request: str
     chunks: list[Chunk]
     workers: int
     is_store: bool

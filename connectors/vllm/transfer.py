@@ -7,9 +7,12 @@ indexing on the compute stream, which orders them against the forward without wa
 """
 
 import contextlib
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Views, widened
@@ -24,13 +27,23 @@ class Ticket(Protocol):
     def query(self) -> bool:
         """True once the copy has ended."""
 
+    def seconds(self) -> float | None:
+        """How long it took, once it has ended; None: nobody knows."""
+
 
 class Done:
     """The ticket of a copy that has ended already."""
 
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds
+
     def query(self) -> bool:
         """Always true."""
         return True
+
+    def seconds(self) -> float | None:
+        """What it was made with."""
+        return self._seconds
 
 
 class Tier:
@@ -64,19 +77,32 @@ class DirectMover:
     def __init__(self, caches: Sequence[LayerCache], tier: Tier) -> None:
         self._caches, self._tier, self._device = caches, tier, tier.rows.device
         self.turn: Turn | None = None
+        self.most_tokens = 1 << 40
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
         """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU; `shifts` likewise: keys are rotated by so
         many positions."""
         first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
+        began = time.perf_counter()
         scatter(self._caches, self._tier, self._tier.rows, first, slots, _turning(self.turn, shifts))
-        return Done()
+        return Done(time.perf_counter() - began)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Cache to tier."""
         first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
+        began = time.perf_counter()
         gather(self._caches, self._tier, self._tier.rows, first, slots)
+        return Done(time.perf_counter() - began)
+
+    def fence_stores(self) -> None:
+        """Nothing runs late."""
+
+    def ordered(self, kind: str) -> Ticket:
+        """Nothing runs late."""
         return Done()
+
+    def close(self) -> None:
+        """Nothing runs late."""
 
 
 class StagedMover:
@@ -222,3 +248,14 @@ def _steps(caches: Sequence[LayerCache], tier: Tier, first: torch.Tensor, slots:
     for number in range(len(caches)):
         for kind in (0, 1):
             yield number, found, kind, first + (2 * number + kind) * tier.page_tokens
+
+
+def pieces(rows: Any, page_tokens: int, most: int) -> list[slice]:
+    """Consecutive parts of `rows`, of at most `most` tokens, cut where the page changes; a larger page is one."""
+    cuts = [0, *(np.flatnonzero(np.diff(rows // page_tokens)) + 1).tolist(), len(rows)]
+    parts, start = [], 0
+    for before, end in itertools.pairwise(cuts):
+        if end - start > most and before > start:
+            parts.append(slice(start, before))
+            start = before
+    return [*parts, slice(start, len(rows))]

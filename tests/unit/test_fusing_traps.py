@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 import toy_engine
-from ragkv.config import Settings
 from ragkv.config.settings import FusionSettings
-from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.fusing import QUESTION
-from ragkv.connectors.vllm.protocol import Fusion
-from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.gate import Gate
 from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
-from toy_worker import Fuser, Stopwatch
 
 NO = {"ragkv": {"fuse": False}}
 SYSTEM = [*text(900, 40), BREAK]
@@ -66,13 +61,12 @@ def test_a_fused_part_within_the_prompts_last_block_gets_no_exact_name_when_the_
 class Kept(Engine):
     """vLLM's own hits are of fused blocks from token `wrong` on."""
 
-    wrong = None
+    wrong, strict = None, False
 
     def _admit(self, request, local, hits):
         taken = super()._admit(request, local, hits)
-        if taken and local and self.wrong is not None:
-            for worker in range(len(self.workers)):
-                self._cache(worker)[self._slots(request, self.wrong, local // BLOCK * BLOCK)] = 13
+        if request.blocks and local and self.wrong is not None:
+            self._write(self._slots(request, self.wrong, local // BLOCK * BLOCK), lambda _: 13)
         return taken
 
 
@@ -110,35 +104,6 @@ def test_a_lookup_that_fails_leaves_nothing_fused_behind_for_the_store():
         made.run(longer, local=len(names) * BLOCK, block_hashes=list(names), kv_transfer_params=NO)
         made.side.lookup, made.hierarchy.match, made.wrong = lookup, match, None
         assert made.run(longer, kv_transfer_params=NO) <= start, "the toy checks what this loads"
-
-
-def test_a_hit_whose_last_block_an_answer_is_just_filling_is_waited_for():
-    with closing(engine()) as made:
-        first = made.request(SYSTEM + text(77, 5 * BLOCK - len(SYSTEM) % BLOCK - 4), kv_transfer_params=NO)
-        while (first.num_computed_tokens + 1) % BLOCK or first.num_tokens == first.num_prompt_tokens:
-            made.step(sample=text(5, 50))
-        assert first.num_tokens == first.num_computed_tokens + 1 > first.num_prompt_tokens
-        second = made.request([*first.all_token_ids, *PASSAGES[1], *ASKED])
-        hits = made.step(local={second.request_id: first.num_tokens}, sample=text(5, 50))
-        assert not fusions(made) or second.request_id not in hits
-        for each in (first, second):
-            made.finish(each)
-        made.settle()
-
-
-def test_nothing_is_fused_upon_a_prefix_that_another_request_failed_to_load():
-    """vLLM makes only the first of two requests compute a block that both have; the other keeps what it fused."""
-    metrics = toy_engine.Recorded()
-    worker = WorkerSide(None, None, Settings(), metrics, Faults(metrics))
-    cache = np.zeros(20 * BLOCK, dtype=np.int64)
-    worker._fuser, worker._stopwatch = Fuser(cache, set(), BLOCK, toy_engine.mix), Stopwatch()
-    worker._not_loaded({3})
-    tokens = np.arange(6 * BLOCK, dtype=np.int32)
-    blocks = np.array([3, 4, 5, 6, 7, 8])
-    order = Fusion(tokens, blocks, 2 * BLOCK, 4 * BLOCK, ((2 * BLOCK, 4 * BLOCK),), 0, "random")
-    worker._fuse(order, BLOCK)
-    assert not worker._fuser.fused
-    assert worker.take_invalid_blocks() >= {3, 5, 6}
 
 
 def test_a_plan_is_forgotten_when_the_next_one_fails():

@@ -65,7 +65,7 @@ def test_a_local_hit_that_does_not_end_with_a_block(engine):
     engine.side.allocated(request, blocks, 86)
     (job,) = engine.side.take_orders().loads
     assert job.slots[0] == 21 * BLOCK + 5 and len(job.rows) == 86
-    engine.side.report(StepReport({job.id: len(engine.workers)}, set()))
+    engine.side.report(StepReport({job.id: len(engine.workers)}), (), [request.request_id])
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 40])
@@ -94,6 +94,7 @@ def test_many_requests_in_a_step(engine):
     for prompt in prompts:
         engine.request(prompt)
     assert set(engine.step().values()) == {60}
+    engine.step()
     for request in list(engine.running):
         engine.finish(request)
     engine.settle()

@@ -20,8 +20,9 @@ def test_a_lookup_is_repeated_while_the_request_waits_for_blocks(engine):
     request = engine.request(prompt)
     for _ in range(3):
         assert engine.step() == {}
-    assert engine.hierarchy._pins == 0, "waiting pins nothing"
+    assert engine.hierarchy._pins == 1, "what was found is kept for it"
     engine.side.reset()  # what was found is gone, and is not loaded
+    assert engine.hierarchy._pins == 0
     engine.free = free
     assert engine.step()[request.request_id] == 0
 
@@ -64,6 +65,7 @@ def test_preempted_in_the_middle_of_its_prompt(engine):
     engine.preempt(request)
     hit = engine.step(budget=30)[request.request_id]
     assert MIN <= hit <= 40
+    engine.step(budget=30)
     engine.finish(request)
     engine.settle()
     assert engine.run(prompt) == hit + 30
@@ -107,14 +109,15 @@ def test_blocks_are_kept_until_the_last_store_is_done(engine):
     engine.finish(request)
     assert engine.held == {request.request_id: request}
     orders = engine.side.take_orders()
-    assert [job.finishes for job in orders.stores] == [request.request_id]
+    assert orders.finishing == {request.request_id} == {job.request for job in orders.stores}
     assert {slot // BLOCK for job in orders.stores for slot in job.slots.tolist()} <= set(request.blocks)
     for index, worker in enumerate(engine.workers):
-        worker.store(orders)
-        assert worker.take_finished() == {request.request_id}
-        engine.reports[index].append(worker.take_report())
+        worker.begin(orders)
+        assert worker.take_finished() == (set(), set()), "nothing is copied yet"
+        worker.carry_out()
+        engine.outputs[index].append((worker.take_report(), *worker.take_finished(), set()))
     engine.deliver()
-    engine._give_back(engine.held.pop(request.request_id))
+    assert not engine.held
 
 
 def test_a_finish_with_nothing_new_keeps_no_blocks(engine):
@@ -169,18 +172,44 @@ def test_a_failed_load_is_computed_and_nothing_that_rests_on_it_is_kept(engine, 
     assert engine.run(prompt) == 99  # every load is checked
 
 
-def test_a_failed_load_spoils_the_steps_that_were_ordered_before_it_was_known(engine):
-    prompt = text(1, 150)
-    engine.run(prompt[:60])
-    request = engine.request(prompt)
-    engine.fail("load", worker=len(engine.workers) - 1)
-    engine.step(budget=40, deliver=False)
-    engine.fail(worker=len(engine.workers) - 1)
-    request.num_computed_tokens = 100  # asynchronous scheduling: the next step goes on as if all were well
-    engine.step(budget=50, deliver=False)
-    engine.finish(request)  # and so does an abort
-    engine.settle()
-    assert engine.run(prompt) <= 60
+def test_a_load_that_fails_on_one_of_two_workers_is_a_recompute_once_both_have_ended():
+    with closing(Engine(workers=2)) as engine:
+        prompt = text(1, 150)
+        engine.run(prompt[:60])
+        request = engine.request(prompt)
+        engine.fail("load", worker=1)
+        engine.step(deliver=False)
+        engine.fail(worker=1)
+        engine.deliver(1)
+        assert request.request_id in engine.loading, "the other worker may still write into its blocks"
+        assert request.num_computed_tokens == 0
+        engine.deliver(0)
+        assert request in engine.waiting
+        assert engine.step()[request.request_id] == 0, "it is not loaded again"
+        engine.finish(request)
+        engine.settle()
+        assert engine.run(prompt) == 149
+
+
+@pytest.mark.parametrize("budget", [10**6, 20])
+def test_a_failed_load_and_an_abort_leave_nothing_behind(budget):
+    """Not even in vLLM's own cache, which keeps the blocks of what was computed."""
+    for aborts_at in range(4):
+        with closing(Engine(own_cache=True)) as engine:
+            prompt = text(1, 100)
+            engine.run(prompt)
+            engine.pool.forget()
+            request = engine.request([*prompt, *text(2, 20)])
+            engine.fail("load")
+            for _ in range(aborts_at):
+                engine.step(budget=budget)
+                engine.fail()
+            engine.finish(request)
+            engine.settle()
+            engine.fail()
+            engine.run([*prompt, *text(3, 30)])  # what it runs on is checked
+            engine.pool.forget()
+            assert engine.run([*prompt, *text(3, 30)]) == 129
 
 
 def test_a_failed_load_spoils_who_shares_the_blocks(engine):
@@ -205,8 +234,8 @@ def test_disappoint(engine, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.hierarchy, "touch", broken)
-        engine.step()
-    assert request.num_computed_tokens == 0, "vLLM was told to compute"
+        assert engine.step()[request.request_id] == 60
+    assert request.num_computed_tokens == 0 and request in engine.waiting, "vLLM was told to compute"
     engine.step()
     engine.finish(request)
     engine.settle()
@@ -218,7 +247,7 @@ def test_disappoint_without_a_promise_spoils_nothing(engine):
     request = engine.request(text(1, 40))
     engine.side.lookup(request, 0)
     engine.side.disappoint(request, [4, 5, 6], 0)
-    assert engine.side.take_orders().invalid_blocks == set()
+    assert engine.side.take_orders().given_up == {}
 
 
 def test_disappoint_keeps_vllms_own_blocks(engine):
@@ -226,7 +255,8 @@ def test_disappoint_keeps_vllms_own_blocks(engine):
     request = engine.request(text(1, 40))
     assert engine.side.lookup(request, 16) == 23
     engine.side.disappoint(request, [4, 5, 6, 7, 8], 23)
-    assert engine.side.take_orders().invalid_blocks == {6, 7, 8}
+    assert engine.side.take_orders().given_up == {request.request_id: [6, 7, 8]}
+    assert not engine.side.report(None, (), [request.request_id])
 
 
 def test_reports_of_workers_come_apart():
@@ -279,7 +309,8 @@ def test_after_a_reset_nothing_old_matches(engine):
     engine.side.reset()
     request.world = 9  # new weights; vLLM preempts all in this case
     engine.deliver()
-    engine.preempt(request)
+    assert request.request_id in engine.loading, "its KV is not to be used, though it has come"
+    engine.step()
     assert engine.step()[request.request_id] == 0
     engine.finish(request)
     engine.settle()

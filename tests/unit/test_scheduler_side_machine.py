@@ -55,9 +55,10 @@ TIERS = {
 
 
 class Machine(RuleBasedStateMachine):
-    """`tiers`: makes those below memory."""
+    """`tiers`: makes those below memory. `own`: vLLM has a prefix cache; else a rule says what it has, and that is
+    the truth."""
 
-    tiers = staticmethod(TIERS["none"])
+    tiers, own = staticmethod(TIERS["none"]), True
 
     def __init__(self):
         super().__init__()
@@ -65,7 +66,9 @@ class Machine(RuleBasedStateMachine):
         self.troubles = []
         for lower in self.lowers:
             lower.plan = lambda method, number: self.troubles.pop() if self.troubles else None
-        self.engine = Engine(pages=52, blocks=120, workers=2, device=12, lowers=self.lowers)
+        self.engine = Engine(
+            pages=52, blocks=120, workers=2, device=12, lowers=self.lowers, step_tokens=24, own_cache=self.own
+        )
         for seed in range(4 if self.lowers else 0):  # more than memory holds
             self.engine.run(text(seed, 90))
 
@@ -122,13 +125,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.running)
     @rule(which=st.integers(0, 9))
     def preempts(self, which):
-        self.engine.deliver()  # vLLM, too, works a step's output off before it preempts for the next
         self.engine.preempt(self.engine.running[which % len(self.engine.running)])
 
-    @precondition(lambda self: self.engine.running or self.engine.waiting)
+    @precondition(lambda self: self.engine.running or self.engine.waiting or self.engine.loading)
     @rule(which=st.integers(0, 9))
     def finishes(self, which):
-        everyone = self.engine.running + self.engine.waiting
+        everyone = [*self.engine.running, *self.engine.waiting, *self.engine.loading.values()]
         self.engine.finish(everyone[which % len(everyone)])
 
     @rule(worker=st.integers(0, 1))
@@ -193,7 +195,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         engine = self.engine
         self.troubles.clear()
-        for request in engine.running + engine.waiting:
+        for request in [*engine.running, *engine.waiting, *engine.loading.values()]:
             engine.finish(request)
         engine.settle()
         for _ in range(4):  # breakers close, pins and chunks expire
@@ -215,7 +217,8 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["own cache", "no cache"])
 @pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
-def test_machine(tiers):
-    made = type("MachineOfThese", (Machine,), {"tiers": staticmethod(tiers)})
+def test_machine(tiers, own):
+    made = type("MachineOfThese", (Machine,), {"tiers": staticmethod(tiers), "own": own})
     run_state_machine_as_test(made, settings=settings(max_examples=80, stateful_step_count=40, deadline=None))

@@ -143,7 +143,7 @@ def test_at_the_deadline_it_computes(alone, disk):
 def test_a_request_is_brought_up_once(alone, disk):
     """Preempted and resumed, it takes what memory has."""
     request = alone.request(PROMPT)
-    alone.step(), alone.work(), alone.step()
+    alone.step(), alone.work(), alone.step(), alone.step()
     alone.preempt(request)
     read = len(disk.store.read)
     alone.hierarchy.reset()

@@ -1,0 +1,147 @@
+"""Copies on a worker: jobs are queued, and carried out in pieces, so many bytes a step while others compute.
+
+A piece is ordered and not waited for; its ticket says when it is over. A job is over when all its pieces are, and
+a failed one when nothing of it runs any more: only then may its pages and blocks be given to others.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.protocol import Job, StepOrders
+from ragkv.connectors.vllm.transfer import Mover, Ticket, pieces
+from ragkv.errors import RagKVError
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A job that was ordered. `began`: ns since 1970; `seconds`: that its ended pieces took, if known."""
+
+    job: Job
+    is_load: bool
+    began: int
+    left: deque[slice]
+    tickets: list[Ticket] = field(default_factory=list)
+    seconds: float = 0.0
+    failed: bool = False
+
+
+class Copier:
+    """`movers`: of the memory tier (False) and of the device tier (True), if there are any. `token_bytes`: of a
+    token's KV on this worker; `step_bytes`: most that a step copies for requests that others wait beside."""
+
+    def __init__(
+        self, movers: Mapping[bool, Mover], page_tokens: int, token_bytes: int, step_bytes: int, faults: Faults
+    ) -> None:
+        self._movers, self._page_tokens, self._faults = dict(movers), page_tokens, faults
+        self._step_tokens = max(1, step_bytes // token_bytes)
+        self._queues: dict[bool, deque[Running]] = {True: deque(), False: deque()}  # loads, stores
+        self._ordered: list[Running] = []
+
+    def add(self, jobs: Iterable[Job], *, is_load: bool) -> None:
+        """Queue jobs."""
+        for job in jobs:
+            mover = self._movers.get(job.device)
+            most = self._step_tokens if mover is None else min(self._step_tokens, mover.most_tokens)
+            left = deque(pieces(job.rows, self._page_tokens, most))
+            self._queues[is_load].append(Running(job, is_load, time.time_ns(), left))
+
+    def stores_left(self, request: str) -> bool:
+        """Whether a store of that request is not over."""
+        return any(each.job.request == request and not each.is_load for each in self._all())
+
+    def loads_left(self, request: str) -> bool:
+        """Whether a load of that request is not over."""
+        return any(each.job.request == request and each.is_load for each in self._all())
+
+    def cancel(self, request: str) -> None:
+        """The loads of a request that are not over end as failed, as soon as nothing of them runs."""
+        for each in self._all():
+            if each.is_load and each.job.request == request:
+                each.failed = True
+                each.left.clear()
+
+    def flush(self, requests: set[str]) -> None:
+        """Order at once what is left of some requests' stores: what the forward does next to their blocks comes
+        after it."""
+        for each in list(self._queues[False]):
+            if each.job.request in requests:
+                self._queues[False].remove(each)
+                while each.left:
+                    self._order(each)
+                self._ordered.append(each)
+        for mover in self._movers.values():
+            mover.fence_stores()
+
+    def carry_out(self, orders: StepOrders) -> None:
+        """Order the pieces of this step: loads first, and at least one piece of a store."""
+        budget = self._step_tokens
+        for is_load in (True, False):
+            queue, first = self._queues[is_load], not is_load
+            while queue and (first or budget > 0 or not self._shared(queue[0], orders)):
+                first = False
+                if queue[0].left:
+                    budget -= self._order(queue[0])
+                if not queue[0].left:
+                    self._ordered.append(queue.popleft())
+
+    def collect(self) -> list[Running]:
+        """The jobs that are over since the last call."""
+        over: list[Running] = []
+        still: list[Running] = []
+        for each in self._ordered:
+            (over if self._is_over(each) else still).append(each)
+        self._ordered = still
+        return over
+
+    def close(self) -> None:
+        """Wait for all that was ordered."""
+        for mover in self._movers.values():
+            mover.close()
+        self._movers.clear()
+
+    def _all(self) -> Iterable[Running]:
+        yield from self._ordered
+        for queue in self._queues.values():
+            yield from queue
+
+    @staticmethod
+    def _shared(each: Running, orders: StepOrders) -> bool:
+        """Whether somebody else's tokens are computed in this step."""
+        return bool(orders.tokens) and (each.is_load or each.job.request != orders.alone)
+
+    def _order(self, each: Running) -> int:
+        """Order the next piece of a job; its tokens. Where that fails the job has failed."""
+        part, job = each.left.popleft(), each.job
+        mover = self._movers.get(job.device)
+        try:
+            if mover is None:
+                raise RagKVError("orders without a tier to carry them out")
+            rows, slots = torch.from_numpy(job.rows[part]), torch.from_numpy(job.slots[part])
+            move: Callable[..., Ticket] = mover.load if each.is_load else mover.store
+            if job.shifts is None:
+                each.tickets.append(move(rows, slots))
+            else:
+                each.tickets.append(move(rows, slots, torch.from_numpy(job.shifts[part])))
+        except Exception as error:  # whatever it is: this job failed, and is reported so
+            self._faults.note("load" if each.is_load else "store", error)
+            self._fail(each, mover)
+        return part.stop - part.start
+
+    def _fail(self, each: Running, mover: Mover | None) -> None:
+        each.failed = True
+        each.left.clear()
+        each.tickets = [] if mover is None else [mover.ordered("load" if each.is_load else "store")]
+
+    def _is_over(self, each: Running) -> bool:
+        try:
+            while each.tickets and each.tickets[0].query():
+                each.seconds += each.tickets.pop(0).seconds() or 0.0
+        except Exception as error:  # the device reports what went wrong since the copy was ordered
+            self._faults.note("copy", error)
+            each.failed, each.tickets = True, []
+        return not each.tickets
