@@ -40,6 +40,7 @@ PINNED = {
     "chunks.average_tokens": 128,
     "chunks.max_tokens": 256,
     "transfer.staging": 64 * 2**20,
+    "transfer.step": 0,
     "fusion.enabled": False,
     "fusion.selection": "deviation",
     "fusion.recompute_ratio": 0.15,
@@ -51,7 +52,7 @@ PINNED = {
 SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in PINNED))
 POLICY_KEYS = [key for key in PINNED if key.endswith(".policy")]
 ADMISSION_KEYS = [key for key in PINNED if key.endswith(".admission")]
-SIZE_KEYS = [key for key in PINNED if key.split(".")[1] in ("capacity", "max_value", "queue", "staging")]
+SIZE_KEYS = [key for key in PINNED if key.split(".")[1] in ("capacity", "max_value", "queue", "staging", "step")]
 
 
 def fault(extra=None, environ=None, file=None):

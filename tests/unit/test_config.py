@@ -36,6 +36,7 @@ OTHERS = {
     "chunks.average_tokens": ("100", 100),
     "chunks.max_tokens": ("300", 300),
     "transfer.staging": ("1MiB", 2**20),
+    "transfer.step": ("7MiB", 7 * 2**20),
     "fusion.enabled": ("true", True),
     "fusion.selection": ("query", "query"),
     "fusion.recompute_ratio": ("0.5", 0.5),
@@ -264,7 +265,7 @@ def test_rows_show_every_setting_with_its_origin():
         ("memory.admission", "always", "default"),
     ]
     shown = {key: text for key, text, _ in rows}
-    assert {key: shown[key] for key in SIZE_KEYS[1:-1]} == {
+    assert {key: shown[key] for key in SIZE_KEYS[1:-2]} == {
         "device.capacity": "0B",
         "disk.capacity": "64GiB",
         "redis.max_value": "64MiB",

@@ -27,10 +27,10 @@ from ragkv.policies import POLICIES
 
 def test_reports_add_up():
     first = StepReport({1: 1, 2: 1}, {2})
-    total = first.aggregate(StepReport({2: 1, 3: 1}, {3})).aggregate(StepReport({1: 2}, tainted=True))
-    assert total == StepReport({1: 3, 2: 2, 3: 1}, {2, 3}, True)
-    assert first == StepReport({1: 1, 2: 1}, {2}, False), "the first keeps its own"
-    assert StepReport(tainted=True).aggregate(StepReport()).tainted
+    total = first.aggregate(StepReport({2: 1, 3: 1}, {3})).aggregate(StepReport({1: 2}, unfused={"r"}))
+    assert total == StepReport({1: 3, 2: 2, 3: 1}, {2, 3}, unfused={"r"})
+    assert first == StepReport({1: 1, 2: 1}, {2}), "the first keeps its own"
+    assert StepReport(unfused={"r"}).aggregate(StepReport(unfused={"s"})).unfused == {"r", "s"}
     times = StepReport(prefills=[(9, 0.5)], copies=[(4, 0.1)])
     total = times.aggregate(StepReport(prefills=[(9, 0.7)])).aggregate(StepReport(copies=[(4, 0.2)]))
     assert total == StepReport(prefills=[(9, 0.5), (9, 0.7)], copies=[(4, 0.1), (4, 0.2)])
@@ -40,11 +40,12 @@ def test_reports_add_up():
 def test_orders_and_handshakes_are_plain_data():
     job = Job(7, np.array([3, 4], dtype=np.int64), np.array([90, 91], dtype=np.int64), "r1")
     copy = Job(8, job.rows, job.slots, device=True)
-    orders = pickle.loads(pickle.dumps(StepOrders([job], [job, copy], {5}, 16, 700)))
-    assert (orders.invalid_blocks, orders.block_tokens, orders.tokens) == ({5}, 16, 700)
+    given = StepOrders([job], [job, copy], given_up={"r2": [5]}, block_tokens=16, tokens=700)
+    orders = pickle.loads(pickle.dumps(given))
+    assert (orders.given_up, orders.block_tokens, orders.tokens) == ({"r2": [5]}, 16, 700)
     assert [each.device for each in orders.stores] == [False, True]
     (came,) = orders.loads
-    assert (came.id, came.finishes, came.rows.dtype) == (7, "r1", np.int64)
+    assert (came.id, came.request, came.rows.dtype) == (7, "r1", np.int64)
     assert came.rows.tolist() == [3, 4] and came.slots.tolist() == [90, 91]
     assert pickle.loads(pickle.dumps(Handshake("why"))) == Handshake("why")
 
@@ -71,21 +72,32 @@ def test_a_worker_says_why_it_cannot_take_part(worker):
 
 
 def test_a_worker_without_a_tier_fails_its_orders_and_frees_what_waits(worker):
-    load = Job(1, np.array([0]), np.array([37]))
+    load = Job(1, np.array([0]), np.array([37]), "r0")
     store = Job(2, np.array([0]), np.array([50]), "r1")
-    orders = StepOrders([load], [store], {9}, 16)
-    worker.load(orders)
+    worker.begin(StepOrders([load], [store], given_up={"r2": [9]}, finishing={"r1"}, block_tokens=16))
+    worker.carry_out()
     assert worker.take_invalid_blocks() == {9, 2} and worker.take_invalid_blocks() == set()
-    worker.store(orders)
-    assert worker.take_finished() == {"r1"} and worker.take_finished() == set()
-    assert worker.take_report() == StepReport({1: 1, 2: 1}, {1, 2}, True)
+    assert worker.take_finished() == ({"r1"}, {"r0", "r2"}) and worker.take_finished() == (set(), set())
+    assert worker.take_report() == StepReport({1: 1, 2: 1}, {1, 2})
     assert worker.take_report() is None
     worker.close(), worker.close()
 
 
-def test_promises_that_nobody_ordered_taint_a_report_too(worker):
-    worker.load(StepOrders(invalid_blocks={4}))
-    assert worker.take_report() == StepReport(tainted=True)
+def test_what_was_ordered_is_carried_out_once_by_whatever_vllm_calls_first(worker):
+    """0.25 to 0.30 call only for what has finished in a step without a forward; others for saves too."""
+    connector = RagKVConnector.__new__(RagKVConnector)
+    connector._worker = worker
+    store = Job(2, np.array([0]), np.array([50]), "r1")
+    for calls in (("get_finished",), ("wait_for_save", "get_finished"), ("get_finished", "wait_for_save")):
+        connector.bind_connector_metadata(StepOrders([], [store], finishing={"r1"}, block_tokens=16))
+        connector.start_load_kv(None)
+        told = [
+            connector.get_finished(set()) if call == "get_finished" else connector.wait_for_save()
+            for call in calls
+        ]
+        assert [each for each in told if each is not None] == [({"r1"}, None)]
+        assert connector.build_connector_worker_meta() == StepReport({2: 1}, {2})
+        assert connector.get_finished(set()) == (None, None)
 
 
 # --- the early look at the settings ---

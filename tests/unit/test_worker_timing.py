@@ -96,8 +96,7 @@ def orders(loads=(), stores=(), tokens=0):
 
 def step(side, **given):
     side.begin(orders(**given))
-    side.load(orders(**given))
-    side.store(orders(**given))
+    side.carry_out()
 
 
 def test_what_was_stored_in_device_rows_is_loaded_from_there(made):
@@ -144,15 +143,15 @@ def test_without_a_page_there_is_no_pool_and_its_jobs_fail_alone(made, capacity)
         stores=[job(2, rows, slots, device=True), job(3, rows, slots)],
     )
     report = side.take_report()
-    assert report.failed == {1, 2} and report.done == {1: 1, 2: 1, 3: 1} and report.tainted
-    assert side.take_invalid_blocks() == {0, 1}
+    assert report.failed == {1, 2} and report.done == {1: 1, 2: 1, 3: 1}
+    assert side.take_invalid_blocks() == {0, 1} and side.take_finished() == (set(), {""})
     counters = metrics.drain()["counters"]
     assert counters[m.ERRORS + m.SEPARATOR + "load"] == counters[m.ERRORS + m.SEPARATOR + "store"] == 1
 
 
 def test_a_row_outside_the_pool_fails_its_jobs(made):
     side, _, _ = made()
-    side.load(orders(loads=[job(1, [DEVICE_PAGES * PAGE], [40], device=True), job(2, [0], [0])]))
+    step(side, loads=[job(1, [DEVICE_PAGES * PAGE], [40], device=True), job(2, [0], [0])])
     assert side.take_report().failed == {1}
     assert side.take_invalid_blocks() == {5}
 
@@ -163,7 +162,7 @@ def test_a_row_outside_the_pool_fails_its_jobs(made):
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in ("worker", "timing"):
+    for module in ("transfer", "timing"):
         monkeypatch.setattr(f"ragkv.connectors.vllm.{module}.time.perf_counter", made)
     return made
 
@@ -172,7 +171,7 @@ def test_a_steps_forward_is_timed(made, clock):
     side, _, _ = made()
     side.begin(orders(tokens=500))
     clock.now += 40.0
-    side.store(orders(tokens=500))
+    side.carry_out(), side.carry_out()
     assert side.take_report() == StepReport(prefills=[(500, 41.0)])
     assert side.take_report() is None
 
@@ -193,18 +192,18 @@ def test_neither_loads_nor_stores_count_for_the_forward(made, clock):
     assert side.take_report().prefills == [(100, 1.0)]
 
 
-def test_loads_from_memory_are_timed_as_one_copy_and_others_are_not(made, clock):
+def test_loads_from_memory_are_timed_and_others_are_not(made, clock):
     side, _, _ = made()
     loads = [job(1, range(20), range(20)), job(2, range(20, 30), range(20, 30)), job(3, [0], [40], device=True)]
     step(side, loads=loads)
-    assert side.take_report() == StepReport({1: 1, 2: 1, 3: 1}, copies=[(30, 1.0)])
-    side.store(orders(stores=[job(4, range(20), range(20))]))
+    assert side.take_report() == StepReport({1: 1, 2: 1, 3: 1}, copies=[(20, 1.0), (10, 1.0)])
+    step(side, stores=[job(4, range(20), range(20))])
     assert side.take_report() == StepReport({4: 1})
 
 
 def test_a_load_that_fails_says_nothing_of_times(made):
     side, _, _ = made()
-    side.load(orders(loads=[job(1, [10**9], [0])]))
+    step(side, loads=[job(1, [10**9], [0])])
     assert side.take_report().copies == []
 
 
