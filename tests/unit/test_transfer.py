@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache
+from ragkv.connectors.vllm.streams import DirectStreams
 from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, make_mover
 from ragkv.errors import FusionError
 
@@ -51,7 +52,8 @@ class World:
         if kind == "direct":
             return DirectMover(self.caches, self.tier)
         pages = int(kind.removeprefix("staged"))  # pages in half the staging buffer
-        return StagedMover(self.caches, self.tier, 2 * pages * PAGE * self.geometry.token_bytes, CPU)
+        staging = 2 * pages * PAGE * self.geometry.token_bytes
+        return StagedMover(self.caches, self.tier, staging, CPU, DirectStreams())
 
     def in_cache(self, slot):
         """A slot's elements [layers, 2, heads, dim], found without the code under test."""
@@ -139,7 +141,16 @@ def test_moved_keys_are_turned_on_the_way_and_values_are_not(mover, itemsize):
     world = World(strided, itemsize, 2, 1, seed=5)
     copies, (rows, slots) = world.mover(mover), world.some(25)
     shifts = torch.randint(-90, 90, (25,), generator=world.chance)
-    copies.turn = lambda layer, raw, by: raw + ((10 * layer + by) % 251)[:, None, None].to(raw.dtype)
+
+    def prepare(by):
+        def turn(layers, raw):
+            assert raw.shape == (len(layers), len(by), HEADS, DIM)
+            more = 10 * torch.tensor(layers)[:, None] + by
+            return raw + (more % 251)[:, :, None, None].to(raw.dtype)
+
+        return turn
+
+    copies.turn = prepare
     copies.load(rows, slots, shifts)
     for row, slot, by in zip(rows.tolist(), slots.tolist(), shifts.tolist(), strict=True):
         want = world.in_tier(row).clone()
