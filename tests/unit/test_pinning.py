@@ -5,36 +5,9 @@ import ctypes
 import pytest
 import torch
 
+from fake_cudart import Runtime
 from ragkv.connectors.vllm import pinning
-from ragkv.connectors.vllm.pinning import ALREADY_REGISTERED, find_runtime, piece_pages, pin
-
-
-class Runtime:
-    """CUDA's, as far as registrations go. `errors`: by number of the call, what registering gives."""
-
-    def __init__(self, errors=None):
-        self.errors, self.pieces, self.last, self.calls = errors or {}, {}, 0, 0
-
-    def cudaHostRegister(self, address, size, flags):
-        error = self.errors.get(self.calls, 0)
-        self.calls += 1
-        if any(start <= address.value < start + length for start, length in self.pieces.items()):
-            error = ALREADY_REGISTERED
-        if not error:
-            self.pieces[address.value] = size.value
-        return self._note(error)
-
-    def cudaHostUnregister(self, address):
-        return self._note(0 if self.pieces.pop(address.value, None) else 713)
-
-    def cudaGetLastError(self):
-        error, self.last = self.last, 0
-        return error
-
-    def _note(self, error):
-        self.last = error or self.last
-        return error
-
+from ragkv.connectors.vllm.pinning import find_runtime, piece_pages, pin
 
 PAGE = 48
 
