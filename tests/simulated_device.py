@@ -15,6 +15,10 @@ class SimulatedEvent:
         while not self.over:
             assert self._device.step(), "an event that never comes"
 
+    def since(self, start):
+        """One thing done is a second."""
+        return self.at - start.at
+
 
 class SimulatedStream:
     def __init__(self, device):
@@ -27,7 +31,7 @@ class SimulatedStream:
         event = SimulatedEvent(self._device)
 
         def reach():
-            event.over = True
+            event.over, event.at = True, self._device.done
 
         self.queue.append(reach)
         return event
@@ -47,7 +51,7 @@ class SimulatedStream:
 
 class SimulatedStreams:
     def __init__(self, choose):
-        self._choose = choose
+        self._choose, self.done = choose, 0
         self.compute, self.load, self.store = (SimulatedStream(self) for _ in range(3))
 
     def step(self):
@@ -55,6 +59,7 @@ class SimulatedStreams:
         ready = [stream for stream in (self.compute, self.load, self.store) if stream.can_go_on()]
         if not ready:
             return False
+        self.done += 1
         ready[self._choose(len(ready))].queue.popleft()()
         return True
 
@@ -83,7 +88,7 @@ class Tampered:
         event = self._stream.record()
         if "record" in self._broken:
             event = SimulatedEvent(None)
-            event.over = True
+            event.over, event.at = True, 0
         return event
 
     def wait(self, event):

@@ -5,6 +5,7 @@ where one waits for an event of the other. `CudaStreams` are those of an acceler
 everything at once, on a CPU. Tests have a third kind, which runs late and in any order that these rules allow.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Let the host wait until the stream has come to this point."""
+
+    def since(self, start: "Event") -> float:
+        """Seconds that the stream took from an earlier event of it to this one; both are over."""
 
 
 class Stream(Protocol):
@@ -55,12 +59,20 @@ class Streams(Protocol):
 class DirectEvent:
     """A point that has been reached."""
 
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+
     def query(self) -> bool:
         """Always true."""
         return True
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+    def since(self, start: Event) -> float:
+        """By the clock."""
+        assert isinstance(start, DirectEvent)
+        return self._at - start._at
 
 
 class DirectStream:
@@ -88,6 +100,27 @@ class DirectStreams:
         self.compute = self.load = self.store = DirectStream()
 
 
+class CudaEvent:
+    """An event of CUDA's, recorded in a stream when it is made."""
+
+    def __init__(self, stream: Any) -> None:
+        self.event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+
+    def query(self) -> bool:
+        """Raises what the device has to report."""
+        return bool(self.event.query())
+
+    def synchronize(self) -> None:
+        """Raises what the device has to report."""
+        self.event.synchronize()
+
+    def since(self, start: Event) -> float:
+        """By the device's clock."""
+        assert isinstance(start, CudaEvent)
+        return float(start.event.elapsed_time(self.event)) / 1000
+
+
 class CudaStream:
     """A stream of CUDA's; without one, whichever is current when something is asked of it."""
 
@@ -101,13 +134,12 @@ class CudaStream:
 
     def record(self) -> Event:
         """An event of CUDA's."""
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._current())
-        return event  # type: ignore[no-any-return]
+        return CudaEvent(self._current())
 
     def wait(self, event: Event) -> None:
         """`event` must be CUDA's."""
-        self._current().wait_event(event)
+        assert isinstance(event, CudaEvent)
+        self._current().wait_event(event.event)
 
     def synchronize(self) -> None:
         """Raises what the device has to report."""

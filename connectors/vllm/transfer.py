@@ -22,7 +22,16 @@ import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Layers, widened
 from ragkv.connectors.vllm.pinning import piece_pages, pin
-from ragkv.connectors.vllm.streams import CudaStream, DirectStream, Event, Packed, Stream, Streams, make_streams
+from ragkv.connectors.vllm.streams import (
+    CudaStream,
+    DirectEvent,
+    DirectStream,
+    Event,
+    Packed,
+    Stream,
+    Streams,
+    make_streams,
+)
 from ragkv.errors import FusionError
 
 Indices = npt.NDArray[np.int64]
@@ -40,20 +49,31 @@ class Ticket(Protocol):
     def query(self) -> bool:
         """True once the copy has ended. Never waits; raises what the device has to report."""
 
+    def seconds(self) -> float | None:
+        """How long the device was at it; None: it has not ended, or that is not known."""
+
 
 class Done:
-    """The ticket of a copy that has ended already."""
+    """The ticket of a copy that has ended already, after so many seconds."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds
 
     def query(self) -> bool:
         """Always true."""
         return True
 
+    def seconds(self) -> float | None:
+        """As it was told."""
+        return self._seconds
+
 
 class Ordered:
-    """The ticket of what was ordered up to an event; keeps what the copies read until they are over."""
+    """The ticket of what was ordered up to an event, from `start` on (an event of the same stream); keeps what the
+    copies read until they are over."""
 
-    def __init__(self, event: Event, kept: Sequence[object] = ()) -> None:
-        self._event, self._kept = event, kept
+    def __init__(self, event: Event, kept: Sequence[object] = (), start: Event | None = None) -> None:
+        self._event, self._kept, self._start = event, kept, start
 
     def query(self) -> bool:
         """Whether the event is over."""
@@ -61,6 +81,10 @@ class Ordered:
             return False
         self._kept = ()
         return True
+
+    def seconds(self) -> float | None:
+        """By the device's clock; what came before it in its stream does not count."""
+        return self._event.since(self._start) if self._start is not None and self.query() else None
 
 
 class Mover(Protocol):
@@ -149,6 +173,7 @@ class _Copier:
         tokens = self.layers.kernel_tokens
         return Packed([first, slots // tokens, slots % tokens], self.device)
 
+    @torch.inference_mode()  # as vLLM's steps are, in which its caches may have been made
     def scatter(self, source: torch.Tensor, packed: Packed, turn: Turn | None) -> None:
         """Write all layers of some tokens from their first rows in `source` on to their slots."""
         first, blocks, offsets = packed.on_device()
@@ -159,6 +184,7 @@ class _Copier:
         self.layers.write((blocks, offsets), 0, keys)
         self.layers.write((blocks, offsets), 1, raw[:, 1])
 
+    @torch.inference_mode()
     def gather(self, target: torch.Tensor, packed: Packed) -> None:
         """Write all layers of some tokens from their slots to `target`, from their first rows on."""
         first, blocks, offsets = packed.on_device()
@@ -186,19 +212,20 @@ class DirectMover:
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
         """Tier to cache."""
-        turns = _prepare(self.turn, shifts)
+        turns, start = _prepare(self.turn, shifts), self._stream.record()
         for part in self._parts(rows, slots):
             packed = self._pack(rows, slots, part)
             turn = None if turns is None or shifts is None else turns(shifts[part])
             self._stream.submit(functools.partial(self._copier.scatter, self._tier.rows, packed, turn))
-        return Done()
+        return self._done(start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Cache to tier."""
+        start = self._stream.record()
         for part in self._parts(rows, slots):
             packed = self._pack(rows, slots, part)
             self._stream.submit(functools.partial(self._copier.gather, self._tier.rows, packed))
-        return Done()
+        return self._done(start)
 
     def fence_stores(self) -> None:
         """The compute stream carries out stores itself."""
@@ -210,6 +237,10 @@ class DirectMover:
     def close(self) -> None:
         """Wait for the compute stream."""
         self._stream.synchronize()
+
+    def _done(self, start: Event) -> Ticket:
+        end = self._stream.record()
+        return Done(end.since(start) if isinstance(end, DirectEvent) else None)
 
     def _parts(self, rows: torch.Tensor, slots: torch.Tensor) -> Iterator[slice]:
         self._copier.check(rows.numpy(), slots.numpy())
@@ -255,21 +286,23 @@ class StagedMover:
         turns, stream = _prepare(self.turn, shifts), self._streams.load
         batches = self._batches(rows.numpy(), slots.numpy())
         stream.wait(self._streams.compute.record())  # forwards under way may still use these blocks
+        start = stream.record()
         for batch in batches:
             turn = None if turns is None or shifts is None else turns(shifts[torch.from_numpy(batch.part)])
             stream.submit(functools.partial(self._fetch, batch))
             stream.submit(functools.partial(self._copier.scatter, self._staging[0], batch.packed, turn))
-        return Ordered(stream.record(), batches)
+        return Ordered(stream.record(), batches, start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Cache to tier, on the store stream."""
         stream = self._streams.store
         batches = self._batches(rows.numpy(), slots.numpy())
         stream.wait(self._streams.compute.record())  # forwards under way compute what is to be stored
+        start = stream.record()
         for batch in batches:
             stream.submit(functools.partial(self._copier.gather, self._staging[1], batch.packed))
             stream.submit(functools.partial(self._send, batch))
-        return Ordered(stream.record(), batches)
+        return Ordered(stream.record(), batches, start)
 
     def fence_stores(self) -> None:
         """Let the compute stream wait for the store stream."""

@@ -227,6 +227,23 @@ def test_what_else_a_mover_owes_where_all_is_over_at_once(mover):
     copies.close()
 
 
+def test_a_ticket_tells_how_long_the_device_was_at_it():
+    """Not how long it waited: for forwards, or for other copies."""
+    world, device = World(strided, 2, 1, 0), SimulatedStreams(lambda ready: 0)
+    mover = StagedMover(world.caches, world.tier, 2 * PAGE * world.geometry.token_bytes, CPU, device)
+    for _ in range(5):
+        device.compute.submit(lambda: None)
+    rows, slots = torch.arange(3 * PAGE), torch.arange(3 * PAGE)
+    tickets = [mover.load(rows, slots), mover.load(rows[:PAGE], slots[:PAGE])]
+    assert [ticket.seconds() for ticket in tickets] == [None, None]
+    device.finish()
+    fetches_and_scatters = [2 * 3, 2 * 1]
+    assert [ticket.seconds() for ticket in tickets] == [n + 1 for n in fetches_and_scatters]
+    assert mover.ordered("load").seconds() is None
+    direct = world.mover("direct").load(rows, slots)
+    assert direct.query() and direct.seconds() > 0
+
+
 def test_a_ticket_keeps_what_is_read_until_the_copy_is_over():
     class Kept:
         pass
