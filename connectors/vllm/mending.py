@@ -15,7 +15,8 @@ from ragkv.errors import FusionError
 
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
-TURN_BYTES = 16 << 20  # of keys in float32 that are rotated at once; what it needs beside them is four times that
+TURN_BYTES = 16 << 20  # of keys in float32 that are rotated at once
+TURN_DEVICE_BYTES = 5 * TURN_BYTES  # with what is computed beside them
 
 
 def element_type(vllm_config: Any, shape: Shape) -> torch.dtype:

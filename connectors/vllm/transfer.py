@@ -40,7 +40,7 @@ Prepare = Callable[[torch.Tensor], Turn]  # int64 [tokens] on the CPU, how far e
 Kind = Literal["load", "store"]
 
 LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the bus's speed
-DIRECT_BYTES = 64 << 20  # that a copy within one device moves at once: what it needs beside them is as large
+DIRECT_BYTES = 32 << 20  # that a copy within one device moves at once: what it needs beside them is as large
 
 
 class Ticket(Protocol):
@@ -91,7 +91,8 @@ class Mover(Protocol):
     """Copies between the engine's cache and one tier.
 
     `most_tokens`: that one call should move; see `pieces`. `device_bytes`: the accelerator's memory that it takes
-    at most, beside caches and tier. `turn`: what prepares the rotation of moved keys; None where there is none.
+    at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated. `turn`:
+    what prepares their rotation; None where there is none.
     """
 
     most_tokens: int
