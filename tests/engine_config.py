@@ -32,7 +32,10 @@ def config(**change):
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         model_config=SimpleNamespace(**model),
-        cache_config=SimpleNamespace(cache_dtype=change.pop("cache_dtype", "auto")),
+        cache_config=SimpleNamespace(
+            cache_dtype=change.pop("cache_dtype", "auto"),
+            calculate_kv_scales=change.pop("calculate_kv_scales", False),
+        ),
         load_config=SimpleNamespace(load_format=change.pop("load_format", "auto")),
         speculative_config=change.pop("speculative_config", None),
     )

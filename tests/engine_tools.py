@@ -272,4 +272,4 @@ def set_turning(worker, on):
     if on:
         mover.turn = worker.ragkv_turn
     else:
-        worker.ragkv_turn, mover.turn = mover.turn, lambda number, raw, shifts: raw
+        worker.ragkv_turn, mover.turn = mover.turn, lambda shifts: lambda layers, raw: raw

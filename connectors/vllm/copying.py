@@ -130,7 +130,7 @@ class Copier:
         except Exception as error:  # whatever it is: this job failed, and is reported so
             self._faults.note("load" if each.is_load else "store", error)
             self._fail(each, mover)
-        return part.stop - part.start
+        return int(part.stop - part.start)
 
     def _fail(self, each: Running, mover: Mover | None) -> None:
         each.failed = True

@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ragkv.connectors.vllm.protocol import Indices, Run, TokenIds, positions_of, slots_of
+from ragkv.connectors.vllm.streams import Event, Packed, Stream, make_streams
 
+MOST_TOKENS = 2048  # of one forward: vLLM's memory profiling did not see it, so its activations must be small
 ATTENTION_INPUTS = ("query", "key", "value")
 
 
@@ -40,7 +42,10 @@ class EngineForward:
         backend = next(iter(layers.values())).get_attn_backend()
         self._builder = backend.get_builder_cls()(spec, self._layers, vllm_config, device)
         scheduler = vllm_config.scheduler_config
-        self._most_runs, self._most_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self._most_runs = scheduler.max_num_seqs
+        self._most_tokens = min(scheduler.max_num_batched_tokens, MOST_TOKENS)
+        self._compute: Stream = make_streams(device).compute
+        self._last: Event | None = None  # behind the last forward
 
     def compute(self, tokens: TokenIds, positions: Indices, blocks: Indices) -> None:
         """Compute K and V of the tokens at `positions` (ascending) and put them into the request's `blocks`.
@@ -56,41 +61,54 @@ class EngineForward:
         return batches(runs_of(positions), self._most_runs, self._most_tokens)
 
     def forward(self, tokens: TokenIds, runs: list[Run], blocks: Indices) -> None:
-        """As `compute`, of one batch."""
+        """As `compute`, of one batch. The host waits for the forward before it, and for nothing else of ours."""
         runs = sorted(runs, key=lambda run: run[1] - run[0])  # backends that tell decodes apart want them first
         positions = positions_of(runs)
-        slots = self._on_device(slots_of(blocks, positions, self._block_tokens))
-        common = self._common(runs, positions, slots, blocks)
-        metadata = self._builder.build(0, common)
-        ids = self._on_device(tokens[positions].astype(np.int32))
-        with self._context(dict.fromkeys(self._layers, metadata), dict.fromkeys(self._layers, slots), len(ids)):
-            self._model(input_ids=ids, positions=self._on_device(positions))
+        lengths = np.array([end - start for start, end in runs], dtype=np.int32)
+        ends = np.array([end for _, end in runs], dtype=np.int32)
+        begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        used = blocks[: -(-int(ends.max()) // self._block_tokens)]
+        table = (used[:, None] * self._split + np.arange(self._split)).reshape(1, -1).astype(np.int32)
+        slots = slots_of(blocks, positions, self._block_tokens)
+        ids = tokens[positions].astype(np.int32)
+        if self._last is not None:
+            self._last.synchronize()  # builders write into host buffers that the last forward's copies may read
+        sent = Packed([slots, positions, ids, begins, ends, np.repeat(table, len(runs), axis=0)], self._device)
+        on_device = Sent(*sent.on_device())
+        metadata = self._builder.build(0, self._common(lengths, begins, ends, on_device))
+        slot_mapping = dict.fromkeys(self._layers, on_device.slots)
+        try:
+            with self._context(dict.fromkeys(self._layers, metadata), slot_mapping, len(ids)):
+                self._model(input_ids=on_device.ids, positions=on_device.positions)
+        finally:  # a watch may have ended it
+            self._last = self._compute.record()
 
-    def _common(self, runs: list[Run], positions: Indices, slots: torch.Tensor, blocks: Indices) -> Any:
+    def _common(
+        self,
+        lengths: np.ndarray[Any, Any],
+        begins: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+        sent: "Sent",
+    ) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        lengths = np.array([end - start for start, end in runs], dtype=np.int32)
-        begins = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        ends = torch.tensor([end for _, end in runs], dtype=torch.int32)
-        longest = int(ends.max())
-        used = blocks[: -(-longest // self._block_tokens)]
-        table = (used[:, None] * self._split + np.arange(self._split)).reshape(1, -1).astype(np.int32)
+        ends_cpu = torch.from_numpy(ends)
         given = {
-            "query_start_loc": begins.to(self._device),
-            "query_start_loc_cpu": begins,
-            "seq_lens": ends.to(self._device),
-            "seq_lens_cpu_upper_bound": ends,
-            "_seq_lens_cpu": ends,
-            "_num_computed_tokens_cpu": ends - torch.from_numpy(lengths),
-            "num_reqs": len(runs),
-            "num_actual_tokens": len(positions),
+            "query_start_loc": sent.begins,
+            "query_start_loc_cpu": torch.from_numpy(begins),
+            "seq_lens": sent.ends,
+            "seq_lens_cpu_upper_bound": ends_cpu,
+            "_seq_lens_cpu": ends_cpu,
+            "_num_computed_tokens_cpu": torch.from_numpy(ends - lengths),
+            "num_reqs": len(lengths),
+            "num_actual_tokens": int(lengths.sum()),
             "max_query_len": int(lengths.max()),
-            "max_seq_len": longest,
-            "block_table_tensor": self._on_device(np.repeat(table, len(runs), axis=0)),
-            "slot_mapping": slots,
+            "max_seq_len": int(ends.max()),
+            "block_table_tensor": sent.table,
+            "slot_mapping": sent.slots,
             "causal": True,
-            "positions": self._on_device(positions),
-            "is_prefilling": torch.ones(len(runs), dtype=torch.bool),
+            "positions": sent.positions,
+            "is_prefilling": torch.ones(len(lengths), dtype=torch.bool),
         }
         known = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
         return CommonAttentionMetadata(**{name: value for name, value in given.items() if name in known})
@@ -104,8 +122,16 @@ class EngineForward:
         with set_forward_context(metadata, self._config, **{k: v for k, v in given.items() if k in known}):
             yield
 
-    def _on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+class Sent(NamedTuple):
+    """What a forward reads, on the device."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    ids: torch.Tensor
+    begins: torch.Tensor
+    ends: torch.Tensor
+    table: torch.Tensor
 
 
 class _Enough(Exception):

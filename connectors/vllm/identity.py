@@ -58,6 +58,8 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
     if quantised not in ("NONE", "FP8_PER_TENSOR"):  # the others keep scales that no element tells of
         raise LayoutError(f"KV quantised by {quantised}; supported: none, or fp8 with one scale a tensor")
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise LayoutError("calculate_kv_scales: fp8 scales differ from start to start; supported: False")
     if spec.head_size != getattr(spec, "head_size_v", spec.head_size):
         raise LayoutError(f"head sizes of K and V differ: {spec.head_size}, {spec.head_size_v}")
     layers = tuple(groups[0].layer_names)

@@ -6,6 +6,8 @@ many rounds as an element's number has bits, and so learns the number of the ele
 What it learns must be a bijection, the same in every layer and in another block, or the layout is refused.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +48,12 @@ class LayerCache:
         raw = cache.view(RAW[cache.element_size()])
         self._stride = raw.stride(0)
         self._blocks = raw.shape[0]
+        self.slots = self._blocks * kernel_tokens  # how many there are
         self._first = int(raw.storage_offset())
         self._storage = raw.as_strided((_reach(raw),), (1,), self._first)
         self._places = places - self._first
         self.views = self._strided()
+        self._places = self._places.to(cache.device)  # once: a copy to the device at each use would be waited for
 
     def _strided(self) -> Views | None:
         """K and V as [blocks, tokens, heads, head_dim] views, if the layout is strided."""
@@ -93,7 +97,51 @@ class LayerCache:
 
     def _addresses(self, found: Views, kind: int) -> torch.Tensor:
         blocks, offsets = found
-        return self._places.to(blocks.device)[offsets, kind] + (blocks * self._stride)[:, None, None]
+        return self._places[offsets, kind] + (blocks * self._stride)[:, None, None]
+
+
+class Layers:
+    """All layers' caches, read and written together: K or V of some slots, raw [layers, tokens, heads, head_dim].
+
+    Where all are views of one storage, one kernel serves all layers; else each has its own.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache]) -> None:
+        self._caches = caches
+        self.kernel_tokens, self.slots = caches[0].kernel_tokens, caches[0].slots
+        keys, values = (_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in (0, 1))
+        self.views: Views | None = None if keys is None or values is None else (keys, values)
+
+    def read(self, found: Views, kind: int, raw: torch.dtype) -> torch.Tensor:
+        """K (`kind` 0) or V (1) of the found slots (blocks and offsets, on the caches' device)."""
+        if self.views is None:
+            return torch.stack([cache.read(found, kind) for cache in self._caches])
+        return self.views[kind][:, found[0], found[1]].view(raw)
+
+    def write(self, found: Views, kind: int, raw: torch.Tensor) -> None:
+        """Put `raw` [layers, tokens, heads, head_dim] into the found slots."""
+        if self.views is None:
+            for number, cache in enumerate(self._caches):
+                cache.write(found, kind, raw[number])
+        else:
+            self.views[kind][:, found[0], found[1]] = raw.view(self.views[kind].dtype)
+
+
+def _stacked(given: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Views that stand at a constant distance in one storage as one, [views, *shape]; None if they do not."""
+    views = [view for view in given if view is not None]
+    if len(views) < len(given):
+        return None
+    first, starts = views[0], [view.storage_offset() for view in views]
+    steps = {after - before for before, after in itertools.pairwise(starts)} or {0}
+    alike = all(
+        (view.shape, view.stride(), view.dtype) == (first.shape, first.stride(), first.dtype)
+        and view.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for view in views
+    )
+    if not alike or len(steps) > 1 or min(steps) < 0:
+        return None
+    return first.as_strided((len(views), *first.shape), (min(steps), *first.stride()), starts[0])
 
 
 def widened(raw: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What fusion needs of an engine: a model whose keys can be rotated, and a way through its forward."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,13 @@ from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layout import RAW, LayerCache
 from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.rope import rotations
+from ragkv.connectors.vllm.transfer import Prepare, Turn
 from ragkv.errors import FusionError
 
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+TURN_BYTES = 16 << 20  # of keys in float32 that are rotated at once
+TURN_DEVICE_BYTES = 5 * TURN_BYTES  # with what is computed beside them
 
 
 def element_type(vllm_config: Any, shape: Shape) -> torch.dtype:
@@ -20,17 +24,37 @@ def element_type(vllm_config: Any, shape: Shape) -> torch.dtype:
     return FLOAT8.get(str(vllm_config.cache_config.cache_dtype), shape.dtype)
 
 
-def make_turn(
-    vllm_config: Any, shape: Shape, model: Any
-) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Rotates raw keys of a layer. FusionError: the model's positions are of a kind that cannot be."""
+def make_turn(vllm_config: Any, shape: Shape, model: Any) -> Prepare:
+    """What prepares, for the tokens of a copy, the rotation of their raw keys in any layers. FusionError: the
+    model's positions are of a kind that cannot be rotated."""
     by_layer, dtype = rotations(model, shape.layers), element_type(vllm_config, shape)
+    raw_type, geometry = RAW[shape.geometry.itemsize], shape.geometry
+    token_bytes = 4 * geometry.heads * geometry.head_dim  # in float32
 
-    def turn(number: int, raw: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-        turned = by_layer[number].turn(raw.view(dtype), shifts)
-        return turned.view(RAW[shape.geometry.itemsize])
+    def prepare(shifts: torch.Tensor) -> Turn:
+        distinct = {id(rotation): rotation for rotation in by_layer}
+        prepared = {number: rotation.prepare(shifts) for number, rotation in distinct.items()}
+        most = max(1, TURN_BYTES // max(1, token_bytes * len(shifts)))
 
-    return turn
+        def turn(layers: range, raw: torch.Tensor) -> torch.Tensor:
+            turned = torch.empty(raw.shape, dtype=raw_type, device=raw.device)
+            for some in together([id(by_layer[number]) for number in layers], most):
+                turning = prepared[id(by_layer[layers[some.start]])]
+                turned[some] = turning(raw[some].view(dtype)).view(raw_type)
+            return turned
+
+        return turn
+
+    return prepare
+
+
+def together(kinds: Sequence[int], most: int) -> Iterator[slice]:
+    """Slices of at most `most` layers, each of one kind."""
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or end - start == most or kinds[end] != kinds[start]:
+            yield slice(start, end)
+            start = end
 
 
 def make_fuser(

@@ -14,6 +14,7 @@ import torch
 from ragkv.connectors.vllm.forward import EngineForward, watch
 from ragkv.connectors.vllm.layout import LayerCache
 from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
+from ragkv.connectors.vllm.streams import Packed
 from ragkv.kvstore.fusion.selection import SELECTIONS, Look, Selection, deviation_scores, query_scores
 
 
@@ -60,18 +61,21 @@ class Fuser:
         """How far moved keys are from those that a forward over all tokens gives in an early layer. What it gives
         there is kept: up to that layer nothing is left to mend."""
         number = selection.early_layer(len(self._layers))
-        layer, scores = self._layers[number], [torch.zeros(0, device=self._layers[number].kv_cache.device)]
+        layer = self._layers[number]
+        device = layer.kv_cache.device
+        scores = [torch.zeros(0, device=device)]
 
         def compare(_: int, inputs: Any) -> None:
-            positions = positions_of(runs)
-            keys, values = (side.reshape(len(positions), layer.num_kv_heads, -1) for side in inputs[1:])
-            here = np.isin(positions, moved, assume_unique=True)
-            fresh = keys[torch.from_numpy(here).to(keys.device)]
-            scores.append(deviation_scores(fresh, self._keys(number, fusion, positions[here])))
-            slots = torch.from_numpy(slots_of(fusion.blocks, positions, self._block_tokens)).to(keys.device)
+            keys, values = (side.reshape(len(slots), layer.num_kv_heads, -1) for side in inputs[1:])
+            scores.append(deviation_scores(keys[here], self._keys(number, moved_slots)))
             layer.impl.do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots)
 
         for runs in self._forward.batches(np.arange(fusion.start, fusion.end, dtype=np.int64)):
+            positions = positions_of(runs)
+            among = np.flatnonzero(np.isin(positions, moved, assume_unique=True))
+            every = slots_of(fusion.blocks, positions, self._block_tokens)
+            sent = Packed([every, among, every[among]], device)
+            slots, here, moved_slots = sent.on_device()
             with watch([layer], compare, stop=True):
                 self._forward.forward(fusion.tokens, runs, fusion.blocks)
         return torch.cat(scores)
@@ -79,24 +83,25 @@ class Fuser:
     def _question(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
         """How much the question attends to each moved token, among all before it. It is run right behind them, in
         the places of tokens that are computed afterwards."""
-        before = np.arange(fusion.asked, dtype=np.int64)
+        before = slots_of(fusion.blocks, np.arange(fusion.asked, dtype=np.int64), self._block_tokens)
         tokens = np.concatenate([fusion.tokens[: fusion.asked], fusion.question])
         numbers = selection.question_layers(len(self._layers))
         layers = [self._layers[number] for number in numbers]
-        scores = torch.zeros(fusion.asked, dtype=torch.float32, device=layers[0].kv_cache.device)
+        device = layers[0].kv_cache.device
+        slots, among = Packed([before, moved], device).on_device()
+        scores = torch.zeros(fusion.asked, dtype=torch.float32, device=device)
 
         def look(place: int, inputs: Any) -> None:
             layer = layers[place]
             queries = inputs[0].reshape(-1, layer.num_heads, layer.head_size)
-            scores.add_(query_scores(queries, self._keys(numbers[place], fusion, before), layer.impl.scale))
+            scores.add_(query_scores(queries, self._keys(numbers[place], slots), layer.impl.scale))
 
         with watch(layers, look, stop=True):
             self._forward.forward(tokens, [(fusion.asked, len(tokens))], fusion.blocks)
-        return scores[torch.from_numpy(moved).to(scores.device)]
+        return scores[among]
 
-    def _keys(self, number: int, fusion: Fusion, positions: Indices) -> torch.Tensor:
-        """K of some positions as the cache has them: [tokens, kv_heads, head_dim], scaled as they are used."""
+    def _keys(self, number: int, slots: torch.Tensor) -> torch.Tensor:
+        """K of some slots as the cache has them: [tokens, kv_heads, head_dim], scaled as they are used."""
         cache, layer = self._caches[number], self._layers[number]
-        slots = torch.from_numpy(slots_of(fusion.blocks, positions, self._block_tokens))
-        keys = cache.read(cache.find(slots.to(layer.kv_cache.device)), 0).view(self._dtype)
+        keys = cache.read(cache.find(slots), 0).view(self._dtype)
         return keys.float() * layer._k_scale.float() if self._dtype.itemsize == 1 else keys

@@ -2,37 +2,59 @@
 
 The tier is one array of pages `[pages, ranks, layers, 2, page_tokens, heads / ranks, head_dim]`, so that a
 tensor-parallel rank owns one unbroken stretch of every page. On the CPU, elements go straight from one to the
-other. On an accelerator they pass through a staging buffer: whole pages by DMA on a side stream, elements by
-indexing on the compute stream, which orders them against the forward without waiting for anything.
+other. On an accelerator they pass through a staging buffer: whole pages by DMA, elements by indexing, both on a
+stream beside the forwards. A load waits for the forwards that were launched before it, which may still use its
+blocks, and no forward waits for a load: its request runs once the ticket is done. A store waits for the forwards
+that were launched before it, which compute what it copies, and no forward waits for a store: its blocks are kept
+until the ticket is done, or fenced.
 """
 
-import contextlib
+import functools
 import itertools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Views, widened
+from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Layers, widened
+from ragkv.connectors.vllm.pinning import piece_pages, pin
+from ragkv.connectors.vllm.streams import (
+    CudaStream,
+    DirectEvent,
+    DirectStream,
+    Event,
+    Packed,
+    Stream,
+    Streams,
+    make_streams,
+)
 from ragkv.errors import FusionError
 
-Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, raw keys, shifts: the keys, rotated
+Indices = npt.NDArray[np.int64]
+Turn = Callable[[range, torch.Tensor], torch.Tensor]  # layers, their raw keys [layers, tokens, ...]: rotated
+Prepare = Callable[[torch.Tensor], Turn]  # int64 [tokens] on the CPU, how far each moves: what turns their keys
+Kind = Literal["load", "store"]
+
+LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the bus's speed
+DIRECT_BYTES = 32 << 20  # that a copy within one device moves at once: what it needs beside them is as large
 
 
 class Ticket(Protocol):
-    """Says when a copy has ended; torch's CUDA events do."""
+    """Says when a copy has ended."""
 
     def query(self) -> bool:
-        """True once the copy has ended."""
+        """True once the copy has ended. Never waits; raises what the device has to report."""
 
     def seconds(self) -> float | None:
-        """How long it took, once it has ended; None: nobody knows."""
+        """How long the device was at it; None: it has not ended, or that is not known."""
 
 
 class Done:
-    """The ticket of a copy that has ended already."""
+    """The ticket of a copy that has ended already, after so many seconds."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = seconds
@@ -42,8 +64,58 @@ class Done:
         return True
 
     def seconds(self) -> float | None:
-        """What it was made with."""
+        """As it was told."""
         return self._seconds
+
+
+class Ordered:
+    """The ticket of what was ordered up to an event, from `start` on (an event of the same stream); keeps what the
+    copies read until they are over."""
+
+    def __init__(self, event: Event, kept: Sequence[object] = (), start: Event | None = None) -> None:
+        self._event, self._kept, self._start = event, kept, start
+
+    def query(self) -> bool:
+        """Whether the event is over."""
+        if not self._event.query():
+            return False
+        self._kept = ()
+        return True
+
+    def seconds(self) -> float | None:
+        """By the device's clock; what came before it in its stream does not count."""
+        return self._event.since(self._start) if self._start is not None and self.query() else None
+
+
+class Mover(Protocol):
+    """Copies between the engine's cache and one tier.
+
+    `most_tokens`: that one call should move; see `pieces`. `device_bytes`: the accelerator's memory that it takes
+    at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated. `turn`:
+    what prepares their rotation; None where there is none.
+    """
+
+    most_tokens: int
+    device_bytes: int
+    turn: Prepare | None
+
+    def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
+        """Tier to cache. All int64 [tokens] on the CPU; keys are rotated by `shifts` positions. The rows' pages
+        and the slots' blocks must be left alone until the ticket is done, and after an exception until
+        `ordered("load")` is."""
+
+    def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
+        """Cache to tier, as it is after all forwards that were launched. Of each page the rows are all that it
+        holds: its other rows may be overwritten. The same must be left alone."""
+
+    def fence_stores(self) -> None:
+        """Forwards from now on wait for the stores ordered so far: they may overwrite the stores' blocks."""
+
+    def ordered(self, kind: Kind) -> Ticket:
+        """Done when all loads, or all stores, that were ordered so far are, those that raised half-way too."""
+
+    def close(self) -> None:
+        """Wait for all copies. Nothing may be ordered any more. Safe to call twice."""
 
 
 class Tier:
@@ -55,207 +127,252 @@ class Tier:
         """`elements`: the whole segment, raw, one-dimensional, a whole number of pages."""
         self.geometry, self.page_tokens = geometry, page_tokens
         self.page_rows = 2 * geometry.layers * page_tokens
+        self.page_bytes = geometry.token_bytes * page_tokens * ranks
         self._ranks, self._rank = ranks, rank
         rows = elements.view(-1, geometry.heads * geometry.head_dim)
         self.rows = widened(rows)  # the wider the elements, the fewer there are to copy
+        self.tokens = len(rows) // (self.page_rows * ranks) * page_tokens  # that it has rows for
 
-    def first_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def first_rows(self, rows: Indices) -> Indices:
         """Where the first layer's K of each row stands in `self.rows`."""
         pages, offsets = rows // self.page_tokens, rows % self.page_tokens
         return (pages * self._ranks + self._rank) * self.page_rows + offsets
 
-    def page(self, page: int) -> torch.Tensor:
-        """This rank's stretch of a page, [page_rows, heads * head_dim]."""
+    def stretch(self, page: int, count: int = 1) -> torch.Tensor:
+        """This rank's part of some consecutive pages, unbroken: [count * page_rows, heads * head_dim]."""
         first = (page * self._ranks + self._rank) * self.page_rows
-        return self.rows[first : first + self.page_rows]
+        return self.rows[first : first + count * self.page_rows]
+
+    def stretches(self, pages: Indices) -> Iterator[tuple[int, int, int]]:
+        """Ascending pages in unbroken stretches, each to be copied at once: (place among `pages`, page, count)."""
+        edge = piece_pages(self.page_bytes) if self._ranks == 1 else 1
+        cuts = np.flatnonzero((np.diff(pages) != 1) | (pages[1:] % edge == 0)) + 1
+        places = [0, *cuts.tolist(), len(pages)]
+        for place, end in itertools.pairwise(places):
+            if end > place:
+                yield place, int(pages[place]), end - place
+
+
+class _Copier:
+    """What both movers share: gather and scatter between caches and rows, for all layers at once."""
+
+    def __init__(self, caches: Sequence[LayerCache], tier: Tier, device: torch.device) -> None:
+        self.layers, self.tier, self.device = Layers(caches), tier, device
+        geometry = tier.geometry
+        self._raw = RAW[geometry.itemsize]
+        steps = torch.arange(2 * geometry.layers, dtype=torch.int64) * tier.page_tokens
+        self._steps = steps.view(geometry.layers, 2, 1).to(device)  # from a token's first row on
+
+    def check(self, rows: Indices, slots: Indices) -> None:
+        """IndexError: addresses outside of tier or cache, which a device would not survive."""
+        for name, given, most in (("rows", rows, self.tier.tokens), ("slots", slots, self.layers.slots)):
+            if len(given) and not 0 <= int(given.min()) <= int(given.max()) < most:
+                raise IndexError(f"{name} from {given.min()} to {given.max()}; there are {most}")
+
+    def pack(self, first: Indices, slots: Indices) -> Packed:
+        """What `scatter` and `gather` take."""
+        tokens = self.layers.kernel_tokens
+        return Packed([first, slots // tokens, slots % tokens], self.device)
+
+    @torch.inference_mode()  # as vLLM's steps are, in which its caches may have been made
+    def scatter(self, source: torch.Tensor, packed: Packed, turn: Turn | None) -> None:
+        """Write all layers of some tokens from their first rows in `source` on to their slots."""
+        first, blocks, offsets = packed.on_device()
+        geometry = self.tier.geometry
+        raw = source.index_select(0, (first + self._steps).flatten()).view(self._raw)
+        raw = raw.view(geometry.layers, 2, -1, geometry.heads, geometry.head_dim)
+        keys = raw[:, 0] if turn is None else turn(range(geometry.layers), raw[:, 0])
+        self.layers.write((blocks, offsets), 0, keys)
+        self.layers.write((blocks, offsets), 1, raw[:, 1])
+
+    @torch.inference_mode()
+    def gather(self, target: torch.Tensor, packed: Packed) -> None:
+        """Write all layers of some tokens from their slots to `target`, from their first rows on."""
+        first, blocks, offsets = packed.on_device()
+        for kind in (0, 1):
+            raw = self.layers.read((blocks, offsets), kind, self._raw)
+            places = (first + self._steps[:, kind]).flatten()
+            target.index_copy_(0, places, raw.flatten(2).flatten(0, 1).view(target.dtype))
 
 
 class DirectMover:
-    """Copies within one device, in the order of its stream: between CPU tensors, or to a pool in the accelerator's
-    own memory."""
+    """Copies within one device, in the order of its compute stream: between CPU tensors, or to a pool in the
+    accelerator's own memory. So a copy is over for whatever is launched after it, and its ticket is done."""
 
     def __init__(self, caches: Sequence[LayerCache], tier: Tier) -> None:
-        self._caches, self._tier, self._device = caches, tier, tier.rows.device
-        self.turn: Turn | None = None
-        self.most_tokens = 1 << 40
+        device = tier.rows.device
+        self._copier, self._tier = _Copier(caches, tier, device), tier
+        self._stream: Stream = CudaStream(device) if device.type == "cuda" else DirectStream()
+        self._chunk = max(1, DIRECT_BYTES // tier.geometry.token_bytes)
+        self.most_tokens, self.turn = sys.maxsize, None
+        self.device_bytes = 0 if device.type == "cpu" else 2 * self._chunk * tier.geometry.token_bytes
+
+    most_tokens: int
+    device_bytes: int
+    turn: Prepare | None
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
-        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU; `shifts` likewise: keys are rotated by so
-        many positions."""
-        first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
-        began = time.perf_counter()
-        scatter(self._caches, self._tier, self._tier.rows, first, slots, _turning(self.turn, shifts))
-        return Done(time.perf_counter() - began)
+        """Tier to cache."""
+        turns, start = _prepare(self.turn, shifts), self._stream.record()
+        for part in self._parts(rows, slots):
+            packed = self._pack(rows, slots, part)
+            turn = None if turns is None or shifts is None else turns(shifts[part])
+            self._stream.submit(functools.partial(self._copier.scatter, self._tier.rows, packed, turn))
+        return self._done(start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         """Cache to tier."""
-        first, slots = self._tier.first_rows(rows).to(self._device), slots.to(self._device)
-        began = time.perf_counter()
-        gather(self._caches, self._tier, self._tier.rows, first, slots)
-        return Done(time.perf_counter() - began)
+        start = self._stream.record()
+        for part in self._parts(rows, slots):
+            packed = self._pack(rows, slots, part)
+            self._stream.submit(functools.partial(self._copier.gather, self._tier.rows, packed))
+        return self._done(start)
 
     def fence_stores(self) -> None:
-        """Nothing runs late."""
+        """The compute stream carries out stores itself."""
 
-    def ordered(self, kind: str) -> Ticket:
-        """Nothing runs late."""
+    def ordered(self, kind: Kind) -> Ticket:
+        """All of it is done for whatever is launched from now on."""
         return Done()
 
     def close(self) -> None:
-        """Nothing runs late."""
+        """Wait for the compute stream."""
+        self._stream.synchronize()
+
+    def _done(self, start: Event) -> Ticket:
+        end = self._stream.record()
+        return Done(end.since(start) if isinstance(end, DirectEvent) else None)
+
+    def _parts(self, rows: torch.Tensor, slots: torch.Tensor) -> Iterator[slice]:
+        self._copier.check(rows.numpy(), slots.numpy())
+        return (slice(start, start + self._chunk) for start in range(0, len(rows), self._chunk))
+
+    def _pack(self, rows: torch.Tensor, slots: torch.Tensor, part: slice) -> Packed:
+        return self._copier.pack(self._tier.first_rows(rows[part].numpy()), slots[part].numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What half the staging buffer holds at once."""
+
+    pages: Indices  # ascending
+    part: Indices  # which tokens
+    packed: Packed
 
 
 class StagedMover:
-    """Copies between an accelerator's cache and a pinned tier, in batches that fit half the staging buffer.
+    """Copies between an accelerator's cache and a pinned tier, on two streams beside the forwards, each with half
+    the staging buffer. What is ordered of one kind is carried out in that order, so a half needs no guard."""
 
-    A load is ordered before whatever the compute stream does next, a store after what it did before; neither
-    blocks the host. The device may be the CPU (for tests): then streams and events do nothing.
-    """
-
-    def __init__(self, caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device) -> None:
-        self._caches, self._tier, self._device = caches, tier, device
-        self._cuda = device.type == "cuda"
+    def __init__(
+        self, caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device, streams: Streams
+    ) -> None:
+        self._copier, self._tier, self._streams = _Copier(caches, tier, device), tier, streams
         page_bytes = tier.geometry.token_bytes * tier.page_tokens
         self._batch = max(1, staging_bytes // 2 // page_bytes)
         shape = (2, self._batch * tier.page_rows, tier.rows.shape[1])
         self._staging = torch.empty(shape, dtype=tier.rows.dtype, device=device)
-        self._side: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        self._free: list[Any] = [None, None]  # when each half of the buffer may be written again
-        self._half = 0
-        self.turn: Turn | None = None
+        self._closed = False
+        self.most_tokens = self._batch * tier.page_tokens
+        half = self._batch * page_bytes  # elements on their way between staging and cache are there once more
+        self.device_bytes = 2 * half + half + half // 2
+        self.turn = None
+
+    most_tokens: int
+    device_bytes: int
+    turn: Prepare | None
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
-        """Tier to cache. `rows` and `slots`: int64 [tokens] on the CPU; `shifts` likewise: keys are rotated by so
-        many positions."""
-        last: Ticket = Done()
-        for pages, first, part in self._batches(rows):
-            half, buffer = self._next_half()
-            with self._on_side():
-                self._wait(self._side, self._free[half])
-                for number, page in enumerate(pages):
-                    self._half_page(buffer, number).copy_(self._tier.page(page), non_blocking=True)
-                copied = self._event(self._side)
-            self._wait(None, copied)
-            turn = _turning(self.turn, None if shifts is None else shifts[part])
-            scatter(self._caches, self._tier, buffer, self._to_device(first), self._to_device(slots[part]), turn)
-            self._free[half] = last = self._event(None)
-        return last
+        """Tier to cache, on the load stream."""
+        turns, stream = _prepare(self.turn, shifts), self._streams.load
+        batches = self._batches(rows.numpy(), slots.numpy())
+        stream.wait(self._streams.compute.record())  # forwards under way may still use these blocks
+        start = stream.record()
+        for batch in batches:
+            turn = None if turns is None or shifts is None else turns(shifts[torch.from_numpy(batch.part)])
+            stream.submit(functools.partial(self._fetch, batch))
+            stream.submit(functools.partial(self._copier.scatter, self._staging[0], batch.packed, turn))
+        return Ordered(stream.record(), batches, start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Cache to tier."""
-        last: Ticket = Done()
-        for pages, first, part in self._batches(rows):
-            half, buffer = self._next_half()
-            self._wait(None, self._free[half])
-            gather(self._caches, self._tier, buffer, self._to_device(first), self._to_device(slots[part]))
-            filled = self._event(None)
-            with self._on_side():
-                self._wait(self._side, filled)
-                for number, page in enumerate(pages):
-                    self._tier.page(page).copy_(self._half_page(buffer, number), non_blocking=True)
-                self._free[half] = last = self._event(self._side)
-        return last
+        """Cache to tier, on the store stream."""
+        stream = self._streams.store
+        batches = self._batches(rows.numpy(), slots.numpy())
+        stream.wait(self._streams.compute.record())  # forwards under way compute what is to be stored
+        start = stream.record()
+        for batch in batches:
+            stream.submit(functools.partial(self._copier.gather, self._staging[1], batch.packed))
+            stream.submit(functools.partial(self._send, batch))
+        return Ordered(stream.record(), batches, start)
 
-    def _batches(self, rows: torch.Tensor) -> Any:
-        """For each batch: its pages, where each token's first row stands in the buffer, which tokens."""
-        pages, places = torch.unique(rows // self._tier.page_tokens, return_inverse=True)
+    def fence_stores(self) -> None:
+        """Let the compute stream wait for the store stream."""
+        self._streams.compute.wait(self._streams.store.record())
+
+    def ordered(self, kind: Kind) -> Ticket:
+        """All that its stream was given."""
+        return Ordered((self._streams.load if kind == "load" else self._streams.store).record())
+
+    def close(self) -> None:
+        """Wait for all streams: what they still read and write is about to go."""
+        if not self._closed:
+            self._closed = True
+            for stream in (self._streams.load, self._streams.store, self._streams.compute):
+                stream.synchronize()
+
+    def _batches(self, rows: Indices, slots: Indices) -> list[_Batch]:
+        """As many as it takes; one, where the call is one of `pieces` whose pages are full."""
+        self._copier.check(rows, slots)
+        tier, made = self._tier, []
+        pages, places = np.unique(rows // tier.page_tokens, return_inverse=True)
         for start in range(0, len(pages), self._batch):
-            part = ((places >= start) & (places < start + self._batch)).nonzero().flatten()
-            first = (places[part] - start) * self._tier.page_rows + rows[part] % self._tier.page_tokens
-            yield pages[start : start + self._batch].tolist(), first, part
+            part = np.flatnonzero((places >= start) & (places < start + self._batch))
+            first = (places[part] - start) * tier.page_rows + rows[part] % tier.page_tokens
+            packed = self._copier.pack(first, slots[part])
+            made.append(_Batch(pages[start : start + self._batch], part, packed))
+        return made
 
-    def _next_half(self) -> tuple[int, torch.Tensor]:
-        self._half ^= 1
-        return self._half, self._staging[self._half]
+    def _fetch(self, batch: _Batch) -> None:
+        for place, page, count in self._tier.stretches(batch.pages):
+            self._part(0, place, count).copy_(self._tier.stretch(page, count), non_blocking=True)
 
-    def _half_page(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
-        return buffer[number * self._tier.page_rows : (number + 1) * self._tier.page_rows]
+    def _send(self, batch: _Batch) -> None:
+        for place, page, count in self._tier.stretches(batch.pages):
+            self._tier.stretch(page, count).copy_(self._part(1, place, count), non_blocking=True)
 
-    def _to_device(self, index: torch.Tensor) -> torch.Tensor:
-        return index.to(self._device, non_blocking=True)
-
-    def _on_side(self) -> Any:
-        return torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext()
-
-    def _event(self, stream: Any) -> Ticket:
-        if not self._cuda:
-            return Done()
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream if stream is not None else torch.cuda.current_stream(self._device))
-        return cast(Ticket, event)
-
-    def _wait(self, stream: Any, event: Any) -> None:
-        """Let `stream` (None: the compute stream) wait for an event."""
-        if self._cuda and event is not None:
-            (stream if stream is not None else torch.cuda.current_stream(self._device)).wait_event(event)
-
-
-Mover = DirectMover | StagedMover
+    def _part(self, half: int, place: int, count: int) -> torch.Tensor:
+        """Some pages of half the staging buffer."""
+        rows = self._tier.page_rows
+        return self._staging[half, place * rows : (place + count) * rows]
 
 
 def make_mover(caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device) -> Mover:
     """The mover for the device that the cache lives on."""
     if device.type == "cpu":
         return DirectMover(caches, tier)
-    return StagedMover(caches, tier, staging_bytes, device)
+    least = 2 * LEAST_PAGES * tier.geometry.token_bytes * tier.page_tokens
+    return StagedMover(caches, tier, max(staging_bytes, least), device, make_streams(device))
+
+
+def pieces(rows: Indices, page_tokens: int, most: int) -> list[slice]:
+    """Consecutive slices of at most `most` tokens, cut only where the page changes; together they are all of
+    `rows`. A page with more tokens than that is one slice."""
+    edges = [0, *(np.flatnonzero(np.diff(rows // page_tokens)) + 1).tolist(), len(rows)]
+    found, start = [], 0
+    for end, after in zip(edges[1:], [*edges[2:], None], strict=True):
+        if end > start and (after is None or after - start > most):
+            found.append(slice(start, end))
+            start = end
+    return found
 
 
 def pin_memory(elements: torch.Tensor) -> bool:
     """Register the segment's memory for DMA; False where CUDA declines (copies are slower, not wrong)."""
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    size = elements.numel() * elements.element_size()
-    return int(cudart.cudaHostRegister(elements.data_ptr(), size, 0)) == 0
+    return pin(elements, elements.numel() * elements.element_size()).ok
 
 
-def scatter(
-    caches: Sequence[LayerCache],
-    tier: Tier,
-    source: torch.Tensor,
-    first: torch.Tensor,
-    slots: torch.Tensor,
-    turn: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-) -> None:
-    """Write all layers of the tokens at `first` in `source` [rows, elements] to `slots`; `turn(layer, keys)`: what
-    to do with raw keys [tokens, heads, head_dim] on the way."""
-    for number, found, kind, index in _steps(caches, tier, first, slots):
-        raw = source.index_select(0, index).view(RAW[tier.geometry.itemsize])
-        raw = raw.view(-1, tier.geometry.heads, tier.geometry.head_dim)
-        caches[number].write(found, kind, raw if kind or turn is None else turn(number, raw))
-
-
-def gather(
-    caches: Sequence[LayerCache], tier: Tier, target: torch.Tensor, first: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write all layers of the tokens in `slots` to `target` [rows, elements], from `first` on."""
-    for number, found, kind, index in _steps(caches, tier, first, slots):
-        target.index_copy_(0, index, caches[number].read(found, kind).flatten(1).view(target.dtype))
-
-
-def _turning(turn: Turn | None, shifts: torch.Tensor | None) -> Any:
-    """`turn` of the tokens with these shifts; None for tokens that stay where they were."""
-    if shifts is None:
-        return None
-    if turn is None:
+def _prepare(turn: Prepare | None, shifts: torch.Tensor | None) -> Any:
+    """What prepares the rotation of tokens that moved; None where none did."""
+    if shifts is not None and turn is None:
         raise FusionError("moved tokens, and no way to rotate their keys")
-    return lambda number, raw: turn(number, raw, shifts)
-
-
-def _steps(caches: Sequence[LayerCache], tier: Tier, first: torch.Tensor, slots: torch.Tensor) -> Any:
-    """For every layer, K and V: (layer, found slots, kind, rows), in the order of a page; nothing for no slots."""
-    if not len(slots):
-        return
-    found: Views = caches[0].find(slots)
-    for number in range(len(caches)):
-        for kind in (0, 1):
-            yield number, found, kind, first + (2 * number + kind) * tier.page_tokens
-
-
-def pieces(rows: Any, page_tokens: int, most: int) -> list[slice]:
-    """Consecutive parts of `rows`, of at most `most` tokens, cut where the page changes; a larger page is one."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows // page_tokens)) + 1).tolist(), len(rows)]
-    parts, start = [], 0
-    for before, end in itertools.pairwise(cuts):
-        if end - start > most and before > start:
-            parts.append(slice(start, before))
-            start = before
-    return [*parts, slice(start, len(rows))]
+    return None if shifts is None else turn

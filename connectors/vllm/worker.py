@@ -16,13 +16,14 @@ from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.faults import Faults, logger
 from ragkv.connectors.vllm.identity import Shape, examine
 from ragkv.connectors.vllm.layout import RAW, LayerCache, probe
-from ragkv.connectors.vllm.mending import make_fuser, make_turn
+from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
 from ragkv.connectors.vllm.model import find_model
+from ragkv.connectors.vllm.pinning import Pinning, pin
 from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape, step_bytes
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, Tier, make_mover, pin_memory
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, Tier, make_mover
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
@@ -52,6 +53,7 @@ class WorkerSide:
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
         self._segment: Segment | None = None
+        self._pinning: Pinning | None = None
         self._orders: StepOrders | None = None  # of the step under way, until they are carried out
         self._block_tokens = 1
         self._report = StepReport()
@@ -125,7 +127,9 @@ class WorkerSide:
     def close(self) -> None:
         """Let the memory tier go, once nothing is copied any more."""
         self._copier.close()
-        self._mover = self._device_mover = None
+        self._mover = self._device_mover = self._fuser = None
+        if self._pinning is not None:
+            self._pinning.release()
         if self._segment is not None:
             self._segment.close()
             self._segment = None
@@ -226,8 +230,8 @@ class WorkerSide:
         self._segment = Segment(self._vllm_config.kv_transfer_config.engine_id, size, populate=True)
         elements = torch.frombuffer(self._segment.buffer, dtype=RAW[shape.geometry.itemsize])
         device = next(iter(ours.values())).device
-        if device.type == "cuda" and not pin_memory(elements):
-            logger.warning("ragkv: shared memory could not be pinned; copies will be slower")
+        if device.type == "cuda":
+            self._pinning = pin(elements, page.page_bytes)
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         tier = Tier(elements, shape.geometry, page.page_tokens, shape.ranks, get_tensor_model_parallel_rank())
@@ -240,6 +244,19 @@ class WorkerSide:
         self._equip(page.page_tokens, shape.geometry.token_bytes, device)
         if (model := find_model(self._vllm_config)) is not None:
             self._learn_model(model, found, shape)
+        if device.type != "cpu":
+            self._say_memory(copies * page.page_bytes // page.ranks)
+
+    def _say_memory(self, pool: int) -> None:
+        """All accelerator memory that this worker takes beside vLLM's."""
+        copies = sum(mover.device_bytes for mover in (self._mover, self._device_mover) if mover is not None)
+        fusion = TURN_DEVICE_BYTES if self._fuser is not None else 0
+        each = {"copies": copies, "device tier": pool, "fusion": fusion}
+        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in each.items() if size)
+        total = sum(each.values()) / 2**20
+        logger.info(
+            "ragkv: %.0f MiB of accelerator memory: %s; a fused forward needs what a step needs", total, parts
+        )
 
     def _equip(self, page_tokens: int, token_bytes: int, device: torch.device) -> None:
         """Give the movers to the copier."""

@@ -81,28 +81,11 @@ class Rotation:
         Rows with shift 0 come back bit by bit. Lengths do not change: what a scheme multiplies its tables with
         (YaRN's attention factor) and a scale of 8-bit keys are in the keys already. 8-bit keys saturate.
         """
-        shifts = shifts.cpu()
-        moved = shifts.nonzero()[:, 0]
-        if len(moved) == len(shifts):
-            return self._turned(keys, shifts)
-        turned = keys.clone()
-        raw, rows = turned.view(_RAW[keys.element_size()]), moved.to(keys.device)
-        raw[rows] = self._turned(raw[rows].view(keys.dtype), shifts[moved]).view(raw.dtype)
-        return turned
+        return self.prepare(shifts)(keys)
 
-    def _turned(self, keys: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-        distinct, which = torch.unique(shifts, return_inverse=True)  # a document has one shift, or a few
-        angles = distinct[:, None] * torch.tensor(self.frequencies, dtype=torch.float64)
-        which = which.to(keys.device)
-        cos, sin = (table.to(keys.device, torch.float32)[which, None] for table in (angles.cos(), angles.sin()))
-        wide = keys.to(torch.float32, copy=True)
-        first, second = self.pairs(wide)
-        turned = first * cos - second * sin, second * cos + first * sin
-        first.copy_(turned[0])
-        second.copy_(turned[1])
-        if keys.element_size() == 1:
-            wide.clamp_(torch.finfo(keys.dtype).min, torch.finfo(keys.dtype).max)
-        return wide.to(keys.dtype)
+    def prepare(self, shifts: torch.Tensor) -> "Turning":
+        """`turn` for these shifts, to be applied to the keys of many layers."""
+        return Turning(self, shifts.cpu())
 
     def pairs(self, elements: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first and the second elements of all pairs: [..., head_dim] as twice [..., pairs]."""
@@ -110,6 +93,49 @@ class Rotation:
         if self.is_neox_style:
             return elements[..., :half], elements[..., half : 2 * half]
         return elements[..., : 2 * half : 2], elements[..., 1 : 2 * half : 2]
+
+
+class Turning:
+    """Moves keys [..., tokens, heads, head_dim] as `Rotation.turn` does, by shifts that are given once. Sines and
+    cosines are computed when it is made, on the CPU, and sent to a device at its first use there."""
+
+    def __init__(self, rotation: Rotation, shifts: torch.Tensor) -> None:
+        """`shifts`: int64 [tokens], on the CPU."""
+        self._rotation = rotation
+        distinct, which = torch.unique(shifts, return_inverse=True)  # a document has one shift, or a few
+        angles = distinct[:, None] * torch.tensor(rotation.frequencies, dtype=torch.float64)
+        still = (shifts == 0).to(torch.int64)
+        self._some_stay = bool(still.any())
+        self._host = angles.cos().float(), angles.sin().float(), which, still
+        self._sent: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, keys: torch.Tensor) -> torch.Tensor:
+        """A new tensor, alike in shape, dtype and device. The host waits for nothing."""
+        cos, sin, still = self._tables(keys.device)
+        wide = keys.to(torch.float32, copy=True)
+        first, second = self._rotation.pairs(wide)
+        turned = first * cos - second * sin, second * cos + first * sin
+        first.copy_(turned[0])
+        second.copy_(turned[1])
+        if keys.element_size() == 1:
+            wide.clamp_(torch.finfo(keys.dtype).min, torch.finfo(keys.dtype).max)
+        narrow = wide.to(keys.dtype)
+        if not self._some_stay:
+            return narrow
+        raw = _RAW[keys.element_size()]
+        return torch.where(still, keys.view(raw), narrow.view(raw)).view(keys.dtype)
+
+    def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cosines and sines [tokens, 1, pairs], and which tokens stay, [tokens, 1, 1]."""
+        if device not in self._sent:
+            cos, sin, which, still = (_send(each, device) for each in self._host)
+            self._sent[device] = cos[which, None], sin[which, None], still.bool()[:, None, None]
+        return self._sent[device]
+
+
+def _send(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; a copy from memory that is not pinned would hold up the host."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @torch.inference_mode()

@@ -129,5 +129,16 @@ def fusion(
     )
 
 
+@app.command(epilog="Example: ragkv bench gpu --json gpu.json")
+def gpu(
+    steps: Annotated[str, typer.Option(help="Which steps, separated by commas.")] = "1,2,3,4,5,6",
+    json_file: JsonOption = None,
+) -> None:
+    """Whether copies, hits, faults, times and fusion are as they must be on this machine's GPU."""
+    from ragkv.benchmarks.gpu import run
+
+    run(steps, json_file)
+
+
 app.command()(serve)
 app.command()(compare)

@@ -1,5 +1,6 @@
 """Virtual sequences: runs of positions, in batches that an engine can take, and what it is told of them."""
 
+import contextlib
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine_config import spec
 from ragkv.connectors.vllm.forward import EngineForward, batches, runs_of, watch
+from simulated_device import SimulatedStreams
 
 positions = st.lists(st.integers(0, 120), unique=True).map(sorted).map(lambda p: np.array(p, dtype=np.int64))
 
@@ -90,6 +92,46 @@ def test_what_a_backend_is_told_of_runs(forward):
 def test_what_is_too_much_for_one_forward_goes_in_several(forward):
     forward.compute(np.arange(99, dtype=np.int32), np.arange(0, 40, 4), np.arange(8, dtype=np.int64))
     assert [at.tolist() for _, at in forward.calls] == [[0, 4, 8, 12], [16, 20, 24, 28], [32, 36]]
+
+
+def test_a_forward_is_no_wider_than_profiling_would_forgive(forward):
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=16384))
+    layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_builder_cls=lambda: Builder))
+    wide = EngineForward(config, spec(block_size=16), {"a": layer}, forward._model, 16, 4, torch.device("cpu"))
+    wide.compute(np.arange(5000, dtype=np.int32), np.arange(5000), np.arange(400, dtype=np.int64))
+    assert [len(at) for _, at in forward.calls] == [2048, 2048, 904]
+
+
+def check_waits(forward, ended):
+    """The host waits once between two builds, and never else."""
+    device, seen = SimulatedStreams(lambda ready: 0), []
+    forward._compute, build, model = device.compute, forward._builder.build, forward._model
+
+    def noted(*given_to):
+        seen.append(["build", not device.compute.queue])
+        return build(*given_to)
+
+    def queued(**inputs):
+        device.compute.submit(lambda: model(**inputs))
+        if ended:
+            raise OSError("enough")
+
+    forward._builder.build, forward._model = noted, queued
+    for _ in range(3):
+        with pytest.raises(OSError) if ended else contextlib.nullcontext():
+            forward.forward(np.arange(99, dtype=np.int32), [(0, 9)], np.arange(8, dtype=np.int64))
+        seen.append(["left under way", len(device.compute.queue)])
+    assert seen == [["build", True], ["left under way", 2]] * 3
+    assert len(forward.calls) == 2, "the last one is still to come"
+
+
+def test_a_build_waits_for_the_forward_before_it(forward):
+    """Builders write into host buffers that copies of that forward may still read."""
+    check_waits(forward, False)
+
+
+def test_a_build_waits_for_a_forward_that_a_watch_has_ended(forward):
+    check_waits(forward, True)
 
 
 class Attention(torch.nn.Module):

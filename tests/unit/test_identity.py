@@ -122,6 +122,7 @@ def test_the_shape_of_an_engine():
         ({}, [spec(non_causal=True)], "not causal"),
         ({}, [spec(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)], "INT8_PER_TOKEN_HEAD"),
         ({}, [spec(kv_quant_mode=KVQuantMode.NVFP4)], "NVFP4"),
+        ({"calculate_kv_scales": True}, [spec()], "^calculate_kv_scales: [^\\n]*; supported: False$"),
     ],
 )
 def test_engines_that_cannot_be_served_are_refused_in_plain_words(change, groups, says):

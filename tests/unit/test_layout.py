@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ragkv.connectors.vllm.layout import RAW, Geometry, probe
+from ragkv.connectors.vllm.layout import RAW, Geometry, Layers, probe
 from ragkv.errors import LayoutError
 
 HEADS, DIM, LAYERS, BLOCKS = 3, 6, 3, 5
@@ -281,3 +281,34 @@ def test_two_blocks_are_enough():
     layers, caches, geometry, _, dtype = world(Flash32())
     caches = {name: cache[:2] for name, cache in caches.items()}
     assert len(probe(layers, caches, geometry, 2, dtype)) == LAYERS
+
+
+@pytest.mark.parametrize(("name", "itemsize", "place", "split"), CASES)
+def test_all_layers_together_are_the_layers_one_by_one(name, itemsize, place, split):
+    layers, caches, geometry, blocks, dtype = world(LAYOUTS[name](), itemsize, place, split)
+    found = probe(layers, caches, geometry, blocks, dtype)
+    together = Layers(found)
+    assert (together.views is not None) == (place is not apart and name != "tiles"), "one storage, one kernel"
+    assert together.slots == blocks * geometry.block_tokens
+    slots = torch.randperm(together.slots, generator=torch.Generator().manual_seed(4))[:11]
+    there, raw = found[0].find(slots), RAW[itemsize]
+    for kind in (0, 1):
+        read = together.read(there, kind, raw)
+        assert torch.equal(read, torch.stack([each.read(there, kind) for each in found]))
+        assert read.dtype == raw
+    written = torch.randint(100, (2, LAYERS, 11, HEADS, DIM), generator=torch.Generator().manual_seed(5)).to(raw)
+    for kind in (0, 1):
+        together.write(there, kind, written[kind])
+    for kind in (0, 1):
+        assert torch.equal(torch.stack([each.read(there, kind) for each in found]), written[kind])
+
+
+def test_layers_in_another_order_than_in_storage_are_served_one_by_one():
+    layers, caches, geometry, blocks, dtype = world(Flash32(), place=interleaved)
+    for order in ([0, 2, 1], [2, 1, 0], [0, 2]):
+        found = probe(layers, caches, geometry, blocks, dtype)
+        some = Layers([found[number] for number in order])
+        assert (some.views is not None) == (order == [0, 2])
+        there = found[0].find(torch.tensor([1, 7]))
+        read = some.read(there, 1, RAW[2])
+        assert torch.equal(read, torch.stack([found[number].read(there, 1) for number in order]))

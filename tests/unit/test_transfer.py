@@ -1,11 +1,19 @@
 """Copies between cache and tier, against a plain Python model of both."""
 
+import itertools
+import weakref
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache
-from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, make_mover
+from ragkv.connectors.vllm.streams import DirectStreams
+from ragkv.connectors.vllm.transfer import DirectMover, Ordered, StagedMover, Tier, make_mover, pieces
 from ragkv.errors import FusionError
+from simulated_device import SimulatedStreams
 
 LAYERS, HEADS, DIM, BLOCK, BLOCKS, PAGE, PAGES = 3, 2, 4, 8, 6, 5, 9
 CPU = torch.device("cpu")
@@ -51,7 +59,8 @@ class World:
         if kind == "direct":
             return DirectMover(self.caches, self.tier)
         pages = int(kind.removeprefix("staged"))  # pages in half the staging buffer
-        return StagedMover(self.caches, self.tier, 2 * pages * PAGE * self.geometry.token_bytes, CPU)
+        staging = 2 * pages * PAGE * self.geometry.token_bytes
+        return StagedMover(self.caches, self.tier, staging, CPU, DirectStreams())
 
     def in_cache(self, slot):
         """A slot's elements [layers, 2, heads, dim], found without the code under test."""
@@ -139,7 +148,16 @@ def test_moved_keys_are_turned_on_the_way_and_values_are_not(mover, itemsize):
     world = World(strided, itemsize, 2, 1, seed=5)
     copies, (rows, slots) = world.mover(mover), world.some(25)
     shifts = torch.randint(-90, 90, (25,), generator=world.chance)
-    copies.turn = lambda layer, raw, by: raw + ((10 * layer + by) % 251)[:, None, None].to(raw.dtype)
+
+    def prepare(by):
+        def turn(layers, raw):
+            assert raw.shape == (len(layers), len(by), HEADS, DIM)
+            more = 10 * torch.tensor(layers)[:, None] + by
+            return raw + (more % 251)[:, :, None, None].to(raw.dtype)
+
+        return turn
+
+    copies.turn = prepare
     copies.load(rows, slots, shifts)
     for row, slot, by in zip(rows.tolist(), slots.tolist(), shifts.tolist(), strict=True):
         want = world.in_tier(row).clone()
@@ -175,4 +193,98 @@ def test_nothing_to_copy():
 
 def test_the_cpu_needs_no_staging():
     world = World(strided, 2, 1, 0)
-    assert isinstance(make_mover(world.caches, world.tier, 1, CPU), DirectMover)
+    mover = make_mover(world.caches, world.tier, 1, CPU)
+    assert isinstance(mover, DirectMover) and mover.device_bytes == 0 and mover.most_tokens > 1 << 40
+
+
+def test_staging_is_as_large_as_it_says():
+    world = World(strided, 2, 2, 0)
+    mover = world.mover("staged3")
+    assert mover.most_tokens == 3 * PAGE
+    staging = mover._staging.numel() * mover._staging.element_size()
+    assert staging == 2 * 3 * PAGE * world.geometry.token_bytes < mover.device_bytes
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize(("row", "slot"), [(PAGES * PAGE, 0), (-1, 0), (0, BLOCKS * BLOCK), (0, -1)])
+@pytest.mark.parametrize("kind", ["load", "store"])
+def test_nothing_is_ordered_of_what_reaches_outside(mover, row, slot, kind):
+    """A device does not survive it, so the host looks."""
+    world = World(strided, 2, 1, 0)
+    before = world.storage.clone(), world.segment.clone()
+    with pytest.raises(IndexError, match=r"there are \d+"):
+        getattr(world.mover(mover), kind)(torch.tensor([3, row]), torch.tensor([3, slot]))
+    assert torch.equal(world.storage, before[0]) and torch.equal(world.segment, before[1])
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_what_else_a_mover_owes_where_all_is_over_at_once(mover):
+    world = World(strided, 2, 1, 0)
+    copies = world.mover(mover)
+    copies.fence_stores()
+    assert copies.ordered("load").query() and copies.ordered("store").query()
+    copies.close()
+    copies.close()
+
+
+def test_a_ticket_tells_how_long_the_device_was_at_it():
+    """Not how long it waited: for forwards, or for other copies."""
+    world, device = World(strided, 2, 1, 0), SimulatedStreams(lambda ready: 0)
+    mover = StagedMover(world.caches, world.tier, 2 * PAGE * world.geometry.token_bytes, CPU, device)
+    for _ in range(5):
+        device.compute.submit(lambda: None)
+    rows, slots = torch.arange(3 * PAGE), torch.arange(3 * PAGE)
+    tickets = [mover.load(rows, slots), mover.load(rows[:PAGE], slots[:PAGE])]
+    assert [ticket.seconds() for ticket in tickets] == [None, None]
+    device.finish()
+    fetches_and_scatters = [2 * 3, 2 * 1]
+    assert [ticket.seconds() for ticket in tickets] == [n + 1 for n in fetches_and_scatters]
+    assert mover.ordered("load").seconds() is None
+    direct = world.mover("direct").load(rows, slots)
+    assert direct.query() and direct.seconds() > 0
+
+
+def test_a_ticket_keeps_what_is_read_until_the_copy_is_over():
+    class Kept:
+        pass
+
+    device = SimulatedStreams(lambda ready: 0)
+    kept = Kept()
+    alive = weakref.ref(kept)
+    ticket = Ordered(device.load.record(), [kept])
+    del kept
+    assert not ticket.query() and alive() is not None
+    device.finish()
+    assert ticket.query() and alive() is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 7))), st.integers(1, 20))
+def test_pieces_are_cut_between_pages_and_as_large_as_may_be(pages, most):
+    rows = np.array([page * 7 + offset for page, size in pages for offset in range(size)], dtype=np.int64)
+    found = pieces(rows, 7, most)
+    assert [row for part in found for row in rows[part].tolist()] == rows.tolist()
+    assert all(part.start == before.stop for before, part in itertools.pairwise(found))
+    for number, part in enumerate(found):
+        numbers = rows[part] // 7
+        assert part.stop - part.start <= most or len(set(numbers.tolist())) == 1
+        if number:
+            assert numbers[0] != rows[part.start - 1] // 7, "a page is not split"
+            before = found[number - 1]
+            first_page = next((i for i, n in enumerate(numbers) if n != numbers[0]), len(numbers))
+            assert part.start - before.start + first_page > most, "more would have fitted"
+
+
+@pytest.mark.parametrize(("ranks", "edge", "wanted"), [(1, 100, 3), (1, 4, 5), (2, 100, 6)])
+def test_adjacent_pages_are_one_copy_but_for_the_ends_of_what_is_pinned_at_once(ranks, edge, wanted, monkeypatch):
+    world = World(strided, 2, ranks, ranks - 1)
+    monkeypatch.setattr("ragkv.connectors.vllm.transfer.piece_pages", lambda size: edge)
+    pages = np.array([0, 2, 3, 4, 7, 8])
+    found = list(world.tier.stretches(pages))
+    assert len(found) == wanted
+    assert [page + n for _, page, count in found for n in range(count)] == pages.tolist()
+    assert [place for place, _, _ in found] == [0, *itertools.accumulate(n for _, _, n in found)][:-1]
+    for _, page, count in found:
+        assert ranks == 1 or count == 1
+        assert page // edge == (page + count - 1) // edge
+        stretch = world.tier.stretch(page, count)
+        assert torch.equal(stretch.view(RAW[2]).flatten(), world.pages[page : page + count, ranks - 1].flatten())

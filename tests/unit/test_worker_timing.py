@@ -162,7 +162,7 @@ def test_a_row_outside_the_pool_fails_its_jobs(made):
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in ("transfer", "timing"):
+    for module in ("streams", "timing"):
         monkeypatch.setattr(f"ragkv.connectors.vllm.{module}.time.perf_counter", made)
     return made
 
