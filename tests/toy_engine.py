@@ -364,7 +364,7 @@ class Engine:
         """vLLM makes the name of each full block from the one before."""
         names = request.block_hashes
         for start in range(len(names) * BLOCK, request.num_tokens // BLOCK * BLOCK, BLOCK):
-            before = names[-1] if names else repr((request.world, request.cache_salt)).encode()
+            before = names[-1] if names else repr((request.world, request.weights)).encode()
             tokens = repr(request.all_token_ids[start : start + BLOCK]).encode()
             names.append(hashlib.sha256(before + tokens).digest())
 

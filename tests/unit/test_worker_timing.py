@@ -162,8 +162,8 @@ def test_a_row_outside_the_pool_fails_its_jobs(made):
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in ("streams", "timing"):
-        monkeypatch.setattr(f"ragkv.connectors.vllm.{module}.time.perf_counter", made)
+    monkeypatch.setattr("ragkv.connectors.vllm.timing.time.perf_counter", made)
+    monkeypatch.setattr("ragkv.connectors.vllm.streams.time.monotonic", made)
     return made
 
 
