@@ -15,6 +15,7 @@ from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
+from ragkv.connectors.vllm.lifecycle import watch_stop
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.scheduler import SchedulerSide
@@ -28,6 +29,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
 
 NO_TOKENS = (0, False)
+NOT_ALL_WRITTEN = "ragkv: not all was written to the lower tiers within placement.flush"
 
 
 class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
@@ -47,6 +49,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._segment: Segment | None = None
         if role is KVConnectorRole.SCHEDULER:
+            self._stop = watch_stop(vllm_config, self._settings)
             self._open_scheduler_side()
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
@@ -154,6 +157,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(_orders_so_far)
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         """This step's orders."""
+        if self._scheduler is not None and self._stop.due():
+            return self._write_down_now(self._scheduler)
         return StepOrders() if self._scheduler is None else self._scheduler.orders(scheduler_output)
 
     @guarded(gives(None))
@@ -271,9 +276,18 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
         for side in (self._scheduler, self._proposed):
             if side is not None and not side.close(self._settings.placement.flush):
-                logger.warning("ragkv: not all was written to the lower tiers within placement.flush")
+                logger.warning(NOT_ALL_WRITTEN)
         self._scheduler = self._proposed = None
         self._close_segment()
+
+    def _write_down_now(self, side: SchedulerSide) -> StepOrders:
+        """vLLM will kill the engine soon, with answers still running: this step's loads are the last that are
+        ordered, and what waits is written down before the step."""
+        self._scheduler = None
+        orders = side.take_orders()
+        if not side.close(self._settings.placement.flush):
+            logger.warning(NOT_ALL_WRITTEN)
+        return orders
 
     def _close_segment(self) -> None:
         if self._segment is not None:
