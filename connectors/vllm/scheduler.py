@@ -32,7 +32,7 @@ Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which t
 
 class SchedulerSide:
     """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone.
-    `recorder`, where given, is told every prompt once."""
+    `recorder`, where given, is told every prompt once. `stores`, `loads`: what the engine's role lets it do."""
 
     def __init__(
         self,
@@ -47,6 +47,9 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
         fusing: Fusing | None = None,
         documents: DocumentStats | None = None,
+        *,
+        stores: bool = True,
+        loads: bool = True,
     ) -> None:
         self._placement, self._hierarchy = placement, placement.hierarchy
         self._chunker, self._namespace_of = chunker, namespace_of
@@ -56,8 +59,8 @@ class SchedulerSide:
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._orders = StepOrders(block_tokens=block_tokens)
-        self._jobs = 0
-        self._idle = False
+        self._jobs, self._idle = 0, False
+        self._stores, self._loads = stores, loads
 
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
@@ -67,6 +70,8 @@ class SchedulerSide:
         if tracked is None:
             return 0
         tracked.computed = computed
+        if not self._loads:
+            return 0
         if self.fusing is not None:
             self.fusing.inherit(tracked, computed)
         if tracked.fetch is not None:
@@ -333,7 +338,7 @@ class SchedulerSide:
 
     def _store(self, tracked: Tracked, upto: int, finishes: str | None = None) -> bool:
         """Order the store of what the first `upto` tokens have new; False where that is nothing."""
-        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens))
+        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens)) if self._stores else 0
         new = self._hierarchy.reserve(
             tracked.namespace, tracked.chain, upto, asked=tracked.asked, priority=tracked.hints.priority
         )
