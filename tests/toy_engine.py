@@ -63,12 +63,23 @@ class Request:
 
 class Engine:
     """vLLM's scheduler in small: block tables, admission, preemption, recovery from failed loads. `device`: pages
-    of the device tier; `lowers`: the tiers below memory, which outlive `restart`."""
+    of the device tier; `lowers`: the tiers below memory, which outlive `restart`; `duties`: what its role lets
+    it do."""
 
     def __init__(
-        self, pages=200, blocks=200, workers=2, policy="lru", device=0, lowers=(), gate=None, fusion=None
+        self,
+        pages=200,
+        blocks=200,
+        workers=2,
+        policy="lru",
+        device=0,
+        lowers=(),
+        gate=None,
+        fusion=None,
+        duties=None,
     ):
         self.sizes = pages, blocks, workers, policy, device
+        self.duties = duties or {}
         self.fusion = fusion
         self.lowers, self.gate = lowers, gate
         self.wall = HandClock(1e9)
@@ -112,6 +123,7 @@ class Engine:
             self.faults,
             clock=self.clock,
             fusing=None if self.fusion is None else self._fusing(),
+            **self.duties,
         )
         self.workers = [WorkerSide(None, None, Settings(), self.metrics, self.faults) for _ in range(workers)]
         for rank, worker in enumerate(self.workers):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.roles import duties_of
 from ragkv.preflight import has_lower_tier, shutdown_seconds
 
 KILL_MARGIN = 4.0  # seconds before vLLM kills its engine at which writing down should be over
@@ -22,6 +23,8 @@ def lost_at_stop(vllm_config: Any, settings: Settings) -> str | None:
     """
     timeout, flush = getattr(vllm_config, "shutdown_timeout", None), settings.placement.flush
     if timeout is None or flush <= 0 or timeout >= flush or not has_lower_tier(settings):
+        return None
+    if not duties_of(getattr(vllm_config, "kv_transfer_config", None)).stores:
         return None
     disk, redis = settings.disk, settings.redis
     back = (disk.path is not None and disk.write == "back") or (redis.url is not None and redis.write == "back")
