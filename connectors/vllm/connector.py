@@ -18,6 +18,7 @@ from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine,
 from ragkv.connectors.vllm.lifecycle import watch_stop
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
+from ragkv.connectors.vllm.roles import duties_of
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
@@ -73,7 +74,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
         hidden = config.model_config.get_hidden_size()
         sizes = settings.chunks
-        placement = make_placement(settings, page, self._segment.buffer, hidden, self._metrics, self.faults)
+        duties = duties_of(config.kv_transfer_config)
+        placement = make_placement(
+            *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
+        )
         if settings.fusion.enabled:
             placement.index_contents()
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
@@ -88,6 +92,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             make_recorder(settings, self.faults),
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
+            stores=duties.stores,
+            loads=duties.loads,
         )
 
     def _stand_aside(self, why: str) -> None:
