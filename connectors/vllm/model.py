@@ -28,8 +28,9 @@ def watch_workers() -> None:
 
 
 def find_model(vllm_config: Any) -> Any:
-    """The model of the worker with that configuration; None where it is not known."""
+    """The model of the worker with that configuration, or that a copy of it was made of, as MultiConnector does
+    for its children; None where it is not known."""
     for worker in list(_workers):
-        if worker.vllm_config is vllm_config:
+        if worker.vllm_config.compilation_config is vllm_config.compilation_config:
             return worker.model_runner.get_model()
     return None

@@ -79,7 +79,7 @@ class StepReport(KVConnectorWorkerMetadata):
 
     `tainted`: a forward ran on blocks whose KV never came. `prefills`, `copies`, `fusions`: (tokens, seconds) of
     forwards, of loads and of fusions (their work), for the gate. `unfused`: fusions that failed. `times`: of what
-    was to be timed, by number.
+    was to be timed, by number. `handshakes`: of workers whose handshake could not be told at start.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -90,6 +90,7 @@ class StepReport(KVConnectorWorkerMetadata):
     fusions: list[tuple[float, float]] = field(default_factory=list)
     unfused: int = 0
     times: dict[int, Times] = field(default_factory=dict)
+    handshakes: list["Handshake"] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -106,6 +107,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.fusions + other.fusions,
             max(self.unfused, other.unfused),
             merge_times(dict(self.times), other.times),
+            self.handshakes + other.handshakes,
         )
 
 

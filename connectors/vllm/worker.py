@@ -77,6 +77,10 @@ class WorkerSide:
         identity = None if self._segment is None else self._segment.identity
         return Handshake(self._refusal, identity, self._no_fusion)
 
+    def tell_late(self) -> None:
+        """Give the handshake with the next report."""
+        self._report.handshakes = [self.handshake()]
+
     def begin(self, orders: StepOrders) -> None:
         """A step begins. (vLLM calls for loads before the forward only where there are any, else behind it.)"""
         self._steps += 1
