@@ -1,6 +1,6 @@
 """`RagKVConnector`: what vLLM sees. It holds one of two sides, and lets nothing out but answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
 from ragkv.connectors.vllm.lifecycle import watch_stop
+from ragkv.connectors.vllm.multi import told_late
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.roles import duties_of
@@ -36,12 +37,14 @@ NOT_ALL_WRITTEN = "ragkv: not all was written to the lower tiers within placemen
 class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Exact reuse of KV from host memory. Where the engine cannot be served it stands aside, and says why."""
 
+    _told_late = False  # workers' word comes with their first report, not with vLLM's handshake
     requires_kv_delivery = False  # a cache: a store that is dropped is a later miss
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"  # a failed load is a miss
         self._settings = check_settings(vllm_config.kv_transfer_config).settings
+        self._told_late = told_late(vllm_config.kv_transfer_config)
         self._metrics = Metrics()
         self.faults = Faults(self._metrics)
         self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
@@ -107,9 +110,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
         """All workers' word, once at start. Reuse begins here: when each has proven the layout of its cache,
         and maps the very segment that this side maps. Its name is needed no more then."""
+        if not self._told_late:
+            self._begin_reuse([each for each in metadata.values() if isinstance(each, Handshake)])
+
+    def _begin_reuse(self, hands: Sequence[Handshake]) -> None:
         if self._proposed is None or self._segment is None:
             return
-        hands = [each for each in metadata.values() if isinstance(each, Handshake)]
         refusals = [hand.refusal for hand in hands if hand.refusal]
         if len(hands) != self._workers:
             refusals.append(f"{len(hands)} of {self._workers} workers answered")
@@ -171,6 +177,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         """The workers' report on what was ordered."""
         report = connector_output.kv_connector_worker_meta
+        if self._proposed is not None and isinstance(report, StepReport) and report.handshakes:
+            self._begin_reuse(report.handshakes)
+        if self._scheduler is not None and getattr(connector_output, "invalid_block_ids", None):
+            self._scheduler.distrust()  # also after another connector's failed load: its blocks hold no KV
         if self._scheduler is not None and isinstance(report, StepReport):
             self._scheduler.report(report)
 
@@ -218,10 +228,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Prove the caches' layout."""
         assert self._worker is not None
         self._worker.register(kv_caches)
+        if self._told_late:
+            self._worker.tell_late()
 
     def get_handshake_metadata(self) -> Handshake | None:
         """Whether this worker can take part."""
-        return None if self._worker is None else self._worker.handshake()
+        return None if self._worker is None or self._told_late else self._worker.handshake()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""
