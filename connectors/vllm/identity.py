@@ -128,8 +128,8 @@ class Namespaces:
         self._engine = namespace({"engine": self._engine, "renewed": os.urandom(16)})
 
     def set_weights(self, changed: bytes | None) -> None:
-        """From now on requests are computed by weights of that fingerprint, or None: by those of the start. Weights
-        that come back find what was kept of them."""
+        """From now on requests are computed by weights of that fingerprint, or None: by those of the start.
+        Weights that come back find what was kept of them."""
         self._engine = self._first if changed is None else namespace({"engine": self._first, "weights": changed})
 
     def of(self, request: Any) -> bytes | None:
