@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from ragkv.connectors.vllm.protocol import Fusion, Handshake, Job, StepOrders, S
 from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, Ticket, Tier, make_mover, pin_memory
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, Ticket, Tier, Turn, make_mover, pin_memory
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
@@ -48,11 +49,13 @@ class WorkerSide:
         self._refusal: str | None = "the engine's caches were never registered"
         self._mover: Mover | None = None
         self._device_mover: Mover | None = None
+        self._make_movers: Callable[[], tuple[Mover, Mover | None]] | None = None  # once the layout is proven
         self._stopwatch: Stopwatch | None = None
         self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
         self._timings: list[tuple[Literal["prefills", "copies", "fusions"], float, Timing]] = []
         self._mended: list[tuple[Fusion, int, Timing]] = []  # fusions to be timed, and when they began
         self._fuser: Fuser | None = None
+        self._turn: Turn | None = None  # of the movers, while there are none
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
         self._segment: Segment | None = None
@@ -128,10 +131,25 @@ class WorkerSide:
 
     def close(self) -> None:
         """Let the memory tier go."""
-        self._mover = self._device_mover = None
+        self._mover = self._device_mover = self._make_movers = None
         if self._segment is not None:
             self._segment.close()
             self._segment = None
+
+    def let_go_of_caches(self) -> None:
+        """The engine goes to sleep, and its caches lose their memory, and with them what lies in the device tier.
+        Orders until `take_caches_again` fail. Safe to call twice."""
+        if self._mover is not None:
+            self._turn = self._mover.turn
+        self._mover = self._device_mover = None
+
+    def take_caches_again(self) -> None:
+        """The caches have memory again, empty and at the same addresses. Safe to call twice."""
+        if self._mover is None and self._make_movers is not None and self._segment is not None:
+            self._mover, self._device_mover = self._make_movers()
+            for mover in (self._mover, self._device_mover):
+                if mover is not None:
+                    mover.turn = self._turn
 
     def _learn_model(self, model: Any, found: list[LayerCache], shape: Shape) -> None:
         """From now on moved tokens can be mended, if this model is of a kind that can be."""
@@ -189,12 +207,18 @@ class WorkerSide:
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         tier = Tier(elements, shape.geometry, page.page_tokens, shape.ranks, get_tensor_model_parallel_rank())
-        if copies := device_pages(self._settings, page):
-            share = copies * page.page_bytes // page.ranks // page.itemsize
-            pool = torch.empty(share, dtype=RAW[page.itemsize], device=device)
-            self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page.page_tokens, 1, 0))
+        share = device_pages(self._settings, page) * page.page_bytes // page.ranks // page.itemsize
+
+        def make_movers() -> tuple[Mover, Mover | None]:
+            below = None
+            if share:
+                pool = torch.empty(share, dtype=RAW[page.itemsize], device=device)
+                below = DirectMover(found, Tier(pool, shape.geometry, page.page_tokens, 1, 0))
+            return make_mover(found, tier, self._settings.transfer.staging, device), below
+
         self._stopwatch = Stopwatch(device)
-        self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
+        self._make_movers = make_movers
+        self._mover, self._device_mover = make_movers()
         if (model := find_model(self._vllm_config)) is not None:
             self._learn_model(model, found, shape)
 
