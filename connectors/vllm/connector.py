@@ -298,6 +298,21 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler = self._proposed = None
         self._close_segment()
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """The caches may lose their memory and get other memory at the same addresses (vLLM 0.33)."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep; nothing is under way."""
+        if self._worker is not None:
+            self._worker.let_go_of_caches()
+
+    def restore_kv_caches(self) -> None:
+        """The engine's caches have memory again."""
+        if self._worker is not None:
+            self._worker.take_caches_again()
+
     def _write_down_now(self, side: SchedulerSide) -> StepOrders:
         """vLLM will kill the engine soon, with answers still running: this step's loads are the last that are
         ordered, and what waits is written down before the step."""
