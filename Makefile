@@ -1,13 +1,14 @@
 # make env    the environment, .venv: made once, brought up to date when pyproject.toml changes
 # make demo   the demonstration
 # make test   format, lint, types, import rules and every test
+# make test-versions  a smoke test on every vLLM that is claimed, each in an environment of its own
 # make docs   the documentation's site, in out/site
 # make clean  removes what was built, but not .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test lint docs clean
+.PHONY: env demo test test-versions lint docs clean
 
 env: .venv/.stamp
 
@@ -26,6 +27,9 @@ lint: env
 test: env lint
 	$(BIN)/python -m pytest -m "not engine" -n 2
 	$(BIN)/python -m pytest -m engine
+
+test-versions: env
+	$(BIN)/python scripts/test_versions.py
 
 docs: env
 	$(BIN)/python scripts/make_docs.py

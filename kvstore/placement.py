@@ -140,7 +140,8 @@ class Placement:
             ended &= tier.close(max(0.0, end - self._clock()))
             self._completions.drain()  # what this tier has, the next need not take
         self._payloads.pages.close()
-        return ended and not (self._tiers and any(not chunk.below for chunk in self.hierarchy.everything()))
+        written = any(tier.may_write for tier in self._tiers)
+        return ended and not (written and any(not chunk.below for chunk in self.hierarchy.everything()))
 
     def _demote(self, chunk: Chunk) -> None:
         """Memory evicts a chunk: give it to the tiers that should have it and could not take it when it was

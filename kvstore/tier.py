@@ -60,7 +60,8 @@ class Wanted:
 class StoreTier:
     """`index`: None where the backend itself decides what it keeps (Redis). `through`: chunks are written as soon
     as they are stored; else when memory evicts them. `queue_bytes`: bound of what waits to be written. `asks`:
-    others write too, so what the index does not know may be there all the same, and the backend is asked."""
+    others write too, so what the index does not know may be there all the same, and the backend is asked.
+    `may_write`: else nothing is written, nor deleted to make room; values that were read are still touched."""
 
     def __init__(
         self,
@@ -76,9 +77,11 @@ class StoreTier:
         through: bool,
         queue_bytes: int,
         asks: bool,
+        may_write: bool = True,
     ) -> None:
         self.name, self.through, self.index = store.name, through, index
         self.choosy = not isinstance(admission, Always)
+        self.may_write = may_write
         self.bit = 0  # among all tiers, of `Chunk.below`
         self._store, self._admission = store, admission
         self._reads, self._writes = reads, writes
@@ -166,7 +169,7 @@ class StoreTier:
 
     def write(self, write: Write, done: Callable[[bool], None]) -> bool:
         """Keep a payload; `done` says whether it was. False, and no `done`: it will not be tried."""
-        if (write.key in self._pending and not write.replaces) or not self._room(write):
+        if not self.may_write or (write.key in self._pending and not write.replaces) or not self._room(write):
             return False
         if self._writing.due:
             self._writing.begin_trial()
@@ -251,7 +254,7 @@ class StoreTier:
         return self._store.free_bytes()
 
     def _delete(self, keys: list[bytes]) -> None:
-        if keys:
+        if keys and self.may_write:
             self._metrics.count(m.EVICTED_CHUNKS, len(keys), tier=self.name, reason=m.CAPACITY)
             self._deleting.update(keys)
             for gone in self._scans:

@@ -119,6 +119,18 @@ def local_torch(folders: list[str], version: tuple[int, int]) -> Path | None:
     return None
 
 
+def installing() -> dict[str, str]:
+    """Variables by which uv takes packages from where pip would."""
+    settings = pip_settings()
+    environment = {"UV_HTTP_TIMEOUT": "180"}
+    for name, words in settings.items():
+        variable, separator = PIP_TO_UV[name]
+        environment[variable] = separator.join(words)
+    if "extra-index-url" in settings:  # As pip does: the best version from any index that the user named.
+        environment["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+    return environment
+
+
 def main() -> None:
     ensure_python()
     start = time.monotonic()
@@ -127,23 +139,17 @@ def main() -> None:
     version = ensure_venv()
     STAMP.unlink(missing_ok=True)
     uv = ensure_uv()
-    settings = pip_settings()
-    environment = {"UV_HTTP_TIMEOUT": "180"}
-    for name, words in settings.items():
-        variable, separator = PIP_TO_UV[name]
-        environment[variable] = separator.join(words)
-    if "extra-index-url" in settings:  # As pip does: the best version from any index that the user named.
-        environment["UV_INDEX_STRATEGY"] = "unsafe-best-match"
-    wheel = local_torch(settings.get("find-links", []), version)
+    wheel = local_torch(pip_settings().get("find-links", []), version)
     install = ["pip", "install", "--python", str(PYTHON), "--editable", WANTED]
     if wheel:
         print(f"torch: local wheel {wheel.name} from pip's find-links")
         install.append("--no-sources")
     else:  # By [tool.uv.sources] in pyproject.toml, which takes torch alone from there.
         print("torch: CPU build from https://download.pytorch.org/whl/cpu")
-    step("packages: " + WANTED, uv, *install, env={**environment, **os.environ})
+    step("packages: " + WANTED, uv, *install, env={**installing(), **os.environ})
     STAMP.touch()
     print(f"ready: .venv, in {time.monotonic() - start:.0f} s")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -144,7 +144,7 @@ def ask_with_params(llm, prompt, max_tokens, params):
 def _mover():
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group()._worker._mover
+    return get_kv_transfer_group()._worker._copier._movers[False]
 
 
 def cpu_kv(cache, slots):

@@ -117,6 +117,7 @@ class Lower:
     through: bool = True
     capacity: int | None = 1 << 20
     asks: bool = False
+    may_write: bool = True
     queue: int = 1 << 20
     policy: str = "lru"
     plan: Plan = lambda method, number: None
@@ -140,6 +141,7 @@ class Lower:
             through=self.through,
             queue_bytes=self.queue,
             asks=self.asks,
+            may_write=self.may_write,
         )
         return self.tier
 

@@ -33,9 +33,17 @@ READING_THREADS = 3  # a tier; writing takes one more
 
 
 def make_placement(
-    settings: Settings, page: PageShape, buffer: Any, hidden_size: int, metrics: Metrics, faults: Faults
+    settings: Settings,
+    page: PageShape,
+    buffer: Any,
+    hidden_size: int,
+    metrics: Metrics,
+    faults: Faults,
+    *,
+    stores: bool = True,
 ) -> Placement:
-    """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs."""
+    """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs.
+    `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
     memory, device = settings.memory, settings.device
     copies = device_pages(settings, page)
     hierarchy = Hierarchy(
@@ -51,7 +59,7 @@ def make_placement(
     return Placement(
         hierarchy,
         Pages(buffer, page),
-        _tiers(settings, completions, metrics, faults),
+        _tiers(settings, completions, metrics, faults, stores=stores),
         Gate(active=settings.placement.gate),
         completions,
         metrics,
@@ -120,12 +128,15 @@ def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
     return Recorder(record, close)
 
 
-def _tiers(settings: Settings, completions: Completions, metrics: Metrics, faults: Faults) -> list[StoreTier]:
+def _tiers(
+    settings: Settings, completions: Completions, metrics: Metrics, faults: Faults, *, stores: bool
+) -> list[StoreTier]:
     tiers = []
+    shared = settings.disk.shared or not stores
     disk, redis = settings.disk, settings.redis
     if disk.path is not None and (store := _disk(disk.path, fsync=disk.fsync)) is not None:
         index = Index(disk.capacity, make_policy(disk.policy))
-        tiers.append(_tier(store, index, disk, settings, completions, metrics, faults, asks=disk.shared))
+        tiers.append(_tier(store, index, disk, settings, completions, metrics, faults, asks=shared, stores=stores))
     if redis.url is not None:
         from ragkv.kvstore.stores.redis import RedisStore
 
@@ -136,7 +147,7 @@ def _tiers(settings: Settings, completions: Completions, metrics: Metrics, fault
             timeout_seconds=redis.timeout,
             prefix=f"{redis.prefix}:1:",
         )
-        tiers.append(_tier(server, None, redis, settings, completions, metrics, faults, asks=True))
+        tiers.append(_tier(server, None, redis, settings, completions, metrics, faults, asks=True, stores=stores))
     return tiers
 
 
@@ -150,6 +161,7 @@ def _tier(
     faults: Faults,
     *,
     asks: bool,
+    stores: bool,
 ) -> StoreTier:
     return StoreTier(
         store,
@@ -163,6 +175,7 @@ def _tier(
         through=section.write == "through",
         queue_bytes=min(settings.placement.queue, settings.memory.capacity),  # what waits is pinned there
         asks=asks,
+        may_write=stores,
     )
 
 

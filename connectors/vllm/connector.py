@@ -1,6 +1,6 @@
 """`RagKVConnector`: what vLLM sees. It holds one of two sides, and lets nothing out but answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
+from ragkv.connectors.vllm.lifecycle import watch_stop
+from ragkv.connectors.vllm.multi import among_others, told_late
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
+from ragkv.connectors.vllm.roles import duties_of
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
+from ragkv.connectors.vllm.weights import Look, WeightsWatch
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import RagKVError
 from ragkv.kvstore import metrics as m
@@ -28,25 +32,32 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
 
 NO_TOKENS = (0, False)
+NOT_ALL_WRITTEN = "ragkv: not all was written to the lower tiers within placement.flush"
 
 
 class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Exact reuse of KV from host memory. Where the engine cannot be served it stands aside, and says why."""
 
+    _among_others = False
+    _told_late = False  # workers' word comes with their first report, not with vLLM's handshake
     requires_kv_delivery = False  # a cache: a store that is dropped is a later miss
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"  # a failed load is a miss
         self._settings = check_settings(vllm_config.kv_transfer_config).settings
+        self._told_late = told_late(vllm_config.kv_transfer_config)
+        self._among_others = among_others(vllm_config.kv_transfer_config)
         self._metrics = Metrics()
         self.faults = Faults(self._metrics)
         self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
         self._proposed: SchedulerSide | None = None
         self._workers = 0
+        self._weights = WeightsWatch({})
         self._worker: WorkerSide | None = None
         self._segment: Segment | None = None
         if role is KVConnectorRole.SCHEDULER:
+            self._stop = watch_stop(vllm_config, self._settings)
             self._open_scheduler_side()
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
@@ -70,7 +81,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
         hidden = config.model_config.get_hidden_size()
         sizes = settings.chunks
-        placement = make_placement(settings, page, self._segment.buffer, hidden, self._metrics, self.faults)
+        duties = duties_of(config.kv_transfer_config)
+        placement = make_placement(
+            *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
+        )
         if settings.fusion.enabled:
             placement.index_contents()
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
@@ -81,10 +95,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._metrics,
             self.faults,
             chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
-            namespace_of=self._namespaces.of,
+            namespace_of=self._namespace_of,
             recorder=make_recorder(settings, self.faults),
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
+            stores=duties.stores,
+            loads=duties.loads,
         )
 
     def _stand_aside(self, why: str) -> None:
@@ -98,9 +114,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
         """All workers' word, once at start. Reuse begins here: when each has proven the layout of its cache,
         and maps the very segment that this side maps. Its name is needed no more then."""
+        if not self._told_late:
+            self._begin_reuse([each for each in metadata.values() if isinstance(each, Handshake)])
+
+    def _begin_reuse(self, hands: Sequence[Handshake]) -> None:
         if self._proposed is None or self._segment is None:
             return
-        hands = [each for each in metadata.values() if isinstance(each, Handshake)]
         refusals = [hand.refusal for hand in hands if hand.refusal]
         if len(hands) != self._workers:
             refusals.append(f"{len(hands)} of {self._workers} workers answered")
@@ -110,6 +129,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._stand_aside(refusals[0])
         else:
             self._scheduler, self._proposed = self._proposed, None
+            self._weights = WeightsWatch({hand.rank: hand.weights for hand in hands})
             self._segment.unlink()
             if self._scheduler.fusing is not None:
                 self._scheduler.fusing.refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
@@ -155,21 +175,34 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(_orders_so_far)
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         """This step's orders."""
-        return StepOrders() if self._scheduler is None else self._scheduler.orders(scheduler_output)
+        if self._scheduler is not None and self._stop.due():
+            return self._write_down_now(self._scheduler)
+        if self._scheduler is None:
+            return StepOrders()
+        orders = self._scheduler.orders(scheduler_output)
+        orders.look = self._weights.question(orders.tokens)
+        return orders
 
     @guarded(gives(None))
     def update_connector_output(self, connector_output: Any) -> None:
         """The workers' report on what was ordered, and requests whose transfers have ended on all of them."""
         report = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None:
-            received = connector_output.finished_recving
-            waiting = self._scheduler.report(
-                report if isinstance(report, StepReport) else None,
-                connector_output.finished_sending or (),
-                received or (),
-            )
-            if waiting:
-                received -= waiting
+        if self._proposed is not None and isinstance(report, StepReport) and report.handshakes:
+            self._begin_reuse(report.handshakes)
+        if self._scheduler is None:
+            return
+        if self._among_others and getattr(connector_output, "invalid_block_ids", None):
+            self._scheduler.distrust()  # perhaps another connector's failed load: its blocks hold no KV
+        received = connector_output.finished_recving
+        waiting = self._scheduler.report(
+            report if isinstance(report, StepReport) else None,
+            connector_output.finished_sending or (),
+            received or (),
+        )
+        if waiting:
+            received -= waiting
+        for look in report.looks if isinstance(report, StepReport) else ():
+            self._hear(look)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
@@ -214,8 +247,22 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Forget all KV."""
         if self._scheduler is not None:
             self._scheduler.reset()
-            self._namespaces.renew()
+            self._weights.doubt()
         return True
+
+    def _namespace_of(self, request: Any) -> bytes | None:
+        """As `Namespaces.of`; None while it is not known by which weights the request will be computed."""
+        return self._namespaces.of(request) if self._weights.settled else None
+
+    def _hear(self, look: Look) -> None:
+        """A worker has looked at its weights."""
+        verdict = self._weights.hear(look)
+        if verdict == "unknown":  # what was kept may be of other weights
+            self._namespaces.renew()
+        elif verdict is not None:
+            self._namespaces.set_weights(self._weights.changed)
+        if verdict == "changed":
+            logger.info("ragkv: the weights have changed: what is kept of others is not used")
 
     # --- worker side ---
 
@@ -223,10 +270,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Prove the caches' layout."""
         assert self._worker is not None
         self._worker.register(kv_caches)
+        if self._told_late:
+            self._worker.tell_late()
 
     def get_handshake_metadata(self) -> Handshake | None:
         """Whether this worker can take part."""
-        return None if self._worker is None else self._worker.handshake()
+        return None if self._worker is None or self._told_late else self._worker.handshake()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""
@@ -295,9 +344,33 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
         for side in (self._scheduler, self._proposed):
             if side is not None and not side.close(self._settings.placement.flush):
-                logger.warning("ragkv: not all was written to the lower tiers within placement.flush")
+                logger.warning(NOT_ALL_WRITTEN)
         self._scheduler = self._proposed = None
         self._close_segment()
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """The caches may lose their memory and get other memory at the same addresses (vLLM 0.33)."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep; nothing is under way."""
+        if self._worker is not None:
+            self._worker.let_go_of_caches()
+
+    def restore_kv_caches(self) -> None:
+        """The engine's caches have memory again."""
+        if self._worker is not None:
+            self._worker.take_caches_again()
+
+    def _write_down_now(self, side: SchedulerSide) -> StepOrders:
+        """vLLM will kill the engine soon, with answers still running: this step's loads are the last that are
+        ordered, and what waits is written down before the step."""
+        self._scheduler = None
+        orders = side.take_orders()
+        if not side.close(self._settings.placement.flush):
+            logger.warning(NOT_ALL_WRITTEN)
+        return orders
 
     def _close_segment(self) -> None:
         if self._segment is not None:

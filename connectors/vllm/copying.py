@@ -98,11 +98,16 @@ class Copier:
         self._ordered = still
         return over
 
-    def close(self) -> None:
-        """Wait for all that was ordered."""
+    def equip(self, movers: Mapping[bool, Mover]) -> None:
+        """Copy by these movers from now on; without any, orders fail. Waits for all that was ordered."""
         for mover in self._movers.values():
             mover.close()
-        self._movers.clear()
+        self._movers = dict(movers)
+
+    @property
+    def equipped(self) -> bool:
+        """Whether there are movers."""
+        return bool(self._movers)
 
     def _all(self) -> Iterable[Running]:
         yield from self._ordered

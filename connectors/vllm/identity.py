@@ -121,13 +121,18 @@ class Namespaces:
     """The namespace of each request: the engine's identity, and the request's adapter, tenant and media."""
 
     def __init__(self, engine: bytes) -> None:
-        self._engine = engine
+        self._first = self._engine = engine
         self._adapters: dict[tuple[Any, ...], tuple[object, str]] = {}
 
     def renew(self) -> None:
         """From now on nothing is equal to what was: weights may have changed in place, and then whatever lower
         tiers hold is of others."""
         self._engine = namespace({"engine": self._engine, "renewed": os.urandom(16)})
+
+    def set_weights(self, changed: bytes | None) -> None:
+        """From now on requests are computed by weights of that fingerprint, or None: by those of the start.
+        Weights that come back find what was kept of them."""
+        self._engine = self._first if changed is None else namespace({"engine": self._first, "weights": changed})
 
     def of(self, request: Any) -> bytes | None:
         """16 bytes, equal for two requests only if equal tokens give them equal KV; None where that cannot be

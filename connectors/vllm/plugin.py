@@ -8,9 +8,8 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from ragkv.config import Loaded
 from ragkv.connectors.vllm import NAME
 from ragkv.connectors.vllm.model import watch_workers
+from ragkv.connectors.vllm.multi import EXTRA, ROOM_CHECKED, note_rivals, our_entry, split_marks
 from ragkv.preflight import check_room, read_settings
-
-ROOM_CHECKED = "_ragkv_room_checked"
 
 
 def install() -> None:
@@ -29,6 +28,8 @@ def install() -> None:
     def checked(kv_transfer_config: Any) -> Any:
         if kv_transfer_config.kv_connector == NAME:
             check_settings(kv_transfer_config)
+        elif (entry := our_entry(kv_transfer_config)) is not None:
+            _check_child(kv_transfer_config, entry, find_class)
         return find_class(kv_transfer_config)
 
     KVConnectorFactory.get_connector_class = checked
@@ -41,8 +42,23 @@ def check_settings(kv_transfer_config: Any) -> Loaded:
     Room in shared memory is looked at once: the mark on the configuration goes with it into every process of
     the engine, where the room may be taken already, by the engine itself.
     """
-    loaded = read_settings(kv_transfer_config.kv_connector_extra_config)
-    if not getattr(kv_transfer_config, ROOM_CHECKED, False):
+    extra, marks = split_marks(kv_transfer_config.kv_connector_extra_config)
+    loaded = read_settings(extra)
+    if not getattr(kv_transfer_config, ROOM_CHECKED, False) and not marks.get(ROOM_CHECKED, False):
         check_room(loaded.settings)
         object.__setattr__(kv_transfer_config, ROOM_CHECKED, True)
     return loaded
+
+
+def _check_child(kv_transfer_config: Any, entry: dict[str, Any], find_class: Any) -> None:
+    """As `check_settings`, for ragkv inside a MultiConnector; the mark goes with the entry. And a failed load of
+    ragkv's is a miss there too: vLLM reads the policy of the whole configuration, not of the child's."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    extra, marks = split_marks(entry[EXTRA])
+    settings = read_settings(extra).settings
+    if not marks.get(ROOM_CHECKED, False):
+        check_room(settings)
+        entry[EXTRA][ROOM_CHECKED] = True
+    note_rivals(kv_transfer_config, KVConnectorBase_V1, find_class)
+    kv_transfer_config.kv_load_failure_policy = "recompute"

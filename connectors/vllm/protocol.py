@@ -11,6 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from ragkv.connectors.vllm.weights import Look
+
 Indices = npt.NDArray[np.int64]
 Run = tuple[int, int]  # positions, from and up to
 Times = tuple[int, int, int, bool]  # began, ended (ns since 1970), of how many workers, whether one failed
@@ -71,7 +73,7 @@ class StepOrders(KVConnectorMetadata):
     (more), with the blocks that vLLM must compute itself. `cancelled`: requests whose loads shall end as failed.
     `finishing`: requests that ended, whose blocks vLLM keeps until their stores are done. `preempted`: requests
     whose blocks are given to others in this step. `tokens`: that the forward computes; `alone`: the only request
-    in it, or None.
+    in it, or None. `look`: the number under which workers shall look at the weights, before the forward; 0: not.
     """
 
     loads: list[Job] = field(default_factory=list)
@@ -84,6 +86,7 @@ class StepOrders(KVConnectorMetadata):
     block_tokens: int = 0
     tokens: int = 0
     alone: str | None = None
+    look: int = 0
 
     @property
     def pending(self) -> bool:
@@ -96,7 +99,8 @@ class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
     `prefills`, `copies`, `fusions`: (tokens, seconds) of forwards, of loads and of fusions (their work), for the
-    gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number.
+    gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number. `handshakes`: of
+    workers whose handshake could not be told at start. `looks`: at the weights.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -106,6 +110,8 @@ class StepReport(KVConnectorWorkerMetadata):
     fusions: list[tuple[float, float]] = field(default_factory=list)
     unfused: set[str] = field(default_factory=set)
     times: dict[int, Times] = field(default_factory=dict)
+    handshakes: list["Handshake"] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -121,17 +127,22 @@ class StepReport(KVConnectorWorkerMetadata):
             self.fusions + other.fusions,
             self.unfused | other.unfused,
             merge_times(dict(self.times), other.times),
+            self.handshakes + other.handshakes,
+            self.looks + other.looks,
         )
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
     """A worker to the scheduler side, once at start: why this worker cannot take part, or None, which segment it
-    maps (`Segment.identity`), and why it cannot fuse, or None."""
+    maps (`Segment.identity`), and why it cannot fuse, or None; its tensor-parallel rank, and a fingerprint of the
+    weights that it has loaded, None where they cannot be looked at."""
 
     refusal: str | None
     segment: tuple[str, int, int] | None = None
     no_fusion: str | None = None
+    rank: int = 0
+    weights: bytes | None = None
 
 
 def merge_times(into: dict[int, Times], more: Mapping[int, Times]) -> dict[int, Times]:

@@ -36,7 +36,8 @@ HELD_SHARE = 0.5  # of memory, at most, is kept for requests that wait for lower
 
 class SchedulerSide(Jobs):
     """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone.
-    `recorder`, where given, is told every prompt once; the rest is as for `Jobs`."""
+    `recorder`, where given, is told every prompt once. `stores`, `loads`: what the engine's role lets it do. The
+    rest is as for `Jobs`."""
 
     def __init__(
         self,
@@ -45,11 +46,14 @@ class SchedulerSide(Jobs):
         namespace_of: Callable[[Any], bytes | None],
         recorder: Recorder | None = None,
         documents: DocumentStats | None = None,
+        stores: bool = True,
+        loads: bool = True,
         **more: Any,
     ) -> None:
         super().__init__(*args, **more)
         self._chunker, self._namespace_of, self._recorder = chunker, namespace_of, recorder
         self._documents, self._turns = documents, Turns(self._metrics)
+        self._may_store, self._may_load = stores, loads
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._waiting: dict[str, int] = {}  # pages of memory that are kept for requests that wait for lower tiers
         self._idle = False
@@ -66,7 +70,7 @@ class SchedulerSide(Jobs):
         self._waiting.pop(request.request_id, None)
         if self.fusing is not None:
             self.fusing.inherit(tracked, computed)
-        if tracked.refused or getattr(request, "skip_reading_prefix_cache", False):
+        if not self._may_load or tracked.refused or getattr(request, "skip_reading_prefix_cache", False):
             tracked.match, tracked.seen, tracked.plan, tracked.planned = NO_MATCH, (-1, -1), None, None
             answer: int | None = 0
         else:
@@ -115,9 +119,9 @@ class SchedulerSide(Jobs):
         self._metrics.count(m.LOOKUPS, result="hit" if external else "miss")
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
         tracked.stored = tracked.mended = 0
-        self._turns.count(tracked, external)
         if external:
             self._begin_load(tracked, start, end, blocks)
+        self._turns.count(tracked, external)
         tracked.looked = False
         self._promised.pop(request.request_id, None)
         self._let_go(tracked)
@@ -342,7 +346,7 @@ class SchedulerSide(Jobs):
 
     def _store(self, tracked: Tracked, upto: int) -> bool:
         """Order the store of what the first `upto` tokens have new; False where that is nothing."""
-        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens))
+        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens)) if self._may_store else 0
         new = self._hierarchy.reserve(
             tracked.namespace, tracked.chain, upto, asked=tracked.asked, priority=tracked.hints.priority
         )

@@ -19,8 +19,8 @@ from typing import Any
 
 from ragkv.checks import Finding
 from ragkv.connectors.vllm import NAME
+from ragkv.versions import NEWEST, OLDEST
 
-OLDEST, NEWEST = (0, 25), (0, 32)
 TOKENS = 300
 INSTALL = "install vLLM into this environment, such as by pip install 'ragkv[vllm]'"
 TODO = f"use a vLLM from {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, with which ragkv is known to work"

@@ -108,12 +108,10 @@ class Turns:
         if not tracked.turn or tracked.counted:
             return
         tracked.counted = True
-        plan = tracked.plan if external else None
-        computed = 0 if plan is None else plan.end - plan.exact - plan.moved + plan.budget
         turn = f"{LAST}+" if tracked.turn >= LAST else str(tracked.turn)
         self._metrics.count(m.TURN_REQUESTS, turn=turn)
         self._metrics.count(m.TURN_PROMPT_TOKENS, tracked.request.num_prompt_tokens, turn=turn)
-        self._metrics.count(m.TURN_REUSED_TOKENS, tracked.computed + external - computed, turn=turn)
+        self._metrics.count(m.TURN_REUSED_TOKENS, tracked.computed + external - tracked.mended, turn=turn)
 
 
 def _name(behind: bytes, chain: TokenChain, start: int, end: int) -> bytes:

@@ -13,21 +13,19 @@ import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
+from ragkv.connectors.vllm.equipment import Equipment, equip
 from ragkv.connectors.vllm.faults import Faults, logger
-from ragkv.connectors.vllm.identity import Shape, examine
-from ragkv.connectors.vllm.layout import RAW, LayerCache, probe
+from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
 from ragkv.connectors.vllm.model import find_model
-from ragkv.connectors.vllm.pinning import Pinning, pin
 from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.recompute import Fuser
-from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape, step_bytes
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, Tier, make_mover
+from ragkv.connectors.vllm.transfer import Prepare
+from ragkv.connectors.vllm.weights import Look
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.segment import Segment
 
 LEAST_TOKENS = 32  # of a step whose time says something of prefill
 SOME_STEPS = 64  # of the other steps one in so many is timed: they tell what a step costs by itself
@@ -42,9 +40,10 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._settings, self._metrics, self._faults = settings, metrics, faults
         self._refusal: str | None = "the engine's caches were never registered"
-        self._mover: Mover | None = None
-        self._device_mover: Mover | None = None
+        self._equipment: Equipment | None = None
         self._copier = Copier({}, 1, 1, 1, faults)
+        self._turn: Prepare | None = None  # rotates keys that move
+        self._model: Any = None
         self._stopwatch: Stopwatch | None = None
         self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
         self._timings: list[tuple[Literal["prefills", "fusions"], float, Timing]] = []
@@ -52,8 +51,6 @@ class WorkerSide:
         self._fuser: Fuser | None = None
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
-        self._segment: Segment | None = None
-        self._pinning: Pinning | None = None
         self._orders: StepOrders | None = None  # of the step under way, until they are carried out
         self._block_tokens = 1
         self._report = StepReport()
@@ -66,7 +63,8 @@ class WorkerSide:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
         try:
-            self._connect(caches)
+            self._equipment = equip(self._vllm_config, self._kv_cache_config, self._settings, caches)
+            self._begin_copying(self._equipment)
             self._refusal = None
         except RagKVError as error:
             self._refusal = str(error)
@@ -76,8 +74,24 @@ class WorkerSide:
 
     def handshake(self) -> Handshake:
         """What the scheduler side must know of this worker."""
-        identity = None if self._segment is None else self._segment.identity
-        return Handshake(self._refusal, identity, self._no_fusion)
+        made = self._equipment
+        if made is None:
+            return Handshake(self._refusal, None, self._no_fusion)
+        return Handshake(self._refusal, made.segment.identity, self._no_fusion, made.rank, self._look())
+
+    def tell_late(self) -> None:
+        """Give the handshake with the next report."""
+        self._report.handshakes = [self.handshake()]
+
+    def let_go_of_caches(self) -> None:
+        """The engine goes to sleep: its caches lose their memory, and the device tier goes with them. Orders until
+        `take_caches_again` fail. Safe to call twice."""
+        self._copier.equip({})
+
+    def take_caches_again(self) -> None:
+        """The caches have memory again, empty and at the same addresses. Safe to call twice."""
+        if self._equipment is not None and not self._copier.equipped:
+            self._equip_copier(self._equipment)
 
     def preempt(self, orders: StepOrders) -> None:
         """Blocks of preempted requests are about to be overwritten: what is being stored of them is read first."""
@@ -88,6 +102,9 @@ class WorkerSide:
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
         self.preempt(orders)
+        if orders.look:  # before the forward: what it computes is of the weights that are seen here
+            rank = 0 if self._equipment is None else self._equipment.rank
+            self._report.looks.append(Look(orders.look, rank, self._look()))
         self._orders = orders
         self._steps += 1
         self._forward = None
@@ -126,13 +143,11 @@ class WorkerSide:
 
     def close(self) -> None:
         """Let the memory tier go, once nothing is copied any more."""
-        self._copier.close()
-        self._mover = self._device_mover = self._fuser = None
-        if self._pinning is not None:
-            self._pinning.release()
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        self._copier.equip({})
+        self._fuser = self._model = None
+        if self._equipment is not None:
+            self._equipment.close()
+            self._equipment = None
 
     def _take(self, orders: StepOrders) -> None:
         """Note what was ordered."""
@@ -219,61 +234,27 @@ class WorkerSide:
             ended = time.time_ns() if seconds is None else began + round(seconds * 1e9)
             self._report.times[number] = began, ended, 1, failed
 
-    def _connect(self, caches: dict[str, torch.Tensor]) -> None:
-        shape = examine(self._vllm_config, self._kv_cache_config)
-        layers = self._vllm_config.compilation_config.static_forward_context
-        ours = {name: caches[name] for name in shape.layers}
-        blocks = self._kv_cache_config.num_blocks
-        found = probe(layers, ours, shape.geometry, blocks, self._vllm_config.model_config.dtype)
-        page = page_shape(self._settings, shape)
-        size = memory_pages(self._settings, page) * page.page_bytes
-        self._segment = Segment(self._vllm_config.kv_transfer_config.engine_id, size, populate=True)
-        elements = torch.frombuffer(self._segment.buffer, dtype=RAW[shape.geometry.itemsize])
-        device = next(iter(ours.values())).device
-        if device.type == "cuda":
-            self._pinning = pin(elements, page.page_bytes)
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+    def _begin_copying(self, made: Equipment) -> None:
+        self._stopwatch = Stopwatch(made.device)
+        geometry = made.shape.geometry
+        self._copier = Copier({}, made.page.page_tokens, geometry.token_bytes, made.step_bytes, self._faults)
+        self._model = find_model(self._vllm_config)
+        if self._model is not None:
+            self._learn_model(self._model, made)
+        self._equip_copier(made)
 
-        tier = Tier(elements, shape.geometry, page.page_tokens, shape.ranks, get_tensor_model_parallel_rank())
-        if copies := device_pages(self._settings, page):
-            share = copies * page.page_bytes // page.ranks // page.itemsize
-            pool = torch.empty(share, dtype=RAW[page.itemsize], device=device)
-            self._device_mover = DirectMover(found, Tier(pool, shape.geometry, page.page_tokens, 1, 0))
-        self._stopwatch = Stopwatch(device)
-        self._mover = make_mover(found, tier, self._settings.transfer.staging, device)
-        self._equip(page.page_tokens, shape.geometry.token_bytes, device)
-        if (model := find_model(self._vllm_config)) is not None:
-            self._learn_model(model, found, shape)
-        if device.type != "cpu":
-            self._say_memory(copies * page.page_bytes // page.ranks)
+    def _equip_copier(self, made: Equipment) -> None:
+        movers = made.make_movers()
+        for mover in movers.values():
+            mover.turn = self._turn
+        self._copier.equip(movers)
+        made.say_memory(movers, TURN_DEVICE_BYTES if self._fuser is not None else 0)
 
-    def _say_memory(self, pool: int) -> None:
-        """All accelerator memory that this worker takes beside vLLM's."""
-        copies = sum(mover.device_bytes for mover in (self._mover, self._device_mover) if mover is not None)
-        fusion = TURN_DEVICE_BYTES if self._fuser is not None else 0
-        each = {"copies": copies, "device tier": pool, "fusion": fusion}
-        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in each.items() if size)
-        total = sum(each.values()) / 2**20
-        logger.info(
-            "ragkv: %.0f MiB of accelerator memory: %s; a fused forward needs what a step needs", total, parts
-        )
-
-    def _equip(self, page_tokens: int, token_bytes: int, device: torch.device) -> None:
-        """Give the movers to the copier."""
-        movers = {False: self._mover, True: self._device_mover}
-        self._copier = Copier(
-            {kind: mover for kind, mover in movers.items() if mover is not None},
-            page_tokens,
-            token_bytes,
-            step_bytes(self._settings, device),
-            self._faults,
-        )
-
-    def _learn_model(self, model: Any, found: list[LayerCache], shape: Shape) -> None:
+    def _learn_model(self, model: Any, made: Equipment) -> None:
         """From now on moved tokens can be mended, if this model is of a kind that can be."""
         try:
-            turn = make_turn(self._vllm_config, shape, model)
-            self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, shape, model, found)
+            self._turn = make_turn(self._vllm_config, made.shape, model)
+            self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, made.shape, model, made.caches)
         except RagKVError as error:
             self._no_fusion = str(error)
         except Exception as error:  # an unknown model or backend may fail in any way
@@ -281,6 +262,11 @@ class WorkerSide:
             logger.debug("ragkv: no fusion", exc_info=error)
         else:
             self._no_fusion = None
-            for mover in (self._mover, self._device_mover):
-                if mover is not None:
-                    mover.turn = turn
+
+    def _look(self) -> bytes | None:
+        """A fingerprint of the model's weights as they are now; None where that cannot be had."""
+        try:
+            return None if self._model is None else fingerprint_model(self._model)
+        except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
+            logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
+            return None

@@ -1,5 +1,6 @@
 """Settings, read and judged before anything is started: by vLLM's plug-in and by the commands, in one way."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from ragkv.config import Loaded, Settings, check_shared_memory, load
 from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.redis_url import parse_location
+
+STOP_SECONDS = 10  # of vLLM's shutdown timeout beside writing down: for running answers, workers and teardown
 
 
 def read_settings(
@@ -23,3 +26,13 @@ def check_room(settings: Settings) -> None:
     """ConfigError: shared memory has no room for these settings, also without what dead engines left there."""
     sweep()
     check_shared_memory(settings, available_bytes())
+
+
+def has_lower_tier(settings: Settings) -> bool:
+    """Whether anything is kept beyond the engine's end."""
+    return settings.disk.path is not None or settings.redis.url is not None
+
+
+def shutdown_seconds(settings: Settings) -> int:
+    """The shutdown timeout of vLLM that leaves `placement.flush` for writing down, in whole seconds."""
+    return math.ceil(settings.placement.flush) + STOP_SECONDS

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -9,11 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ragkv.errors import RagKVError
+
+if TYPE_CHECKING:
+    from ragkv.config import Settings
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 EPILOG = """Examples:\n
@@ -26,6 +30,7 @@ OURS = {
     "--kv-transfer-config": "ragkv serve makes it from its own settings (--config, RAGKV_…)",
     "--kv-offloading-size": "it would put vLLM's offloading in ragkv's place",
 }
+SHUTDOWN_OPTION = "--shutdown-timeout"
 PLUGINS = "VLLM_PLUGINS"
 PLUGIN = "ragkv"
 FILE_VARIABLE = "RAGKV_CONFIG"
@@ -74,11 +79,12 @@ def prepare(model: str, arguments: Sequence[str], file: Path | None, environ: Ma
     for argument in arguments:
         _refuse_ours(argument)
     named = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
-    _check(named, environ)
+    settings = _check(named, environ)
     transfer: dict[str, object] = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
     if named is not None:
         transfer["kv_connector_extra_config"] = {"config": str(named.expanduser().absolute())}
-    command = (*_server(model), "--kv-transfer-config", json.dumps(transfer), *arguments)
+    ours = ("--kv-transfer-config", json.dumps(transfer), *_shutdown_timeout(settings, arguments))
+    command = (*_server(model), *ours, *arguments)
     return Launch(command, {name: value for name, value in environ.items() if name != FILE_VARIABLE})
 
 
@@ -97,10 +103,11 @@ def _refuse_ours(argument: str) -> None:
             raise RagKVError(f"ragkv serve: {argument.partition('=')[0]} = …; allowed: not here, since {why}")
 
 
-def _check(file: Path | None, environ: Mapping[str, str]) -> None:
+def _check(file: Path | None, environ: Mapping[str, str]) -> "Settings":
     from ragkv.preflight import check_room, read_settings
 
-    check_room(read_settings(environ=environ, file=file).settings)
+    settings = read_settings(environ=environ, file=file).settings
+    check_room(settings)
     plugins = environ.get(PLUGINS)
     if plugins is not None and PLUGIN not in plugins.split(","):
         raise RagKVError(f"ragkv serve: {PLUGINS} = {plugins!r}; allowed: a list with {PLUGIN!r} in it, or unset")
@@ -109,6 +116,54 @@ def _check(file: Path | None, environ: Mapping[str, str]) -> None:
             "ragkv serve: vLLM is not installed in this environment; allowed: one with it, such as by "
             "pip install 'ragkv[vllm]'"
         )
+    return settings
+
+
+def _shutdown_timeout(settings: "Settings", arguments: Sequence[str]) -> tuple[str, ...]:
+    """vLLM's option without which SIGTERM kills the engine before it has written down what waits; nothing where
+    nothing would be written, where the user has set it, and where this vLLM does not know it."""
+    from ragkv.preflight import has_lower_tier, shutdown_seconds
+
+    if not has_lower_tier(settings) or settings.placement.flush <= 0:
+        return ()
+    if any(_names_shutdown(argument) for argument in arguments) or not _vllm_knows(SHUTDOWN_OPTION):
+        return ()
+    if any(SHUTDOWN_OPTION.lstrip("-") in _keys(file) for file in _vllm_files(arguments)):
+        return ()
+    return SHUTDOWN_OPTION, str(shutdown_seconds(settings))
+
+
+def _names_shutdown(argument: str) -> bool:
+    name = argument.partition("=")[0].replace("_", "-")
+    return len(name) > len("--s") and SHUTDOWN_OPTION.startswith(name)
+
+
+def _vllm_knows(option: str) -> bool:
+    """Whether the installed vLLM has an option; its source is searched, since importing it takes seconds."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        return f'"{option}"' in (Path(spec.origin).parent / "engine" / "arg_utils.py").read_text("utf-8")
+    except OSError:
+        return False
+
+
+def _vllm_files(arguments: Sequence[str]) -> list[str]:
+    """vLLM's own files of options (--config FILE, --config=FILE), which the command line would overrule."""
+    split = [after for name, after in itertools.pairwise(arguments) if name == "--config"]
+    return split + [name.partition("=")[2] for name in arguments if name.startswith("--config=")]
+
+
+def _keys(file: str) -> set[str]:
+    """The options that a file of vLLM's sets; none where it cannot be read, which vLLM will say."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return set()
+    return {str(key).replace("_", "-") for key in found} if isinstance(found, dict) else set()
 
 
 def _server(model: str) -> tuple[str, ...]:

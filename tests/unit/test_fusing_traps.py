@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import toy_engine
+import toy_vllm
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.fusing import QUESTION
 from ragkv.kvstore.gate import Gate
@@ -45,7 +46,8 @@ def test_a_fused_part_within_the_prompts_last_block_gets_no_exact_name_when_the_
     monkeypatch, before, keep
 ):
     """128 tokens a block is vLLM's default on CPU."""
-    monkeypatch.setattr(toy_engine, "BLOCK", 128)
+    for module in (toy_engine, toy_vllm):
+        monkeypatch.setattr(module, "BLOCK", 128)
     with closing(engine(keep=keep)) as made:
         whole = before + PASSAGES[0][:80] + text(902, QUESTION)
         request = made.request(whole, block_hashes=names_of(whole, 128))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,6 +139,53 @@ def test_vllms_own_command_where_it_starts(monkeypatch, named, expected):
     monkeypatch.setattr(importlib.metadata, "version", version)
     launch = prepare("m", [], None, {"RAGKV_MEMORY_CAPACITY": "4MiB"})
     assert launch.command[:5] == (sys.executable, *expected)
+
+
+DISK = {"RAGKV_MEMORY_CAPACITY": "4MiB", "RAGKV_DISK_PATH": "/somewhere"}
+
+
+def stop_options(arguments=(), **environ):
+    return [each for each in prepare("m", list(arguments), None, DISK | environ).command if "shut" in each]
+
+
+def test_vllm_gets_time_to_write_down_what_waits():
+    command = prepare("m", ["--port", "1"], None, DISK | {"RAGKV_PLACEMENT_FLUSH": "7.5"}).command
+    assert command[command.index("--shutdown-timeout") + 1] == "18"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--shutdown-timeout", "3"], ["--shutdown_timeout=0"], ["--shut", "4"], ["--shutdown-timeout=9"]]
+)
+def test_the_users_own_time_is_kept(arguments):
+    assert stop_options(arguments) == [each for each in arguments if "shut" in each]
+
+
+@pytest.mark.parametrize("key", ["shutdown-timeout", "shutdown_timeout"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_users_own_time_in_vllms_file_is_kept(tmp_path, key, joined):
+    file = tmp_path / "vllm.yaml"
+    option = [f"--config={file}"] if joined else ["--config", str(file)]
+    assert stop_options(option) == ["--shutdown-timeout"], "a file that is not there says nothing"
+    file.write_text("port: 1\n")
+    assert stop_options(option) == ["--shutdown-timeout"]
+    file.write_text(f"port: 1\n{key}: 3\n")
+    assert stop_options(option) == []
+
+
+def test_without_a_lower_tier_or_time_for_it_vllm_stops_as_ever():
+    assert prepare("m", [], None, {"RAGKV_MEMORY_CAPACITY": "4MiB"}).command[-2] == "--kv-transfer-config"
+    assert stop_options(RAGKV_PLACEMENT_FLUSH="0") == []
+
+
+def test_a_vllm_that_does_not_know_the_option_is_not_given_it(tmp_path, monkeypatch):
+    (tmp_path / "engine").mkdir()
+    source = tmp_path / "engine" / "arg_utils.py"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=tmp_path / "__init__.py"))
+    for text, known in (('"--other"', False), ('"--shutdown-timeout",', True)):
+        source.write_text(text)
+        assert bool(stop_options()) is known
+    source.unlink()
+    assert stop_options() == []
 
 
 def run(tmp_path, *arguments, **environ):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm import worker as worker_module
+from ragkv.connectors.vllm import equipment
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layout import Geometry
@@ -43,7 +43,7 @@ class Clock:
 
 def make_worker(monkeypatch, device_capacity):
     shape = Shape(GEOMETRY, tuple(f"layer.{n}" for n in range(LAYERS)), torch.bfloat16, 1)
-    monkeypatch.setattr(worker_module, "examine", lambda vllm, cache: shape)
+    monkeypatch.setattr(equipment, "examine", lambda vllm, cache: shape)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(
@@ -76,7 +76,7 @@ def made(monkeypatch):
 
     yield make
     for side in sides:
-        side._segment and side._segment.unlink()
+        side._equipment and side._equipment.segment.unlink()
         side.close()
 
 
@@ -125,17 +125,17 @@ def test_device_rows_and_memory_rows_are_two_pools(made):
 
 def test_on_a_cpu_the_pool_is_an_ordinary_tensor_of_the_given_size(made):
     side, _, _ = made()
-    pool = side._device_mover._tier.rows
+    pool = side._copier._movers[True]._tier.rows
     assert pool.device.type == "cpu" and pool.is_contiguous()
     assert pool.numel() * pool.element_size() == DEVICE_PAGES * PAGE * GEOMETRY.token_bytes
-    rows = made(DEVICE_PAGES * PAGE * GEOMETRY.token_bytes + 7)[0]._device_mover._tier.rows
+    rows = made(DEVICE_PAGES * PAGE * GEOMETRY.token_bytes + 7)[0]._copier._movers[True]._tier.rows
     assert rows.shape == pool.shape, "whole pages only"
 
 
 @pytest.mark.parametrize("capacity", [0, PAGE * GEOMETRY.token_bytes - 1])
 def test_without_a_page_there_is_no_pool_and_its_jobs_fail_alone(made, capacity):
     side, _, metrics = made(capacity)
-    assert side._device_mover is None
+    assert True not in side._copier._movers
     rows, slots = list(range(PAGE)), list(range(PAGE))
     step(
         side,

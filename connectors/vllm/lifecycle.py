@@ -1,0 +1,86 @@
+"""The end of an engine: what a stop would lose, told at the start; and the moment at which to write it down."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ragkv.config import Settings
+from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.roles import duties_of
+from ragkv.preflight import has_lower_tier, shutdown_seconds
+
+KILL_MARGIN = 4.0  # seconds before vLLM kills its engine at which writing down should be over
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def lost_at_stop(vllm_config: Any, settings: Settings) -> str | None:
+    """What a SIGTERM would lose with this configuration, and how to avoid it; None where nothing is lost.
+
+    With a shutdown timeout of 0, vLLM's default, the server kills its engine at once, before the connector can
+    write anything. Versions of vLLM without that setting are not judged.
+    """
+    timeout, flush = getattr(vllm_config, "shutdown_timeout", None), settings.placement.flush
+    if timeout is None or flush <= 0 or timeout >= flush or not has_lower_tier(settings):
+        return None
+    if not duties_of(getattr(vllm_config, "kv_transfer_config", None)).stores:
+        return None
+    disk, redis = settings.disk, settings.redis
+    back = (disk.path is not None and disk.write == "back") or (redis.url is not None and redis.write == "back")
+    lost = "all that only memory holds" if back else "what still waits to be written"
+    when = "at once" if timeout == 0 else f"after {timeout} s, sooner than placement.flush = {flush:g} s"
+    return (
+        f"vLLM's shutdown timeout is {timeout}: after SIGTERM it kills the engine {when}, and {lost} is lost; "
+        f"to have it written, start vLLM with --shutdown-timeout {shutdown_seconds(settings)} (`ragkv serve` does)"
+    )
+
+
+def watch_stop(vllm_config: Any, settings: Settings) -> "StopNotice":
+    """Warn of what a stop would lose, and listen for one. In the process of vLLM's scheduler, at its start."""
+    lost = lost_at_stop(vllm_config, settings)
+    if lost is not None:
+        logger.warning("ragkv: %s", lost)
+    seconds = getattr(vllm_config, "shutdown_timeout", None) or 0
+    notice = StopNotice(seconds, settings.placement.flush)
+    if seconds and has_lower_tier(settings):
+        notice.listen()
+    return notice
+
+
+class StopNotice:
+    """Notes that this process was asked to stop, and says when writing down must begin.
+
+    vLLM lets running answers end within its shutdown timeout and then kills the engine, without a word to the
+    connector. `seconds`: that timeout; `flush`: what writing down may take of it.
+    """
+
+    def __init__(self, seconds: float, flush: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._wait, self._clock = max(0.0, seconds - flush - KILL_MARGIN), clock
+        self._asked: float | None = None
+
+    def listen(self) -> None:
+        """From now on note the signals, before whoever handles them now. Without effect where only Python does
+        (an engine inside a program, which may go on after Ctrl-C), and outside of a process's main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not signal.default_int_handler:
+                signal.signal(number, self._noting(handler))
+
+    def note(self) -> None:
+        """The process was asked to stop."""
+        if self._asked is None:
+            self._asked = self._clock()
+
+    def due(self) -> bool:
+        """Whether writing down can wait no longer."""
+        return self._asked is not None and self._clock() >= self._asked + self._wait
+
+    def _noting(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(number: int, frame: Any) -> Any:
+            self.note()
+            return handler(number, frame)
+
+        return noted

@@ -1,0 +1,123 @@
+"""A server that is asked to stop: what only its memory held lies in the disk tier's folder afterwards."""
+
+import json
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner
+
+from engine_tools import children, segments, wait_until_gone
+from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.server import Server, free_port
+from ragkv.cli import app
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+SETTINGS = {"memory": {"capacity": "256MiB"}, "placement": {"gate": False, "flush": 5}}
+END_SECONDS = 90
+
+
+def settings(folder):
+    """A disk tier that is given nothing before the end."""
+    return SETTINGS | {"disk": {"path": str(folder / "kv"), "write": "back"}}
+
+
+def serve(model, folder, *options, by_ragkv=True):
+    file, port = folder / "ragkv.yaml", free_port()
+    file.write_text(yaml.safe_dump(settings(folder)))
+    transfer = {
+        "kv_connector": "RagKVConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"config": str(file)},
+    }
+    command = [
+        *(
+            (str(Path(sys.executable).with_name("ragkv")), "serve", str(model), "--config", str(file))
+            if by_ragkv
+            else (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
+        ),
+        *(() if by_ragkv else ("--kv-transfer-config", json.dumps(transfer))),
+        *("--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "4096", "--enforce-eager"),
+        *("--dtype", "float32", *options),
+    ]
+    return Server(command, port, folder / "log", ENVIRONMENT)
+
+
+def complete(server, tokens, answer_tokens, **more):
+    body = {"model": "smollm2", "prompt": tokens, "max_tokens": answer_tokens, "temperature": 0, **more}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=120)
+
+
+def stop(server):
+    """SIGTERM to the first process alone, as a supervisor does; until its engine has ended. (Python's resource
+    tracker ends with the first process.)"""
+    engine = [pid for pid in children(server.pid) if b"resource_tracker" not in command_of(pid)]
+    server._process.terminate()
+    wait_until_gone(engine, END_SECONDS)
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def kept(folder):
+    """Tokens that lie in the folder, all of them sound."""
+    verified = CliRunner().invoke(app, ["store", "verify", str(folder)])
+    assert verified.exit_code == 0, verified.output
+    listed = CliRunner().invoke(app, ["store", "ls", str(folder), "--limit", "0", "--json"])
+    assert listed.exit_code == 0, listed.output
+    return sum(each["tokens"] for each in json.loads(listed.output))
+
+
+def test_what_waits_is_written_down_and_the_next_engine_hits_it(model, filings, tmp_path):
+    prompt = filings[0][:1500]
+    with serve(model, tmp_path) as server:
+        server.wait()
+        with complete(server, prompt, 2) as answer:
+            json.load(answer)
+        assert not list((tmp_path / "kv").glob("**/*.kv")), "nothing is written before the end"
+        stop(server)
+        wait_until_gone([server.pid], END_SECONDS)
+    log = (tmp_path / "log").read_text()
+    assert "kills the engine" not in log and "not all was written" not in log
+    assert kept(tmp_path / "kv") >= 1500 and not segments()
+    options = EngineOptions(model, settings(tmp_path), "float32", 4096)
+    with Engine(options) as engine:
+        (answer,) = engine.ask([prompt])
+        assert sum(answer.hit_tokens.values()) == 1499
+
+
+def test_a_running_answer_does_not_use_up_the_time(model, filings, tmp_path):
+    """vLLM waits for it until its timeout, and then kills the engine: what waits is written before that."""
+    prompt = filings[1][:1500]
+    with serve(model, tmp_path, "--shutdown-timeout", "12") as server:
+        server.wait()
+        stream = complete(server, prompt, 2500, stream=True, ignore_eos=True)
+        assert stream.readline()
+        reader = threading.Thread(target=drain, args=(stream,))  # it goes away only after the engine has
+        reader.start()
+        stop(server)
+    reader.join()
+    log = (tmp_path / "log").read_text()
+    assert "force killing remaining process EngineCore" in log, "else the answer ended, and nothing was tested"
+    assert kept(tmp_path / "kv") >= 1500
+
+
+def drain(stream):
+    try:
+        while stream.readline():
+            pass
+    except OSError:
+        pass  # the server was killed
+
+
+def test_a_plain_server_says_at_start_what_a_stop_loses(model, tmp_path):
+    with serve(model, tmp_path, by_ragkv=False) as server:
+        server.wait()
+    log = (tmp_path / "log").read_text()
+    assert log.count("all that only memory holds is lost; to have it written, start vLLM with") == 1

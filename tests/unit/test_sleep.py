@@ -1,0 +1,105 @@
+"""A worker whose caches lose their memory and get it again, as vLLM 0.33 says it to connectors."""
+
+import numpy as np
+import pytest
+
+from ragkv.config import Settings
+from ragkv.connectors.vllm.connector import RagKVConnector
+from ragkv.connectors.vllm.copying import Copier
+from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.protocol import Job, StepOrders
+from ragkv.connectors.vllm.transfer import Done
+from ragkv.connectors.vllm.worker import WorkerSide
+from ragkv.kvstore.metrics import Metrics
+from toy_worker import Stopwatch
+
+
+class Mover:
+    most_tokens = 10**6
+
+    def __init__(self):
+        self.turn, self.moved, self.closed = None, [], False
+
+    def store(self, rows, slots):
+        self.moved.append(len(rows))
+        return Done(0.1)
+
+    def load(self, rows, slots, shifts=None):
+        return self.store(rows, slots)
+
+    def close(self):
+        self.closed = True
+
+
+class Equipment:
+    """Makes movers, and keeps those that it made."""
+
+    def __init__(self):
+        self.made = []
+
+    def make_movers(self):
+        self.made.append({False: Mover(), True: Mover()})
+        return dict(self.made[-1])
+
+    def say_memory(self, movers, fusion):
+        pass
+
+
+@pytest.fixture
+def worker():
+    metrics = Metrics()
+    made = WorkerSide(None, None, Settings(), metrics, Faults(metrics))
+    made._stopwatch, made._equipment, made._turn = Stopwatch(), Equipment(), turn
+    made._copier = Copier({}, 16, 1, 1000, made._faults)
+    made.take_caches_again()
+    return made
+
+
+def turn(shifts):
+    return shifts
+
+
+def step(worker, **kinds):
+    job = Job(1, np.arange(3), np.arange(3), "r")
+    worker.begin(StepOrders(**{kind: [job] for kind in kinds}, block_tokens=8))
+    worker.carry_out()
+    return worker.take_report()
+
+
+def test_after_waking_copies_go_by_new_movers(worker):
+    worker.take_caches_again()
+    (before,) = worker._equipment.made
+    worker.let_go_of_caches()
+    worker.let_go_of_caches()
+    assert all(mover.closed for mover in before.values()), "nothing of it runs any more"
+    worker.take_caches_again()
+    worker.take_caches_again()
+    _, after = worker._equipment.made
+    assert all(mover.turn is turn for mover in after.values())
+    assert step(worker, stores=True).failed == set()
+    assert after[False].moved == [3] and not before[False].moved
+
+
+def test_while_asleep_a_load_fails_and_is_told(worker):
+    worker.let_go_of_caches()
+    assert step(worker, loads=True).failed == {1}
+    assert worker.take_invalid_blocks() == {0} and worker.take_finished() == (set(), {"r"})
+
+
+def test_a_worker_that_has_ended_or_never_began_does_not_wake(worker):
+    worker._equipment = None
+    worker.let_go_of_caches()
+    worker.take_caches_again()
+    assert step(worker, loads=True).failed == {1}
+
+
+def test_the_connector_passes_it_on(worker):
+    connector = RagKVConnector.__new__(RagKVConnector)
+    connector._worker = worker
+    connector.unregister_kv_caches()
+    assert step(worker, stores=True).failed == {1}
+    connector.restore_kv_caches()
+    assert step(worker, stores=True).failed == set()
+    connector._worker = None
+    connector.unregister_kv_caches()
+    connector.restore_kv_caches()
