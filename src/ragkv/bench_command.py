@@ -90,7 +90,7 @@ def tiers(
     run(tier.split(","), folder, redis, json_file)
 
 
-@app.command(epilog="Examples: ragkv bench fuzz --inputs 10000 --seed 1; ragkv bench fuzz --engine --prompts 1000")
+@app.command(epilog="Example: ragkv bench fuzz --engine --prompts 1000 --seed 1")
 def fuzz(
     engine: Annotated[bool, typer.Option("--engine", help="Fuzz an engine with ragkv instead.")] = False,
     inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
