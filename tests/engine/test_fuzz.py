@@ -1,26 +1,22 @@
 """A minute of the fuzzer of engines, and whether it sees what it is for: wrong KV."""
 
-import pytest
-
 from ragkv.benchmarks.engine_fuzz import DISTINCT, FuzzOptions, fuzz
 
-NEVER_WRONG = ("wrong", "dead", "failed")
 
-
-def flip_a_row_of_some_loads():
-    """Run in the engine's process: every fifth load leaves one wrong token in vLLM's cache."""
+def spoil_a_token_of_some_loads():
+    """Run in the engine's process: every fifth load leaves one token in vLLM's cache with another one's KV."""
     from ragkv.connectors.vllm.transfer import DirectMover
 
     load, calls = DirectMover.load, [0]
 
-    def flipped(mover, rows, slots, *more):
+    def spoiled(mover, rows, slots, *more):
         ticket = load(mover, rows, slots, *more)
         calls[0] += 1
         if calls[0] % 5 == 0 and len(rows) > 1:
-            load(mover, rows[:1], slots[-1:])  # the last token gets the first one's KV
+            load(mover, rows[:1], slots[-1:])
         return ticket
 
-    DirectMover.load = flipped
+    DirectMover.load = spoiled
 
 
 def test_an_engine_under_pressure_answers_as_plain_vllm_does():
@@ -30,19 +26,12 @@ def test_an_engine_under_pressure_answers_as_plain_vllm_does():
     assert findings.outputs["near tie"] < 4 and findings.noise < 1e-4
     assert len(findings.answers) > DISTINCT * findings.distinct_prompts
     assert findings.aborted > 5 and findings.resets > 10
-    for name, least in (("hit_requests", 100), ("hit_tokens", 5000), ("preemptions", 5)):
+    for name, least in (("hit_requests", 100), ("hit_tokens", 3000), ("preemptions", 5), ("evicted_chunks", 100)):
         assert findings.engine[name] > least, findings.engine
     assert findings.faults.total() > 5
 
 
 def test_the_fuzzer_sees_one_wrong_token():
-    findings = fuzz(FuzzOptions(prompts=100, seed=1, store_faults=0, prepare=flip_a_row_of_some_loads))
+    findings = fuzz(FuzzOptions(prompts=100, seed=1, store_faults=0, prepare=spoil_a_token_of_some_loads))
     assert findings.outputs["wrong"] > 0 and findings.outputs["equal"] > 0
     assert "log probabilities" in findings.wrong[0].what or "likeliest" in findings.wrong[0].what
-
-
-@pytest.mark.parametrize("kind", ["fusion"])
-def test_passages_whose_tokens_are_all_computed_anew_are_right(kind):
-    findings = fuzz(FuzzOptions(prompts=200, seed=2, fusion=True))
-    assert not findings.wrong and not findings.dead, (findings.wrong[:1], findings.dead)
-    assert findings.engine["fused_tokens"] > 0
