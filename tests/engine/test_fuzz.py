@@ -20,13 +20,18 @@ def spoil_a_token_of_some_loads():
 
 
 def test_an_engine_under_pressure_answers_as_plain_vllm_does():
-    findings = fuzz(FuzzOptions(prompts=400, seed=1))
+    findings = fuzz(FuzzOptions(prompts=1000, seed=1))
     assert not findings.wrong and not findings.dead, (findings.wrong[:1], findings.dead)
-    assert findings.prompts == 400 and findings.outputs["equal"] > 350
-    assert findings.outputs["near tie"] < 4 and findings.noise < 1e-4
+    assert findings.prompts == 1000 and findings.outputs["equal"] > 900
+    assert findings.outputs["near tie"] < 10 and findings.noise < 1e-4
     assert len(findings.answers) > DISTINCT * findings.distinct_prompts
     assert findings.aborted > 5 and findings.resets > 10
-    for name, least in (("hit_requests", 100), ("hit_tokens", 3000), ("preemptions", 5), ("evicted_chunks", 100)):
+    for name, least in (
+        ("hit_requests", 500),
+        ("hit_tokens", 10_000),
+        ("preemptions", 20),
+        ("evicted_chunks", 1000),
+    ):
         assert findings.engine[name] > least, findings.engine
     assert findings.faults.total() > 5
 
