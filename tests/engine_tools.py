@@ -1,14 +1,12 @@
 """What the engine tests share: prompts, and functions that run beside an engine or inside its workers."""
 
-import contextlib
 import os
-import signal
 import time
 from pathlib import Path
 
 import torch
 
-from ragkv.benchmarks.engine import Engine
+from ragkv.benchmarks.engine import descendants
 from ragkv.benchmarks.tenk import generate_filing, load_filings
 from ragkv.connectors.vllm.layout import RAW
 
@@ -43,23 +41,10 @@ def mapped_segments(*pids):
     return found
 
 
-def children(pid):
-    """All living descendants of a process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found += [int(folder.name), *children(int(folder.name))]
-    return found
-
-
 def anonymous_bytes(pid):
     """Resident memory of a process and its descendants that no file or shared memory backs."""
     total = 0
-    for each in (pid, *children(pid)):
+    for each in (pid, *descendants(pid)):
         for line in Path(f"/proc/{each}/status").read_text().splitlines():
             if line.startswith("RssAnon"):
                 total += int(line.split()[1]) * 1024
@@ -75,27 +60,6 @@ def wait_until_gone(pids, seconds=60):
             return
         os.sched_yield()
     raise AssertionError(f"still running: {alive}")
-
-
-class Resting(Engine):
-    """An engine that stands still between calls. An idle vLLM worker spins, and several would take the time of the
-    engine that is tested."""
-
-    def call(self, function, *args):
-        self._signal(signal.SIGCONT)
-        try:
-            return super().call(function, *args)
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def close(self):
-        self._signal(signal.SIGCONT)
-        super().close()
-
-    def _signal(self, number):
-        for pid in (self.pid, *children(self.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
 
 
 def _runs(pid):

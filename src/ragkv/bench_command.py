@@ -22,14 +22,28 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figur
 def prefix(
     tier: Annotated[str, typer.Option(help="The tier to load from: memory.")] = "memory",
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each measured on both engines.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each measured on both engines.")] = 4,
+    starts: Annotated[int, typer.Option(min=1, max=50, help="Times that both engines are started.")] = 5,
     filings: FilingsOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """TTFT cold and warm against plain vLLM, paired."""
+    """TTFT cold and warm against plain vLLM, paired, over several starts of both."""
     from ragkv.benchmarks.prefix import run
 
-    run(tier, tokens, rounds, filings, json_file)
+    run(tier, tokens, rounds, starts, filings, json_file)
+
+
+@app.command(epilog="Example: ragkv bench stall --tokens 6000 --json stall.json")
+def stall(
+    tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens that the other request loads.")] = 6000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each loaded and prefilled once.")] = 5,
+    filings: FilingsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """The longest gap in a running answer while another request is loaded, or prefilled by plain vLLM."""
+    from ragkv.benchmarks.stall import run
+
+    run(tokens, rounds, filings, json_file)
 
 
 @app.command(epilog="Example: ragkv bench restart --tier redis")
@@ -76,16 +90,34 @@ def tiers(
     run(tier.split(","), folder, redis, json_file)
 
 
-@app.command(epilog="Example: ragkv bench fuzz --inputs 10000 --seed 1")
+@app.command(epilog="Example: ragkv bench fuzz --engine --prompts 1000 --seed 1")
 def fuzz(
+    engine: Annotated[bool, typer.Option("--engine", help="Fuzz an engine with ragkv instead.")] = False,
     inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
+    prompts: Annotated[int, typer.Option(min=1, help="With --engine: prompts to ask.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    only: Annotated[int | None, typer.Option(min=0, help="With --engine: play this episode alone.")] = None,
+    faults: Annotated[
+        float, typer.Option(min=0, max=1, help="With --engine: share of the disk tier's calls that go wrong.")
+    ] = 0.02,
+    copy_faults: Annotated[
+        float, typer.Option(min=0, max=1, help="With --engine: share of copies to and from the engine that fail.")
+    ] = 0.0,
+    fusion: Annotated[bool, typer.Option("--fusion", help="With --engine: fuse, all moved tokens anew.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Give harmed payloads to the codec: it must refuse them."""
-    from ragkv.benchmarks.fuzz import run
+    """Give harmed payloads to the codec: it must refuse them. With --engine: ask an engine with ragkv thousands of
+    prompts, under evictions, preemptions, aborts and faults: it must answer as plain vLLM does."""
+    if not engine:
+        from ragkv.benchmarks.fuzz import run
 
-    run(inputs, seed, json_file)
+        run(inputs, seed, json_file)
+        return
+    from ragkv.benchmarks.engine_fuzz import FuzzOptions
+    from ragkv.benchmarks.engine_fuzz_report import run as run_engines
+
+    options = FuzzOptions(prompts, seed, only, store_faults=faults, copy_faults=copy_faults, fusion=fusion)
+    run_engines(options, json_file)
 
 
 @app.command(epilog="Example: ragkv bench fusion --selections deviation,query --ratios 0.15 --trials 5")

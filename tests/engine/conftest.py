@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine_tools import BLOCK, Resting, filing_tokens
+from engine_tools import BLOCK, filing_tokens
 from otlp_collector import collecting
-from ragkv.benchmarks.engine import EngineOptions
+from ragkv.benchmarks.engine import EngineOptions, Resting
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, PROCESSOR
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.redis_server import Server as Redis

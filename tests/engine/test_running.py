@@ -6,7 +6,6 @@ from pathlib import Path
 
 from engine_tools import (
     anonymous_bytes,
-    children,
     chosen_tokens,
     in_workers,
     mapped_segments,
@@ -14,7 +13,7 @@ from engine_tools import (
     wait_until_gone,
     watch_fusion,
 )
-from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.engine import Engine, EngineOptions, descendants
 from ragkv.benchmarks.fusion_measure import ENVIRONMENT, ask
 from ragkv.benchmarks.model import random_llama
 
@@ -98,7 +97,7 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     others, vllms_own = segments(), set(SHM.glob("vllm_dist_*"))
     with Engine(parallel) as engine:
         assert [answer.tokens for answer in engine.ask(prompts, 12)] == wanted
-        everyone = [engine.pid, *children(engine.pid)]
+        everyone = [engine.pid, *descendants(engine.pid)]
         maps = [mapped_segments(pid) for pid in everyone]
         assert len(set().union(*maps)) == 1 and sum(map(bool, maps)) == 3, "both workers and the scheduler"
         engine.evict()
@@ -123,7 +122,7 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     for left in set(SHM.glob("vllm_dist_*")) - vllms_own:
         left.unlink()  # what the kill left of vLLM's own
     assert segments() == others
-    assert mapped_segments(*children(shared_ragkv.pid)), "the other engine keeps its memory"
+    assert mapped_segments(*descendants(shared_ragkv.pid)), "the other engine keeps its memory"
     assert len(shared_ragkv.ask([filings[0][:300]], 4)) == 1
     with Engine(parallel) as again:
         answers = again.ask(prompts, 12)

@@ -74,9 +74,9 @@ class CountingEngine:
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Run a command; what it wrote to --json."""
-    for module in (demo, prefix, restart):
+    for module, engine in ((demo, "Engine"), (prefix, "Resting"), (restart, "Engine")):
         monkeypatch.setattr(module, "ensure_model", lambda progress: tmp_path)
-        monkeypatch.setattr(module, "Engine", CountingEngine)
+        monkeypatch.setattr(module, engine, CountingEngine)
     monkeypatch.setattr(CountingEngine, "below", {})
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
     monkeypatch.chdir(tmp_path)
@@ -101,8 +101,11 @@ def test_demo(run, tmp_path):
 
 
 def test_bench_prefix(run):
-    report = run("bench", "prefix", "--tokens", "200", "--rounds", "2")
+    report = run("bench", "prefix", "--tokens", "200", "--rounds", "2", "--starts", "3")
     assert report["cold_over_plain"] == pytest.approx(1, abs=0.01)
+    assert report["cold_over_plain_spread"] == pytest.approx([1, 1], abs=0.01)
+    assert len(report["levels"]["cold"]) == 3 and len(report["seconds"]["cold"]) == 6
+    assert report["prefill_tokens_per_second"] == pytest.approx(1 / SECONDS, rel=0.1)
     assert report["warm_over_floor"] == pytest.approx(1)
     assert report["hit_fraction"] == 1
     assert min(report["seconds"]["cold"]) > 10 * max(report["seconds"]["warm"])
