@@ -17,7 +17,7 @@ class Ask:
     `hints`: ragkv's part of `kv_transfer_params`; `scored`: with the prompt's log probabilities."""
 
     prompt: Sequence[int]
-    tokens: int = 4
+    tokens: int = 3
     count: int = 1
     scored: bool = False
     salt: str | None = None
@@ -184,3 +184,21 @@ def watch_fusion(llm: Any, asks: Sequence[Ask]) -> tuple[list[Answer], list[dict
     finally:
         Fuser.fuse, EngineForward.compute = fuse, compute
     return answers, seen
+
+
+def same_writes(_llm: Any) -> bool:
+    """Whether vLLM's kernel and what the rig has in its place write the same bytes."""
+    import torch
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+
+    from rig.interpreter import write
+
+    key, value = torch.randn(2, 6, 2, 32)
+    slots, scale = torch.tensor([3, 17, -1, 40, 0]), torch.tensor(1.0)
+    seen = []
+    for function in (triton_reshape_and_cache_flash, write):
+        cache = torch.zeros(3, 2, 16, 64)
+        halves = cache.transpose(1, 2).split(32, dim=-1)
+        function(key, value, *halves, slots, "auto", scale, scale)
+        seen.append(cache)
+    return bool(torch.equal(*seen) and seen[0].any())

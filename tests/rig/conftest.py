@@ -14,7 +14,7 @@ from rig.tiny import VOCABULARY, tiny_llama
 def pytest_collection_modifyitems(items):
     for item in items:
         if "/tests/rig/" in str(item.path):
-            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.rig)
             item.add_marker(pytest.mark.slow)
 
 
@@ -29,7 +29,10 @@ def plain(tiny_model):
         yield plain
 
 
-@pytest.fixture(scope="session", params=COMBINATIONS, ids=str)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(c, id=str(c), marks=pytest.mark.xdist_group(str(c))) for c in COMBINATIONS],
+)
 def combination(request):
     return request.param
 

@@ -4,19 +4,24 @@ import os
 
 import torch
 from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from rig.interpreter import launch_few_programs, patch_language_once
 from rig.plugin import ASYNC
 
-HOPPER = (9, 0)
+HOPPER = DeviceCapability(9, 0)
 
-torch.cuda.get_device_capability = lambda *_, **__: HOPPER
+torch.cuda.get_device_capability = lambda *_, **__: tuple(HOPPER)
 patch_language_once()
 
 
 class RigPlatform(CpuPlatform):
     """Only what differs from `CpuPlatform`."""
+
+    @classmethod
+    def get_device_capability(cls, device_id=0):
+        return HOPPER
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):

@@ -15,6 +15,12 @@ BLOCKS = 40
 LONGEST = 320
 STEP = 128  # tokens a step takes
 NEAR = 1e-3  # between log probabilities; float32 gives 1e-5
+ONE_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other engines run beside
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions that run in the workers
+}
 SHAPE = {
     "skip_tokenizer_init": True,
     "max_num_seqs": 8,
@@ -22,8 +28,8 @@ SHAPE = {
     "generation_config": "vllm",
 }
 SETTINGS = {
-    "memory": {"capacity": "1MiB"},  # about 1,365 tokens
-    "device": {"capacity": "256KiB", "after": 2},
+    "memory": {"capacity": "2MiB"},  # about 1,365 tokens
+    "device": {"capacity": "512KiB", "after": 2},
     "chunks": {"min_tokens": 16, "average_tokens": 32, "max_tokens": 64},
     "fusion": {"min_tokens": 16},
     "placement": {"gate": False},
@@ -42,12 +48,12 @@ class Combination:
 
     @property
     def environment(self):
-        """What makes an engine such a one. One process, so that faults can be made in all of its parts."""
+        """What makes an engine such a one, in one process, so that faults can be made in all of its parts."""
         chosen = {ASYNC: "1"} if self.asynchronous else {}
         return {
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": str(self.runner - 1),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **ONE_PROCESS,
             **chosen,
         }
 
@@ -143,8 +149,6 @@ def rig_engine(model, folder, combination, settings, **llm):
 def plain_engine(model):
     """Plain vLLM, as it is on a CPU."""
     shape = SHAPE | {"enable_prefix_caching": False, "max_num_batched_tokens": LONGEST}
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with RigEngine(
-        EngineOptions(model, None, "float32", max_model_len=LONGEST, llm=shape, environment=environment)
-    ) as engine:
+    options = EngineOptions(model, None, "float32", max_model_len=LONGEST, llm=shape, environment=ONE_PROCESS)
+    with RigEngine(options) as engine:
         yield Plain(engine.wait())

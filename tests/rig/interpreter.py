@@ -1,15 +1,17 @@
-"""Triton's interpreter, ten times quicker. It runs every operation of every program in Python, so few programs on
-large tiles suit it best; and it patches Triton's language once, instead of in every call of a function.
+"""Triton's interpreter, 20 times quicker. It runs every operation of every program in Python, so few programs on
+large tiles suit it best.
 
-Only launch parameters change (as an autotuner would choose them): kernels and what they compute stay vLLM's own.
+The attention kernel is vLLM's own, with other launch parameters, as an autotuner might choose them. The kernel
+that writes new K and V to the cache takes a program for every token; in its place PyTorch writes the same.
 """
 
 import functools
 import types
 
+import torch
+
 TILE = 128  # tokens of the cache that a program takes at once
-ROWS = 128  # queries of one KV head that a program takes at once
-SEGMENTS = 2  # that the cache is split into where one sequence decodes
+ROWS = 128  # queries of one KV head that a program takes at once, or 16 where all sequences decode
 
 
 class Launched:
@@ -27,7 +29,8 @@ class Launched:
 
 
 def patch_language_once():
-    """What the interpreter puts in the place of Triton's built-in functions stays there."""
+    """Let what the interpreter puts in the place of Triton's built-in functions stay there; else it patches the
+    whole language again in every call of a function."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -38,22 +41,30 @@ def patch_language_once():
 
 @functools.cache
 def launch_few_programs():
-    """Larger tiles for the attention kernel, and fewer segments of a decoding sequence's cache."""
+    """Few programs for attention, and none for writing to the cache."""
     from vllm.v1.attention.ops import triton_unified_attention as ops
 
     ops._get_tile_size = lambda *_, **__: TILE
     ops.kernel_unified_attention = Launched(ops.kernel_unified_attention, _wide)
     from vllm.v1.attention.backends import triton_attn
 
-    triton_attn.NUM_PAR_SOFTMAX_SEGMENTS = SEGMENTS
-    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 4
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0  # no splitting of one sequence's cache among programs
+    triton_attn.triton_reshape_and_cache_flash = write
 
 
 def _wide(grid, arguments):
-    """Many queries a program where there are any, few where all sequences decode."""
-    if arguments["IS_3D"]:
-        return grid, {}
     queries, sequences = arguments["query_ptr"].shape[0], arguments["num_seqs"]
     rows = 16 if queries == sequences else ROWS
     block = rows // arguments["num_queries_per_kv"]
     return (queries // block + sequences, *grid[1:]), {"BLOCK_M": rows, "BLOCK_Q": block}
+
+
+def write(key, value, key_cache, value_cache, slots, _kv_cache_dtype, k_scale, v_scale):
+    """K and V [tokens, heads, dim] to caches [blocks, block_size, heads, dim]; negative slots are padding."""
+    kept = (slots >= 0).nonzero().flatten()
+    at = slots[kept] // key_cache.shape[1], slots[kept] % key_cache.shape[1]
+    for new, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        if new.dtype != cache.dtype:  # fp8, which PyTorch does not index
+            cache.view(torch.uint8)[at] = (new[kept] / scale).to(cache.dtype).view(torch.uint8)
+        else:
+            cache[at] = new[kept]

@@ -51,11 +51,11 @@ def test_failed_loads_beside_other_requests(rig, plain, fresh):
     first, second, third = (fresh(70) for _ in range(3))
     known(rig, first, second, third)
     asks = [
-        Ask(first, 6),
-        Ask(fresh(20), 12),
+        Ask(first, 4),
+        Ask(fresh(20), 6),
         Ask((*first, *fresh(9))),
         Ask(second),
-        Ask(third, 8),
+        Ask(third, 5),
         Ask(first[:50]),
     ]
     plain.check(asks, rig.answers(asks, LOAD))
@@ -109,10 +109,10 @@ def test_a_failed_load_then_a_preemption(rig, plain, fresh):
 
 
 def test_failed_loads_under_pressure_then_the_next_turns(rig, plain, fresh):
-    prompts = [fresh(90) for _ in range(6)]
+    prompts = [fresh(94) for _ in range(6)]
     for some in (prompts[:3], prompts[3:]):
         known(rig, *some)
-    asks = [Ask(prompt, 20) for prompt in prompts]
+    asks = [Ask(prompt, 6) for prompt in prompts]
     before = rig.count("vllm:num_preemptions_total")
     found = rig.answers(asks, Fault("load", 4))
     assert rig.count("vllm:num_preemptions_total") > before
@@ -126,9 +126,9 @@ def test_the_next_turn_after_a_failed_load(rig, plain, fresh):
     """It may be computed on what the failure left, and stored; vLLM's own cache is emptied then."""
     prompt = fresh(80)
     known(rig, prompt)
-    answer = rig.answer(prompt, LOAD, tokens=12)
-    plain.check([Ask(prompt, 12)], [answer])
-    second = Ask((*prompt, *answer.tokens, *fresh(20)), 12)
+    answer = rig.answer(prompt, LOAD, tokens=6)
+    plain.check([Ask(prompt, 6)], [answer])
+    second = Ask((*prompt, *answer.tokens, *fresh(20)), 5)
     answers = rig.answers([second])
     plain.check([second], answers)
     rig.evict()

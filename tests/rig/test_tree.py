@@ -35,7 +35,7 @@ class Tree:
         keep = text[: self._chance.randrange(len(text)) + 1] if kind < 0.7 else text
         text = (*keep, *self._some(self._chance.randrange(5, 45)))[-150:]
         self._prompts.append(text)
-        return Ask(text, self._chance.randrange(1, 8), salt=self._chance.choice([None, None, None, "other"]))
+        return Ask(text, self._chance.randrange(1, 5), salt=self._chance.choice([None, None, None, "other"]))
 
     def answered(self, asked, answer):
         """The next turn of a conversation may follow."""
