@@ -11,11 +11,15 @@ from rig.engines import COMBINATIONS, SETTINGS, plain_engine, rig_engine
 from rig.tiny import VOCABULARY, tiny_llama
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Mark the rig's tests; where tests run beside one another, those of one engine stay in one process."""
     for item in items:
         if "/tests/rig/" in str(item.path):
             item.add_marker(pytest.mark.rig)
             item.add_marker(pytest.mark.slow)
+            combination = getattr(item, "callspec", None) and item.callspec.params.get("combination")
+            item.add_marker(pytest.mark.xdist_group(str(combination or "others")))
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +33,7 @@ def plain(tiny_model):
         yield plain
 
 
-@pytest.fixture(
-    scope="session",
-    params=[pytest.param(c, id=str(c), marks=pytest.mark.xdist_group(str(c))) for c in COMBINATIONS],
-)
+@pytest.fixture(scope="session", params=COMBINATIONS, ids=str)
 def combination(request):
     return request.param
 

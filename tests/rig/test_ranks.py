@@ -7,7 +7,6 @@ from rig.beside import Ask
 from rig.engines import COMBINATIONS, SETTINGS, rig_engine
 from rig.faults import Fault, break_rank, mend_rank
 
-pytestmark = pytest.mark.xdist_group("ranks")
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
