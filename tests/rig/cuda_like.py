@@ -19,8 +19,6 @@ patch_language_once()
 class RigPlatform(CpuPlatform):
     """Only what differs from `CpuPlatform`."""
 
-    simple_compile_backend = "eager"  # inductor would take the interpreted Triton for a compiler
-
     @classmethod
     def get_device_capability(cls, device_id=0):
         return HOPPER

@@ -19,6 +19,7 @@ ONE_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other engines run beside
     "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # its compiler takes the interpreted Triton for a real one
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions that run in the workers
 }
 SHAPE = {
