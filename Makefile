@@ -25,8 +25,9 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest -m "not engine" -n 2
+	$(BIN)/python -m pytest -m "not engine and not rig" -n 2
 	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m rig -n 2 --dist loadgroup
 
 test-versions: env
 	$(BIN)/python scripts/test_versions.py

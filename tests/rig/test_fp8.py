@@ -1,0 +1,26 @@
+"""fp8 in the cache, on the rig."""
+
+import pytest
+
+from rig.engines import SETTINGS, differences, rig_engine
+from rig.faults import Fault
+
+
+@pytest.fixture(scope="session")
+def fp8(combination, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"fp8-{combination}")
+    with rig_engine(tiny_model, folder, combination, SETTINGS, kv_cache_dtype="fp8") as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("fault", [None, Fault("load")], ids=["hit", "failed load"])
+def test_fp8_in_the_cache(fp8, fresh, fault):
+    """Compared with what the same engine computes without a hit: fp8 of other kernels is rounded elsewhere."""
+    prompt = fresh(90)
+    cold = fp8.answer(prompt)
+    assert cold.cached == 0
+    for each in (fault, None):
+        fp8.evict()
+        warm = fp8.answer(prompt, each)
+        assert [*differences([cold], [warm])] == []
+    assert warm.cached == 89
