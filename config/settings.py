@@ -191,7 +191,7 @@ class TransferSettings(Section):
     """Copies between the memory tier and an accelerator."""
 
     staging: Size = Field(default=parse_size("64MiB"), ge=2**20, description="device memory for staging")
-    step: Size = Field(default=0, ge=0, description="copied in a step beside others' tokens; 0: 32MiB, GPUs 256MiB")
+    step: Size = Field(default=0, ge=0, description="copied in a step beside others; 0: 32MiB, GPUs 256MiB")
 
 
 class Settings(Section):
