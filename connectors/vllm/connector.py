@@ -95,7 +95,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._metrics,
             self.faults,
             chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
-            namespace_of=self._namespace_of,
+            namespace_of=self._namespaces.of,
             recorder=make_recorder(settings, self.faults),
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
@@ -148,6 +148,9 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Tokens that can be loaded while the request waits; None: ask again in the next step."""
         if self._scheduler is None:
             return NO_TOKENS
+        if not self._weights.settled:
+            self._weights.want()
+            return None, False
         tokens = self._scheduler.lookup(request, num_computed_tokens)
         return tokens, bool(tokens)
 
@@ -180,7 +183,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return StepOrders()
         orders = self._scheduler.orders(scheduler_output)
-        orders.look = self._weights.question(orders.tokens)
+        orders.look = self._weights.question()
         return orders
 
     @guarded(gives(None))
@@ -249,10 +252,6 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.reset()
             self._weights.doubt()
         return True
-
-    def _namespace_of(self, request: Any) -> bytes | None:
-        """As `Namespaces.of`; None while it is not known by which weights the request will be computed."""
-        return self._namespaces.of(request) if self._weights.settled else None
 
     def _hear(self, look: Look) -> None:
         """A worker has looked at its weights."""

@@ -1,9 +1,9 @@
 """Whether an engine's weights are still those of its start.
 
 vLLM resets a connector when it sleeps, pauses or is told to reset its caches, and says neither why nor whether
-weights change: they may, after the reset and before the next forward (`update_weights`, `reload_weights`,
-`collective_rpc`). So after every reset the weights are looked at, by the workers, with the first step that has
-something to compute, before its forward. Until all workers have answered, nothing is loaded and nothing stored.
+weights change: they may, after the reset and before the next request (`update_weights`, `reload_weights`,
+`collective_rpc`). So after every reset the workers look at the weights as soon as a request comes, which waits
+until all have answered.
 """
 
 import hashlib
@@ -31,25 +31,29 @@ class WeightsWatch:
         self._ranks, self._first = len(first), combine(first)
         self._number = self._asked = 0
         self._answers: dict[int, bytes | None] = {}
-        self._settled = True
+        self._settled, self._wanted = True, False
         self.changed: bytes | None = None  # the fingerprint of all ranks, where it is not the first
 
     @property
     def settled(self) -> bool:
-        """Whether the weights are known; else requests are left alone."""
+        """Whether the weights are known; else requests wait."""
         return self._settled
 
     def doubt(self) -> None:
         """vLLM has reset the connector: the weights may change until the next forward. What is under way to an
         earlier question counts no more."""
-        self._settled = False
+        self._settled = self._wanted = False
         self._number += 1
         self._answers = {}
 
-    def question(self, tokens: int) -> int:
-        """The number under which the workers shall look, in a step that computes so many tokens; 0: they need
-        not. (A step without a forward may lie before the update.)"""
-        if self._settled or self._asked == self._number or not tokens:
+    def want(self) -> None:
+        """A request waits for the answer."""
+        self._wanted = True
+
+    def question(self) -> int:
+        """The number under which the workers shall look now; 0: they need not. (Where no request waits, the
+        weights may not have been changed yet.)"""
+        if self._settled or not self._wanted or self._asked == self._number:
             return 0
         self._asked = self._number
         return self._number

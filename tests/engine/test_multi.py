@@ -93,7 +93,7 @@ def break_our_loads(worker):
 
     group = get_kv_transfer_group()
     ours = next(each for each in group._connectors if type(each).__name__ == "RagKVConnector")
-    mover = ours._worker._mover
+    mover = ours._worker._copier._movers[False]
 
     def broken(*_):
         del mover.load

@@ -17,10 +17,16 @@ def watch():
     return WeightsWatch({0: A, 1: B})
 
 
+def ask(watch):
+    """A request waits: the number of the question."""
+    watch.want()
+    return watch.question()
+
+
 def look(watch, first=A, second=B):
     """One doubt, with these answers."""
     watch.doubt()
-    number = watch.question(tokens=5)
+    number = ask(watch)
     assert number and watch.hear(Look(number, 0, first)) is None and not watch.settled
     return watch.hear(Look(number, 1, second))
 
@@ -37,21 +43,23 @@ def test_other_weights_on_any_rank_are_others(watch, answers):
     assert look(watch) == "changed" and watch.changed is None, "they came back"
 
 
-def test_a_step_without_a_forward_asks_nothing(watch):
+def test_nothing_is_asked_until_a_request_waits(watch):
     """The pause may not be over, and the update still to come."""
-    assert watch.question(tokens=5) == 0, "no doubt"
+    watch.want()
+    assert watch.question() == 0, "no doubt"
     watch.doubt()
-    assert watch.question(tokens=0) == 0
-    assert watch.question(tokens=1) and watch.question(tokens=1) == 0, "once"
+    assert watch.question() == 0
+    watch.want()
+    assert watch.question() and watch.question() == 0, "once"
 
 
 def test_answers_to_an_earlier_question_do_not_count(watch):
     watch.doubt()
-    old = watch.question(tokens=1)
+    old = ask(watch)
     watch.hear(Look(old, 0, A))
     watch.doubt()
     assert watch.hear(Look(old, 1, B)) is None and not watch.settled
-    new = watch.question(tokens=1)
+    new = ask(watch)
     assert watch.hear(Look(new, 0, A)) is None, "the first rank's old answer is forgotten"
     assert watch.hear(Look(new, 1, B)) == "same"
 
@@ -60,7 +68,7 @@ def test_answers_to_an_earlier_question_do_not_count(watch):
 def test_weights_that_were_never_known_cannot_be_the_same(first):
     watch = WeightsWatch(first or {0: None})
     watch.doubt()
-    assert watch.hear(Look(watch.question(tokens=1), 0, A)) == "unknown"
+    assert watch.hear(Look(ask(watch), 0, A)) == "unknown"
 
 
 def test_a_rank_that_cannot_look_leaves_doubt(watch):
@@ -78,7 +86,7 @@ def test_what_is_settled_is_what_the_workers_had_last(events):
         elif event == "change" and not watch.settled and not number:
             weights = C if weights == A else A
         elif event == "ask" and not watch.settled and not number:
-            number = watch.question(tokens=1)
+            number = ask(watch)
         elif event in ("first", "second") and number:
             watch.hear(Look(number, 0, weights) if event == "first" else Look(number, 1, B))
         if watch.settled:
