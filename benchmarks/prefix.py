@@ -25,6 +25,7 @@ from rich.table import Table
 from ragkv.benchmarks.engine import Engine, EngineOptions, Resting
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import median_ratio, reusable_tokens, write_json
+from ragkv.benchmarks.server import terminated_kindly
 from ragkv.benchmarks.tenk import generate_filing, load_filings
 
 TIERS = {"memory": {"memory": {"capacity": "2GiB"}}}
@@ -114,6 +115,7 @@ def run(
     for number in track(range(starts), description="starts of plain vLLM and vLLM with ragkv", console=console):
         sides = [("plain", EngineOptions(model)), ("ragkv", EngineOptions(model, ragkv=TIERS[tier]))]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(terminated_kindly())  # a stopped engine does not end by itself
             engines = {}
             for name, options in sides if number % 2 else reversed(sides):
                 engines[name] = engine = stack.enter_context(Resting(options)).wait()

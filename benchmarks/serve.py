@@ -9,8 +9,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -42,6 +40,7 @@ from ragkv.benchmarks.serve_setup import (
 )
 from ragkv.benchmarks.serve_systems import LMCACHE, SYSTEMS, Setup, System, lmcache_versions, standing
 from ragkv.benchmarks.serve_workload import Shape
+from ragkv.benchmarks.server import terminated_kindly
 from ragkv.errors import ConfigError, RagKVError
 
 WEIGH_SECONDS = 1.0
@@ -82,7 +81,7 @@ def run(options: Options) -> dict[str, Any]:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    with _terminated_kindly():
+    with terminated_kindly():
         made = _of_urls(options, say) if options.urls else _of_systems(options, say)
     write_json(options.json_file, made)
     console.print(table(made))
@@ -285,20 +284,3 @@ def _logs() -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # where it is empty
-
-
-@contextlib.contextmanager
-def _terminated_kindly() -> Iterator[None]:
-    """Where the process is told to end (SIGTERM), what it started is stopped first."""
-
-    def leave(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)

@@ -10,9 +10,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -173,6 +175,23 @@ class Server:
         while more := {pid for pid, (parent, _) in found.items() if parent in tree} - tree:
             tree |= more
         return sorted(tree)
+
+
+@contextlib.contextmanager
+def terminated_kindly() -> Iterator[None]:
+    """Where the process is told to end (SIGTERM), what it started is stopped first."""
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _living() -> dict[int, tuple[int, int]]:

@@ -26,6 +26,7 @@ from ragkv.benchmarks.engine import Engine, EngineOptions, Resting
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.prefix import documents
 from ragkv.benchmarks.report import median_ratio, write_json
+from ragkv.benchmarks.server import terminated_kindly
 
 BEFORE, AFTER = 16, 16  # tokens of the running answer, before the second request comes and after it has ended
 MOST_ANSWER = 4096  # the running answer ends before, by an abort
@@ -113,7 +114,11 @@ def run(tokens: int, rounds: int, filings: Path | None, json_file: Path | None) 
     prompts = [text[:tokens] for text in texts]
     running = list(range(300, 300 + RUNNING_PROMPT))
     console.print("starting two engines, plain vLLM and vLLM with ragkv")
-    with Resting(EngineOptions(model)) as plain, Resting(EngineOptions(model, ragkv=SETTINGS)) as ragkv:
+    with (
+        terminated_kindly(),  # a stopped engine does not end by itself
+        Resting(EngineOptions(model)) as plain,
+        Resting(EngineOptions(model, ragkv=SETTINGS)) as ragkv,
+    ):
         measure(plain, ragkv, prompts[:1], running)  # the first forward of its size is slower
         found = measure(plain, ragkv, prompts[1:], running)
     report = summarize(tokens, found)

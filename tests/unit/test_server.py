@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import fake_server
-from engine_tools import children
 from ragkv.benchmarks import server as module
+from ragkv.benchmarks.engine import descendants
 from ragkv.benchmarks.server import Server, ServerError, fetch, free_port
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def test_what_cannot_be_run_is_an_error(tmp_path):
 
 def test_all_its_processes_rest_and_wake(started):
     server = started(child=True).wait(30)
-    (child,) = children(server.pid)
+    (child,) = descendants(server.pid)
     server.rest()
     server.rest()
     become("T", [server.pid, child])
@@ -104,10 +104,10 @@ def test_its_weight_is_that_of_all_its_processes(started):
 
     server = started(child=True).wait(30)
     server.rest()
-    become("T", [server.pid, *children(server.pid)])
+    become("T", [server.pid, *descendants(server.pid)])
     alone, together = weight(server.pid), server.memory_bytes()
     assert together > alone > 2**20
-    assert together == pytest.approx(alone + weight(*children(server.pid)), rel=0.05)
+    assert together == pytest.approx(alone + weight(*descendants(server.pid)), rel=0.05)
     server.close()
     assert server.memory_bytes() == 0
 
@@ -117,7 +117,7 @@ def test_its_weight_is_that_of_all_its_processes(started):
 def test_nothing_of_it_is_left_when_it_is_closed(started, monkeypatch, deaf, resting):
     monkeypatch.setattr(module, "STOP_SECONDS", 0.05 if deaf else 20)
     server = started(child=True, deaf=deaf).wait(30)
-    everyone = [server.pid, *children(server.pid)]
+    everyone = [server.pid, *descendants(server.pid)]
     if resting:
         server.rest()
     server.close()
@@ -128,7 +128,7 @@ def test_nothing_of_it_is_left_when_it_is_closed(started, monkeypatch, deaf, res
 
 def test_one_that_cannot_be_killed_is_left(started, monkeypatch):
     server = started(child=True).wait(30)
-    everyone = [server.pid, *children(server.pid)]
+    everyone = [server.pid, *descendants(server.pid)]
     with monkeypatch.context() as patch:
         patch.setattr(module, "KILL_SECONDS", 0.05)
         patch.setattr(module, "STOP_SECONDS", 0.05)
