@@ -50,6 +50,7 @@ def shared_rig(combination, tiny_model, tmp_path_factory):
 @pytest.fixture
 def rig(shared_rig):
     """The engine, with nothing in vLLM's own cache."""
+    shared_rig.call(faults.forget_failures)
     shared_rig.evict()
     return shared_rig
 
