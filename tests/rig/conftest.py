@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Where tests run beside one another (`pytest tests/rig -n 2 --dist loadscope`), those of one engine stay in one
-    process."""
+    """Where tests run beside one another (`pytest tests/rig -n 2 --dist loadscope`), those of one engine stay in
+    one process."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByEngine(LoadScopeScheduling):
