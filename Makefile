@@ -27,7 +27,7 @@ lint: env
 test: env lint
 	$(BIN)/python -m pytest -m "not engine and not rig" -n 2
 	$(BIN)/python -m pytest -m engine
-	$(BIN)/python -m pytest -m rig -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests/rig -n 2 --dist loadscope
 
 test-versions: env
 	$(BIN)/python scripts/test_versions.py

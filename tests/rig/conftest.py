@@ -11,15 +11,24 @@ from rig.engines import COMBINATIONS, SETTINGS, plain_engine, rig_engine
 from rig.tiny import VOCABULARY, tiny_llama
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the rig's tests; where tests run beside one another, those of one engine stay in one process."""
     for item in items:
         if "/tests/rig/" in str(item.path):
             item.add_marker(pytest.mark.rig)
             item.add_marker(pytest.mark.slow)
-            combination = getattr(item, "callspec", None) and item.callspec.params.get("combination")
-            item.add_marker(pytest.mark.xdist_group(str(combination or "others")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where tests run beside one another (`pytest tests/rig -n 2 --dist loadscope`), those of one engine stay in
+    one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((name for name in map(str, COMBINATIONS) if name in nodeid), "others")
+
+    return ByEngine(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +59,7 @@ def shared_rig(combination, tiny_model, tmp_path_factory):
 @pytest.fixture
 def rig(shared_rig):
     """The engine, with nothing in vLLM's own cache."""
+    shared_rig.call(faults.forget_failures)
     shared_rig.evict()
     return shared_rig
 

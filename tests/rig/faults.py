@@ -98,9 +98,18 @@ def wrap_stores(llm: Any) -> None:
         tier._store = FaultyStore(tier._store, _never)
 
 
+def forget_failures(llm: Any) -> None:
+    """An engine in which fusion has failed some times is not asked for it again; here it is."""
+    fusing = _side(llm).fusing
+    fusing._failures, fusing.refusal = 0, None
+
+
+def _side(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+
+
 def _tiers(llm: Any) -> Any:
-    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
-    return connector._scheduler._placement._tiers
+    return _side(llm)._placement._tiers
 
 
 def _never(_method: str, _number: int) -> None:

@@ -5,7 +5,7 @@ import pytest
 from engine_tools import in_workers
 from rig.beside import Ask
 from rig.engines import COMBINATIONS, SETTINGS, rig_engine
-from rig.faults import Fault, break_rank, mend_rank
+from rig.faults import Fault, break_rank, forget_failures, mend_rank
 
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
@@ -19,6 +19,7 @@ def ranks(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def two(ranks):
+    ranks.call(forget_failures)
     ranks.evict()
     return ranks
 

@@ -177,7 +177,7 @@ def test_a_hot_prompt_comes_from_the_device_tier(rig, plain, fresh):
         warm = rig.answer(prompt)
         assert warm.cached == 99
         plain.check([Ask(prompt)], [warm])
-    assert rig.count(name) - before >= 0.5 * len(prompt)
+    assert rig.count(name) - before >= 0.3 * len(prompt)
 
 
 def test_what_memory_has_lost_comes_from_the_disk(rig, plain, fresh):
