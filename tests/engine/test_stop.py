@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 
-from engine_tools import children, segments, wait_until_gone
-from ragkv.benchmarks.engine import Engine, EngineOptions
+from engine_tools import segments, wait_until_gone
+from ragkv.benchmarks.engine import Engine, EngineOptions, descendants
 from ragkv.benchmarks.server import Server, free_port
 from ragkv.cli import app
 
@@ -56,7 +56,7 @@ def complete(server, tokens, answer_tokens, **more):
 def stop(server):
     """SIGTERM to the first process alone, as a supervisor does; until its engine has ended. (Python's resource
     tracker ends with the first process.)"""
-    engine = [pid for pid in children(server.pid) if b"resource_tracker" not in command_of(pid)]
+    engine = [pid for pid in descendants(server.pid) if b"resource_tracker" not in command_of(pid)]
     server._process.terminate()
     wait_until_gone(engine, END_SECONDS)
 

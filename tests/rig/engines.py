@@ -4,8 +4,7 @@ import contextlib
 import sys
 from dataclasses import dataclass
 
-from engine_tools import Resting
-from ragkv.benchmarks.engine import EngineOptions
+from ragkv.benchmarks.engine import EngineOptions, Resting
 from rig import beside
 from rig.beside import Ask
 from rig.plugin import ASYNC, plugin_folder
