@@ -49,6 +49,8 @@ def ask(llm: Any, asks: Sequence[Ask], fault: faults.Fault | None = None) -> tup
     with faults.injected(llm, fault) as struck:
         names = [add(llm, each) for each in asks]
         outputs = run(llm)
+        if fault is not None:
+            settle(llm)
     return [_answer(each, outputs[name]) for each, name in zip(asks, names, strict=True)], struck.times
 
 
@@ -66,13 +68,20 @@ def abort_after(
     return [_answer(each, outputs[name]) for each, name in zip(then, asked, strict=True)], struck.times
 
 
-def evict(llm: Any) -> None:
-    """Empty vLLM's own prefix cache. It declines while blocks are in use: until the last stores are done."""
+def settle(llm: Any) -> None:
+    """Step until no block is in use: until the last stores are done."""
+    pool = scheduler(llm).kv_cache_manager.block_pool
     for _ in range(MOST_STEPS):
-        if llm.reset_prefix_cache():
+        if pool.get_num_free_blocks() == pool.num_gpu_blocks - 1:  # but the null block
             return
         llm.llm_engine.step()
     raise AssertionError("vLLM's blocks are never freed")
+
+
+def evict(llm: Any) -> None:
+    """Empty vLLM's own prefix cache, which it declines while blocks are in use."""
+    settle(llm)
+    assert llm.reset_prefix_cache()
 
 
 def metrics(llm: Any) -> dict[str, float]:
