@@ -196,15 +196,17 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if self._among_others and getattr(connector_output, "invalid_block_ids", None):
             self._scheduler.distrust()  # perhaps another connector's failed load: its blocks hold no KV
+        report = report if isinstance(report, StepReport) else None
         received = connector_output.finished_recving
-        waiting = self._scheduler.report(
-            report if isinstance(report, StepReport) else None,
-            connector_output.finished_sending or (),
-            received or (),
-        )
+        told = report, connector_output.finished_sending or (), received or ()
+        try:
+            waiting = self._scheduler.report(*told)
+        except Exception as error:  # requests wait for what follows from it
+            self.faults.note("report", error)
+            waiting = self._scheduler.lost(*told)
         if waiting:
             received -= waiting
-        for look in report.looks if isinstance(report, StepReport) else ():
+        for look in report.looks if report is not None else ():
             self._hear(look)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -212,7 +214,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         told: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
         return told
 
-    @guarded(gives((False, None)))
+    def _not_finished(self, request: Any, _blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        self._scheduler.forget(request.request_id)
+        return False, None
+
+    @guarded(_not_finished)
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:

@@ -73,11 +73,37 @@ class Jobs:
                 self._faults.note("received", error)
         return {request for request in received if request in self._loads}
 
+    def lost(
+        self, report: StepReport | None, sent: Collection[str] = (), received: Collection[str] = ()
+    ) -> set[str]:
+        """As `report`, after that has failed: jobs that are not settled yet have failed. Must not fail itself."""
+        self.distrust()
+        for job in report.done if report is not None else ():
+            if (under_way := self._under_way.get(job)) is not None:
+                under_way.workers -= report.done[job] if report is not None else 0
+                under_way.failed = True
+                if under_way.workers <= 0:
+                    self._job_over(job, under_way)
+        self._ending.difference_update(sent)
+        for request in received:
+            self._loads.received(request, self._orders)
+        return {request for request in received if request in self._loads}
+
     def distrust(self) -> None:
         """The books may be wrong: keep nothing of what is under way."""
         for under_way in self._under_way.values():
             under_way.failed |= under_way.is_store
         self._forget_requests()
+
+    def forget(self, request: str) -> None:
+        """A request ended, and what was due then failed: vLLM frees its blocks now, so that nothing that is still
+        being stored of them is kept. Must not fail itself."""
+        if (tracked := self._tracked.pop(request, None)) is not None:
+            self._let_go(tracked)
+        self._take_back(self._orders.stores, {request})
+        for under_way in self._under_way.values():
+            under_way.failed |= under_way.is_store and under_way.request == request
+        self._loads.cancel(request, self._orders)
 
     def reset(self) -> None:
         """Forget all KV. What requests under way still compute is not stored (their prefix may be outdated), and

@@ -174,7 +174,7 @@ def test_a_failed_fusion_then_an_abort(rig, plain, fresh, steps):
     prompt, hints = swapped(rig, fresh)
     others = [Ask(prompt, hints={"fuse": False})]
     found, struck = rig.call(beside.abort_after, [Ask(prompt, hints=hints)], steps, others, FUSE)
-    assert struck
+    assert struck or steps < 3, "it is fused once it is loaded, a step or two later"
     plain.check(others, found)
     check_for_good(rig, plain, *others)
 
