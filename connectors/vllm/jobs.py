@@ -100,6 +100,8 @@ class Jobs:
         being stored of them is kept. Must not fail itself."""
         if (tracked := self._tracked.pop(request, None)) is not None:
             self._let_go(tracked)
+        self._orders.finishing.discard(request)  # vLLM does not wait for it
+        self._ending.discard(request)
         self._take_back(self._orders.stores, {request})
         for under_way in self._under_way.values():
             under_way.failed |= under_way.is_store and under_way.request == request

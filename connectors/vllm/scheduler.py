@@ -193,6 +193,7 @@ class SchedulerSide(Jobs):
         """Its lookup failed: nothing of a request is kept. Must not fail itself."""
         tracked = self._tracked.get(request.request_id)
         self._tracked[request.request_id] = None
+        self._promised.pop(request.request_id, None)
         self._waiting.pop(request.request_id, None)
         if tracked is not None:
             self._let_go(tracked)
