@@ -44,7 +44,7 @@ def fuse(prompt, documents, **more):
 
 
 def known(prompt, question):
-    """Tokens that vLLM need not compute: the passages, and what the fusion computes behind them of the question."""
+    """Tokens that vLLM need not compute: the passages, and what the fusion computes of the question."""
     return len(prompt) - max(1, len(question) - TAIL)
 
 
