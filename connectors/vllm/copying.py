@@ -54,10 +54,6 @@ class Copier:
         """Whether a store of that request is not over."""
         return any(each.job.request == request and not each.is_load for each in self._all())
 
-    def loads_left(self, request: str) -> bool:
-        """Whether a load of that request is not over."""
-        return any(each.job.request == request and each.is_load for each in self._all())
-
     def cancel(self, request: str) -> None:
         """The loads of a request that are not over end as failed, as soon as nothing of them runs."""
         for each in self._all():

@@ -78,12 +78,8 @@ class Jobs:
     ) -> set[str]:
         """As `report`, after that has failed: jobs that are not settled yet have failed. Must not fail itself."""
         self.distrust()
-        for job in report.done if report is not None else ():
-            if (under_way := self._under_way.get(job)) is not None:
-                under_way.workers -= report.done[job] if report is not None else 0
-                under_way.failed = True
-                if under_way.workers <= 0:
-                    self._job_over(job, under_way)
+        for job, workers in report.done.items() if report is not None else ():
+            self._done(job, workers, failed=True)
         self._ending.difference_update(sent)
         for request in received:
             self._loads.received(request, self._orders)
@@ -144,11 +140,13 @@ class Jobs:
         if report.unfused and self.fusing is not None:
             self.fusing.failed(len(report.unfused))
         for job, workers in report.done.items():
-            under_way = self._under_way.get(job)
-            if under_way is None:
-                continue
+            self._done(job, workers, failed=job in report.failed)
+
+    def _done(self, job: int, workers: int, *, failed: bool) -> None:
+        """So many workers have done a job; with the last it is over."""
+        if (under_way := self._under_way.get(job)) is not None:
             under_way.workers -= workers
-            under_way.failed |= job in report.failed
+            under_way.failed |= failed
             if under_way.workers <= 0:
                 self._job_over(job, under_way)
 

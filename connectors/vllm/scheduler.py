@@ -206,7 +206,7 @@ class SchedulerSide(Jobs):
         if (load := self._loads.received(request_id, self._orders)) is not None:
             self._take_back(load.after, {request_id})
         if external:
-            own = blocks[start // self._block_tokens :]
+            own = load.blocks if load is not None else blocks[start // self._block_tokens :]
             self._loads.begin(Load(request_id, own, set(), failed=True))
             self._orders.given_up[request_id] = own
         self.disown(request)

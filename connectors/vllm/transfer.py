@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Layers, widened
-from ragkv.connectors.vllm.pinning import piece_pages, pin
+from ragkv.connectors.vllm.pinning import piece_pages
 from ragkv.connectors.vllm.streams import (
     CudaStream,
     DirectEvent,
@@ -364,11 +364,6 @@ def pieces(rows: Indices, page_tokens: int, most: int) -> list[slice]:
             found.append(slice(start, end))
             start = end
     return found
-
-
-def pin_memory(elements: torch.Tensor) -> bool:
-    """Register the segment's memory for DMA; False where CUDA declines (copies are slower, not wrong)."""
-    return pin(elements, elements.numel() * elements.element_size()).ok
 
 
 def _prepare(turn: Prepare | None, shifts: torch.Tensor | None) -> Any:
