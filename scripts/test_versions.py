@@ -24,7 +24,7 @@ import make_env
 ROOT = make_env.ROOT
 FOLDER = ROOT / "out" / "versions"
 SMOKE = ROOT / "scripts" / "version_smoke.py"
-SECONDS = 400  # for all that is tried with one version
+SECONDS = 900  # for all that is tried with one version
 LAST_LINES = 15
 
 # The torch that each CPU build was linked with. Its own "+cpu" build is taken where there is one to be had.

@@ -16,6 +16,7 @@ import torch
 from ragkv.errors import LayoutError
 
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+WIDE, WIDEST = {**RAW, 8: torch.int64}, 8  # of runs of elements, in bytes
 Views = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -39,7 +40,7 @@ class LayerCache:
     """One layer's paged cache, read and written by slot as raw elements [tokens, 2, heads, head_dim].
 
     Most layouts are strided, and K and V are views; some (AMX tiles) are a permutation inside the block, and
-    elements are found through a table of offsets.
+    elements, or runs of them that stay together, are found through a table of addresses.
     """
 
     def __init__(self, cache: torch.Tensor, kernel_tokens: int, places: torch.Tensor) -> None:
@@ -53,7 +54,8 @@ class LayerCache:
         self._storage = raw.as_strided((_reach(raw),), (1,), self._first)
         self._places = places - self._first
         self.views = self._strided()
-        self._places = self._places.to(cache.device)  # once: a copy to the device at each use would be waited for
+        # Made once: a copy to the device at each use would be waited for.
+        self._tables = [_table(self._storage, self._places[:, kind], self._stride) for kind in (0, 1)]
 
     def _strided(self) -> Views | None:
         """K and V as [blocks, tokens, heads, head_dim] views, if the layout is strided."""
@@ -86,24 +88,79 @@ class LayerCache:
         """K (`kind` 0) or V (1) of the found slots, raw [tokens, heads, head_dim], on the cache's device."""
         if self.views is not None:
             return self.views[kind][found].view(self._storage.dtype)
-        return self._storage[self._addresses(found, kind)]
+        return self.read_at(self.addresses(found, kind), kind)
 
     def write(self, found: Views, kind: int, raw: torch.Tensor) -> None:
         """Put `raw` [tokens, heads, head_dim] into the found slots."""
         if self.views is not None:
             self.views[kind][found] = raw.view(self.views[kind].dtype)
         else:
-            self._storage[self._addresses(found, kind)] = raw
+            self.write_at(self.addresses(found, kind), kind, raw)
 
-    def _addresses(self, found: Views, kind: int) -> torch.Tensor:
-        blocks, offsets = found
-        return self._places[offsets, kind] + (blocks * self._stride)[:, None, None]
+    def addresses(self, found: Views, kind: int) -> torch.Tensor:
+        """Where the runs of the found slots begin, for `read_at` and `write_at`: int64, one-dimensional."""
+        (blocks, offsets), table = found, self._tables[kind]
+        return (table.places[offsets] + (blocks * table.stride)[:, None]).flatten()
+
+    def read_at(self, addresses: torch.Tensor, kind: int) -> torch.Tensor:
+        """As `read`."""
+        found = self._tables[kind].storage.gather(0, addresses)
+        return found.view(self._storage.dtype).view(-1, *self._places.shape[2:])
+
+    def write_at(self, addresses: torch.Tensor, kind: int, raw: torch.Tensor) -> None:
+        """As `write`."""
+        storage = self._tables[kind].storage
+        storage.scatter_(0, addresses, raw.flatten().view(storage.dtype))
+
+    def same_addresses(self, other: "LayerCache") -> bool:
+        """Whether what `addresses` gives serves both."""
+        return all(one.same(two) for one, two in zip(self._tables, other._tables, strict=True))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """K's or V's places in a layout that is not strided, in runs of elements that stay together in every slot.
+
+    `storage`: one-dimensional, an element a run; `places` int64 [kernel_tokens, runs]: of the runs of a slot of
+    block 0; `stride`: from block to block. Places and stride count runs.
+    """
+
+    storage: torch.Tensor
+    places: torch.Tensor
+    stride: int
+
+    def same(self, other: "_Table") -> bool:
+        """Whether places are the same."""
+        alike = (self.stride, self.storage.dtype) == (other.stride, other.storage.dtype)
+        return alike and torch.equal(self.places, other.places)
+
+
+def _table(storage: torch.Tensor, places: torch.Tensor, stride: int) -> _Table:
+    """`places` int64 [kernel_tokens, heads, head_dim] and `stride` count elements of `storage`. Takes the longest
+    runs that fit an integer."""
+    flat, run = places.flatten(1), WIDEST // storage.element_size()
+    while run > 1:
+        runs = flat.reshape(len(flat), -1, run) if flat.shape[1] % run == 0 else None
+        if runs is not None and _stay_together(runs, storage, stride):
+            wide = WIDE[storage.element_size() * run]
+            whole = storage[: len(storage) // run * run]
+            return _Table(whole.view(wide), (runs[..., 0] // run).to(storage.device), stride // run)
+        run //= 2
+    return _Table(storage, flat.to(storage.device), stride)
+
+
+def _stay_together(runs: torch.Tensor, storage: torch.Tensor, stride: int) -> bool:
+    """Whether `runs` [kernel_tokens, runs, run] are each unbroken, and can be addressed as one element each."""
+    run = runs.shape[-1]
+    aligned = storage.storage_offset() % run == 0 and stride % run == 0 and not bool((runs[..., 0] % run).any())
+    return aligned and torch.equal(runs, runs[..., :1] + torch.arange(run))
 
 
 class Layers:
     """All layers' caches, read and written together: K or V of some slots, raw [layers, tokens, heads, head_dim].
 
-    Where all are views of one storage, one kernel serves all layers; else each has its own.
+    Where all are views of one storage, one kernel serves all layers; else each has its own, by addresses that are
+    computed once where the layout is not strided.
     """
 
     def __init__(self, caches: Sequence[LayerCache]) -> None:
@@ -111,16 +168,24 @@ class Layers:
         self.kernel_tokens, self.slots = caches[0].kernel_tokens, caches[0].slots
         keys, values = (_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in (0, 1))
         self.views: Views | None = None if keys is None or values is None else (keys, values)
+        self._addressed = all(cache.views is None and cache.same_addresses(caches[0]) for cache in caches)
 
     def read(self, found: Views, kind: int, raw: torch.dtype) -> torch.Tensor:
         """K (`kind` 0) or V (1) of the found slots (blocks and offsets, on the caches' device)."""
+        if self._addressed:
+            addresses = self._caches[0].addresses(found, kind)
+            return torch.stack([cache.read_at(addresses, kind) for cache in self._caches])
         if self.views is None:
             return torch.stack([cache.read(found, kind) for cache in self._caches])
         return self.views[kind][:, found[0], found[1]].view(raw)
 
     def write(self, found: Views, kind: int, raw: torch.Tensor) -> None:
         """Put `raw` [layers, tokens, heads, head_dim] into the found slots."""
-        if self.views is None:
+        if self._addressed:
+            addresses = self._caches[0].addresses(found, kind)
+            for number, cache in enumerate(self._caches):
+                cache.write_at(addresses, kind, raw[number])
+        elif self.views is None:
             for number, cache in enumerate(self._caches):
                 cache.write(found, kind, raw[number])
         else:

@@ -303,6 +303,14 @@ def test_all_layers_together_are_the_layers_one_by_one(name, itemsize, place, sp
         assert torch.equal(torch.stack([each.read(there, kind) for each in found]), written[kind])
 
 
+def test_elements_that_stay_together_are_moved_together():
+    """In tiles K lies in pairs, so half as many elements are to be moved; V does not."""
+    layers, caches, geometry, blocks, dtype = world(CpuTiles(), 2, apart, tokens=4)
+    for cache in probe(layers, caches, geometry, blocks, dtype):
+        moved = [cache.addresses(cache.find(torch.arange(3)), kind) for kind in (0, 1)]
+        assert [len(each) for each in moved] == [3 * HEADS * DIM // 2, 3 * HEADS * DIM]
+
+
 def test_layers_in_another_order_than_in_storage_are_served_one_by_one():
     layers, caches, geometry, blocks, dtype = world(Flash32(), place=interleaved)
     for order in ([0, 2, 1], [2, 1, 0], [0, 2]):
