@@ -37,6 +37,14 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
+def rough_size(size: int) -> str:
+    """A size as people write it, rounded down: "3.9GiB"."""
+    for name in ("TiB", "GiB", "MiB", "KiB"):
+        if size >= UNITS[name]:
+            return f"{int(size / UNITS[name] * 10) / 10:g}{name}"
+    return f"{size}B"
+
+
 def refuse_other_numbers(value: object) -> object:
     """`true` and 16.0 are no counts here, though pydantic thinks so."""
     if isinstance(value, bool | float):

@@ -18,7 +18,10 @@ from ragkv.serve_command import serve
 from ragkv.top_command import EPILOG as TOP_EXAMPLES
 from ragkv.top_command import top
 
+HELP = {"help_option_names": ["-h", "--help"]}  # commands below take it over
+
 app = typer.Typer(
+    context_settings=HELP,
     no_args_is_help=True,
     help="A KV cache for vLLM that knows documents.",
     epilog="Exit status: 0 when all is well, 1 with one line that says what is not, 2 for wrong usage.",
@@ -29,7 +32,24 @@ app.add_typer(store_command.app, name="store")
 app.add_typer(observe_command.app, name="observe")
 
 
-@app.command(epilog="Example: ragkv demo --filings FOLDER --json demo.json")
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import ragkv
+
+        typer.echo(f"ragkv {ragkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """A KV cache for vLLM that knows documents."""
+
+
+@app.command(epilog="Example: ragkv demo --filings FOLDER --output demo.json")
 def demo(
     filings: FilingsOption = None,
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each filing.")] = 3000,
