@@ -50,6 +50,11 @@ class Placement:
             tier.bit = 1 << number
             tier.start()
 
+    @property
+    def tiers(self) -> tuple[StoreTier, ...]:
+        """From the quickest to the slowest."""
+        return self._tiers
+
     def tick(self) -> None:
         """Do what is due: outcomes of the lanes, trials of tiers at rest, pins and chunks whose time is over."""
         self._completions.drain()
