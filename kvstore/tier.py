@@ -130,6 +130,11 @@ class StoreTier:
         return not self._scans
 
     @property
+    def queued(self) -> int:
+        """Bytes that wait to be written."""
+        return self._queued
+
+    @property
     def busy(self) -> bool:
         """Whether half of what may wait to be written does."""
         return 2 * self._queued > self._queue_bytes

@@ -22,6 +22,7 @@ SEE = {
     "transfer": "[Tuning](tuning.md)",
     "fusion": "[Fusion](fusion.md)",
     "trace": "[The simulator](simulator.md)",
+    "control": "[Roll-out and roll-back](control.md)",
 }
 HEAD = """# Configuration
 

@@ -30,14 +30,14 @@ class Announcer:
             tiers.append(f"device {rough_size(self._settings.device.capacity)} a worker")
         tiers += [self._described(tier) for tier in self._placement.tiers]
         parts = [
-            f"KV reuse on vLLM {vllm.__version__}",
+            f"version {ragkv.__version__} on vLLM {vllm.__version__} reuses KV",
             f"namespace {namespace.hex()[:SHOWN]}",
             *tiers,
             f"layout proven by {workers} worker{'s' if workers > 1 else ''}",
             f"fusion {self._fusion(no_fusion)}",
             f"gate {'on' if self._settings.placement.gate else 'off'}",
         ]
-        logger.info("ragkv %s: %s", ragkv.__version__, "; ".join(parts))
+        logger.info("ragkv: %s", "; ".join(parts))
 
     def look(self) -> None:
         """Say which tiers rest now and did not before, and which are in use again."""

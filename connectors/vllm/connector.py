@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from ragkv.connectors.vllm.announcing import Announcer
 from ragkv.connectors.vllm.compose import make_placement, make_recorder, side_maker
+from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
@@ -74,14 +75,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         config, settings = self._vllm_config, self._settings
         shape = examine(config, self._kv_cache_config)
-        page = page_shape(settings, shape)
-        self._workers = shape.ranks
+        page, self._workers = page_shape(settings, shape), shape.ranks
         size = memory_pages(settings, page) * page.page_bytes
         reads = settings.disk.path is not None or settings.redis.url is not None  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
-        hidden = config.model_config.get_hidden_size()
-        sizes = settings.chunks
+        hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
         duties = duties_of(config.kv_transfer_config)
         placement = make_placement(
             *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
@@ -103,6 +102,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             documents=DocumentStats(self._metrics, settings.fusion.documents),
             stores=duties.stores,
             loads=duties.loads,
+            control=open_control(settings),
         )
 
     def _stand_aside(self, why: str) -> None:

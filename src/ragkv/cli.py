@@ -8,6 +8,8 @@ from rich.console import Console
 
 from ragkv import bench_command, completion, config_command, observe_command, store_command
 from ragkv.bench_command import FilingsOption, JsonOption
+from ragkv.control_command import EPILOG as CONTROL_EXAMPLES
+from ragkv.control_command import control
 from ragkv.doctor_command import EPILOG as DOCTOR_EXAMPLES
 from ragkv.doctor_command import doctor
 from ragkv.errors import RagKVError
@@ -111,6 +113,7 @@ def simulate(
 app.command(context_settings=SERVE_CONTEXT, epilog=SERVE_EXAMPLES)(serve)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=TOP_EXAMPLES)(top)
+app.command(epilog=CONTROL_EXAMPLES)(control)
 app.command(epilog="Example: ragkv ingest filings/*.txt --url http://localhost:8000 --system-prompt system.txt")(
     ingest
 )

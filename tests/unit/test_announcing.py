@@ -43,9 +43,8 @@ def test_the_start_is_one_line(said):
     given = settings(disk={"path": "/kv"}, fusion={"enabled": True}, placement={"gate": False})
     Announcer(given, engine.placement).started(NAMESPACE, 2, None)
     (line,) = said()
-    assert line.startswith(
-        f"ragkv {ragkv.__version__}: KV reuse on vLLM {vllm.__version__}; namespace 3f2a9c41; memory "
-    )
+    start = f"ragkv: version {ragkv.__version__} on vLLM {vllm.__version__} reuses KV; namespace 3f2a9c41; memory "
+    assert line.startswith(start)
     assert "; disk /kv of 1MiB (0 values, 0B found); " in line
     assert line.endswith("; layout proven by 2 workers; fusion on; gate off")
 

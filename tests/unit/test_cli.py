@@ -47,7 +47,7 @@ def test_all_commands_are_here():
     assert {
         "demo", "simulate", "serve", "doctor", "top", "ingest", "config check", "config show", "config import",
         "store ls", "store show", "store verify", "store rm", "store stats", "bench serve", "bench compare",
-        "observe up", "observe check",
+        "observe up", "observe check", "control",
     } <= COMMANDS.keys()  # fmt: skip
 
 

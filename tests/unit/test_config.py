@@ -44,6 +44,8 @@ OTHERS = {
     "fusion.keep": ("1", True),
     "fusion.documents": ("0", 0),
     "trace.file": ("/tmp/trace", "/tmp/trace"),
+    "control.listen": ("8900", "8900"),
+    "control.token_file": ("/etc/token", "/etc/token"),
 }
 OTHERS |= dict.fromkeys(POLICY_KEYS, ("lfu", "lfu")) | dict.fromkeys(ADMISSION_KEYS, ("cost", "cost"))
 

@@ -11,7 +11,7 @@ from ragkv.policies import ADMISSIONS, POLICIES
 
 SECONDS_KEYS = ["redis.timeout", "placement.deadline", "placement.flush"]
 FLAG_KEYS = ["disk.fsync", "disk.shared", "placement.gate"]
-TEXT_KEYS = ["disk.path", "redis.url", "redis.prefix", "trace.file"]
+TEXT_KEYS = ["disk.path", "redis.url", "redis.prefix", "trace.file", "control.token_file"]
 
 
 @pytest.mark.parametrize(
