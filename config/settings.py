@@ -37,6 +37,14 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
+def rough_size(size: int) -> str:
+    """A size as people write it, rounded down: "3.9GiB"."""
+    for name in ("TiB", "GiB", "MiB", "KiB"):
+        if size >= UNITS[name]:
+            return f"{int(size / UNITS[name] * 10) / 10:g}{name}"
+    return f"{size}B"
+
+
 def refuse_other_numbers(value: object) -> object:
     """`true` and 16.0 are no counts here, though pydantic thinks so."""
     if isinstance(value, bool | float):
@@ -194,6 +202,24 @@ class TransferSettings(Section):
     step: Size = Field(default=0, ge=0, description="copied in a step beside others; 0: 32MiB, GPUs 256MiB")
 
 
+class ControlSettings(Section):
+    """Control of a running engine (`ragkv control`). Off without an address and a token."""
+
+    listen: str | None = Field(default=None, description="where it answers; a port alone: on loopback")
+    token_file: str | None = Field(default=None, min_length=1, description="a file with the token to be shown")
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _address(cls, listen: object) -> object:
+        text = str(listen) if type(listen) is int else listen
+        found = (
+            re.fullmatch(r"(?:(?:[\w.-]+|\[[0-9a-fA-F:]+\]):)?(\d{1,5})", text) if isinstance(text, str) else None
+        )
+        if listen is not None and (found is None or int(found[1]) > 65535):
+            raise ValueError("allowed: a port, or HOST:PORT")
+        return text
+
+
 class Settings(Section):
     """All of it."""
 
@@ -206,6 +232,7 @@ class Settings(Section):
     transfer: TransferSettings = TransferSettings()
     fusion: FusionSettings = FusionSettings()
     trace: TraceSettings = TraceSettings()
+    control: ControlSettings = ControlSettings()
 
     @model_validator(mode="after")
     def _page_fits_chunk(self) -> "Settings":

@@ -3,9 +3,10 @@
 The file is named by `config` in `kv_connector_extra_config` or by RAGKV_CONFIG, which is stronger.
 """
 
+import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ragkv.config.settings import Settings, format_size, keys, parse_size
+from ragkv.config.settings import Settings, format_size, keys, parse_size, rough_size
 from ragkv.errors import ConfigError
 
 PREFIX = "RAGKV_"
@@ -86,7 +87,7 @@ def load(
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        for section, values in layer.items():
+        for section, values in _nested(layer, origin, faults).items():
             if not isinstance(values, Mapping):
                 merged[section], origins[str(section)] = values, origin
                 continue
@@ -126,6 +127,32 @@ def read_file(path: object) -> Mapping[str, Any]:
     return data
 
 
+def _nested(layer: Mapping[str, Any], origin: str, faults: list[str]) -> dict[str, Any]:
+    """A source with its dotted keys (`disk.path: ...`) put into their sections. A key given in both ways is a
+    fault; one that names no setting stays where it is, and is told as unknown."""
+    nested = {key: dict(value) if isinstance(value, Mapping) else value for key, value in layer.items()}
+    for key in [key for key in nested if key in keys()]:
+        value = nested.pop(key)
+        section, name = key.split(".")
+        into = nested.setdefault(section, {})
+        if not isinstance(into, dict):
+            continue  # no mapping: that fault is told of the section
+        if name in into:
+            faults.append(f"{key} (from {origin}): given twice; allowed: either {key} or {name} under {section}")
+        into.setdefault(name, value)
+    return nested
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    """ "did you mean ...? ", where something that is known looks alike; else nothing."""
+    known = list(known)
+    lower = {each.lower(): each for each in known}
+    found = [each for each in known if each.lower().rpartition(".")[2] == key.lower()]
+    close = difflib.get_close_matches(key.lower(), lower, n=1, cutoff=0.7)
+    found = found or [lower[each] for each in close]
+    return f"did you mean {' or '.join(found)}? " if found else ""
+
+
 def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """RAGKV_SECTION_NAME variables, and what is wrong with those that name no setting."""
     known = {_variable(*key.split(".")): key.split(".") for key in keys()}
@@ -135,9 +162,11 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, s
         if not variable.startswith(PREFIX) or variable == FILE_VARIABLE:
             continue
         if variable not in known:
-            allowed = ", ".join([FILE_VARIABLE, *known])
-            shown = show_value(variable, value)
-            faults.append(f"environment variable {variable} = {shown} names no setting; allowed: {allowed}")
+            allowed = [FILE_VARIABLE, *known]
+            shown, meant = show_value(variable, value), _meant(variable, allowed)
+            faults.append(
+                f"environment variable {variable} = {shown} names no setting; {meant}allowed: {', '.join(allowed)}"
+            )
             continue
         section, name = known[variable]
         found.setdefault(section, {})[name] = value
@@ -152,9 +181,12 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        section = key.rpartition(".")[0]
-        allowed = [each for each in keys() if each.startswith(f"{section}.")] if section else list(keys())
-        text = f"unknown key; allowed: {', '.join(allowed)}"
+        section = key.partition(".")[0]
+        allowed = [each for each in keys() if each.startswith(f"{section}.")] or list(keys())
+        meant = _meant(key, allowed if section in Settings.model_fields else [*Settings.model_fields, *allowed])
+        text = f"unknown key; {meant}allowed: {', '.join(allowed)}"
+    elif key in _SIZES and (limits := _limits(error)):
+        text = f"allowed: {limits}"
     elif not text.startswith("allowed") and "allowed:" not in text:
         text = f"allowed: {text.removeprefix('Input should be ')}"
         if error["type"] == "model_type":
@@ -163,7 +195,20 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
         return text
     sources = dict.fromkeys(o for k, o in origins.items() if k == key or k.startswith(f"{key}."))
     origin = f" (from {', '.join(sources)})" if sources else ""
-    return f"{key} = {show_value(key, error['input'])}{origin}: {text}"
+    given = error["input"]
+    whole = key in _SIZES and type(given) is int and given > 0 and given % 1024 == 0
+    return f"{key} = {format_size(given) if whole else show_value(key, given)}{origin}: {text}"
+
+
+def _limits(error: Any) -> str:
+    """The bound that a size is beyond, as people write sizes; nothing where that is not what is wrong."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = [
+        f"{words[name]} {format_size(value) if value else 0}"
+        for name, value in error.get("ctx", {}).items()
+        if name in words
+    ]
+    return " and ".join(found)
 
 
 def check_shared_memory(settings: Settings, free: int) -> None:
@@ -171,5 +216,5 @@ def check_shared_memory(settings: Settings, free: int) -> None:
     if settings.memory.capacity > free:
         raise ConfigError(
             f"ragkv: memory.capacity = {format_size(settings.memory.capacity)}: allowed: at most what shared "
-            f"memory has free, {format_size(free)} (containers: more with --ipc=host or --shm-size)"
+            f"memory has free, {rough_size(free)} (containers: more with --ipc=host or --shm-size)"
         )

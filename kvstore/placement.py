@@ -50,6 +50,11 @@ class Placement:
             tier.bit = 1 << number
             tier.start()
 
+    @property
+    def tiers(self) -> tuple[StoreTier, ...]:
+        """From the quickest to the slowest."""
+        return self._tiers
+
     def tick(self) -> None:
         """Do what is due: outcomes of the lanes, trials of tiers at rest, pins and chunks whose time is over."""
         self._completions.drain()
@@ -123,6 +128,20 @@ class Placement:
                 tier.touch(keys)
         if self.aliases is not None:
             self.aliases.order(compare=False)  # what an index does not know may be there: kept, and then known
+
+    def write_down(self, chunks: Iterator[Chunk], most: int = 256) -> bool:
+        """Order to be written what no lower tier has of the next `most` chunks, as far as the tiers have room.
+        Whether `chunks` is at its end."""
+        for _ in range(most):
+            if any(tier.busy for tier in self._tiers):
+                return False
+            if (chunk := next(chunks, None)) is None:
+                return True
+            for tier in self._tiers if chunk in self.hierarchy and chunk.ready and not is_loose(chunk) else ():
+                lacks = not chunk.below & tier.bit if tier.through else not chunk.below
+                if lacks and _may_take(tier, chunk):
+                    self._write(chunk, tier, *origin(chunk), copy=False)
+        return False
 
     def close(self, seconds: float) -> bool:
         """Write down what no lower tier has, within a bound, and let the tiers go. Whether all was written."""

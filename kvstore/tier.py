@@ -119,6 +119,22 @@ class StoreTier:
         return self._reading.state is State.CLOSED
 
     @property
+    def resting(self) -> tuple[str, ...]:
+        """Which of "reading" and "writing" rest after errors, or are on trial."""
+        sides = {"reading": self._reading, "writing": self._writing}
+        return tuple(side for side, breaker in sides.items() if breaker.state is not State.CLOSED)
+
+    @property
+    def listed(self) -> bool:
+        """Whether nothing is being found out any more about what is there."""
+        return not self._scans
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait to be written."""
+        return self._queued
+
+    @property
     def busy(self) -> bool:
         """Whether half of what may wait to be written does."""
         return 2 * self._queued > self._queue_bytes

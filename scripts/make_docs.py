@@ -22,6 +22,7 @@ SEE = {
     "transfer": "[Tuning](tuning.md)",
     "fusion": "[Fusion](fusion.md)",
     "trace": "[The simulator](simulator.md)",
+    "control": "[Roll-out and roll-back](control.md)",
 }
 HEAD = """# Configuration
 
@@ -34,19 +35,18 @@ Settings come from four places. What stands further down is stronger:
 3. `kv_connector_extra_config` of vLLM's `--kv-transfer-config`, with the same sections;
 4. variables: `memory.capacity` is `RAGKV_MEMORY_CAPACITY`.
 
-In YAML every section is a mapping:
+In YAML every section is a mapping; a key may also be written with its dot, but not in both ways:
 
     memory:
       capacity: 32GiB
       policy: adaptive
-    disk:
-      path: /var/cache/ragkv
+    disk.path: /var/cache/ragkv
 
 Unknown keys and variables are errors, and so is a value that cannot be: the engine does not start, and one line
 names key, value, where it came from and what is allowed. Look first:
 
     ragkv config check ragkv.yaml
-    ragkv config show --file ragkv.yaml
+    ragkv config show --config ragkv.yaml
 
 A size is a whole number of bytes, or a number with a unit: `KiB`, `MiB`, `GiB`, `TiB` (powers of 1024), `KB`,
 `MB`, `GB`, `TB` (powers of 1000).

@@ -48,6 +48,8 @@ PINNED = {
     "fusion.keep": False,
     "fusion.documents": 200,
     "trace.file": None,
+    "control.listen": None,
+    "control.token_file": None,
 }
 SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in PINNED))
 POLICY_KEYS = [key for key in PINNED if key.endswith(".policy")]

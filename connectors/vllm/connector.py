@@ -10,7 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from ragkv.connectors.vllm.announcing import Announcer
 from ragkv.connectors.vllm.compose import make_placement, make_recorder, side_maker
+from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
 from ragkv.connectors.vllm.fusing import Fusing
@@ -32,12 +34,12 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
 
 NO_TOKENS = (0, False)
-NOT_ALL_WRITTEN = "ragkv: not all was written to the lower tiers within placement.flush"
 
 
 class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Exact reuse of KV from host memory. Where the engine cannot be served it stands aside, and says why."""
 
+    _announcer: Announcer | None = None
     _among_others = False
     _told_late = False  # workers' word comes with their first report, not with vLLM's handshake
     requires_kv_delivery = False  # a cache: a store that is dropped is a later miss
@@ -73,18 +75,17 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         config, settings = self._vllm_config, self._settings
         shape = examine(config, self._kv_cache_config)
-        page = page_shape(settings, shape)
-        self._workers = shape.ranks
+        page, self._workers = page_shape(settings, shape), shape.ranks
         size = memory_pages(settings, page) * page.page_bytes
         reads = settings.disk.path is not None or settings.redis.url is not None  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
-        hidden = config.model_config.get_hidden_size()
-        sizes = settings.chunks
+        hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
         duties = duties_of(config.kv_transfer_config)
         placement = make_placement(
             *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
         )
+        self._announcer = Announcer(settings, placement)
         if settings.fusion.enabled:
             placement.index_contents()
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
@@ -101,6 +102,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             documents=DocumentStats(self._metrics, settings.fusion.documents),
             stores=duties.stores,
             loads=duties.loads,
+            control=open_control(settings),
         )
 
     def _stand_aside(self, why: str) -> None:
@@ -131,8 +133,15 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler, self._proposed = self._proposed, None
             self._weights = WeightsWatch({hand.rank: hand.weights for hand in hands})
             self._segment.unlink()
+            refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
             if self._scheduler.fusing is not None:
-                self._scheduler.fusing.refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
+                self._scheduler.fusing.refusal = refusal
+            self._announce(refusal)
+
+    @guarded(gives(None))
+    def _announce(self, no_fusion: str | None) -> None:
+        if self._announcer is not None:
+            self._announcer.started(self._namespaces.engine, self._workers, no_fusion)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         """The same, as newer versions of vLLM call it."""
@@ -183,6 +192,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return StepOrders()
         orders = self._scheduler.orders(scheduler_output)
+        if self._announcer is not None:
+            self._announcer.look()
         orders.look = self._weights.question()
         return orders
 
@@ -349,10 +360,15 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.close()
         for side in (self._scheduler, self._proposed):
-            if side is not None and not side.close(self._settings.placement.flush):
-                logger.warning(NOT_ALL_WRITTEN)
+            if side is not None:
+                self._end(side)
         self._scheduler = self._proposed = None
         self._close_segment()
+
+    def _end(self, side: SchedulerSide) -> None:
+        written = side.close(self._settings.placement.flush)
+        if self._announcer is not None:
+            self._announcer.ended(written=written)
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
@@ -374,8 +390,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         ordered, and what waits is written down before the step."""
         self._scheduler = None
         orders = side.take_orders()
-        if not side.close(self._settings.placement.flush):
-            logger.warning(NOT_ALL_WRITTEN)
+        self._end(side)
         return orders
 
     def _close_segment(self) -> None:

@@ -124,6 +124,11 @@ class Namespaces:
         self._first = self._engine = engine
         self._adapters: dict[tuple[Any, ...], tuple[object, str]] = {}
 
+    @property
+    def engine(self) -> bytes:
+        """What all namespaces of this engine are made from now; 16 bytes."""
+        return self._engine
+
     def renew(self) -> None:
         """From now on nothing is equal to what was: weights may have changed in place, and then whatever lower
         tiers hold is of others."""

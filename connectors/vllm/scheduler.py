@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ragkv.connectors.vllm.control import Control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.fusing import saved
+from ragkv.connectors.vllm.heeding import Heed
 from ragkv.connectors.vllm.hints import read_hints
 from ragkv.connectors.vllm.jobs import Jobs
 from ragkv.connectors.vllm.loading import Load
@@ -48,12 +50,15 @@ class SchedulerSide(Jobs):
         documents: DocumentStats | None = None,
         stores: bool = True,
         loads: bool = True,
+        control: Control | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*args, **more)
         self._chunker, self._namespace_of, self._recorder = chunker, namespace_of, recorder
         self._documents, self._turns = documents, Turns(self._metrics)
-        self._may_store, self._may_load = stores, loads
+        self._duties = loads, stores
+        self._may_load, self._may_store = loads, stores
+        self._control = None if control is None else Heed(control, self._placement, self._clock)
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._waiting: dict[str, int] = {}  # pages of memory that are kept for requests that wait for lower tiers
         self._idle = False
@@ -62,6 +67,7 @@ class SchedulerSide(Jobs):
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
         again, more is on its way from a lower tier."""
         self._placement.tick()
+        self._heed()
         tracked = self._track(request)
         if tracked is None:
             return 0
@@ -214,6 +220,7 @@ class SchedulerSide(Jobs):
     def orders(self, scheduler_output: Any) -> StepOrders:
         """What the workers shall do in this step."""
         self._placement.tick()
+        self._heed()
         scheduled = scheduler_output.num_scheduled_tokens
         self._orders.tokens = scheduler_output.total_num_scheduled_tokens
         self._orders.alone = next(iter(scheduled)) if len(scheduled) == 1 else None
@@ -256,8 +263,22 @@ class SchedulerSide(Jobs):
         self._ending.add(request_id)
         return True, told
 
+    @property
+    def has_pending_work(self) -> bool:
+        """As of `Jobs`; and a flush that has begun goes on though no request runs."""
+        return super().has_pending_work or (self._control is not None and self._control.under_way)
+
+    def _heed(self) -> None:
+        """Do as the operator wants: before anything is looked up or stored."""
+        if self._control is not None:
+            self._control.heed(storing=bool(self._storing))
+            wanted = self._control.control
+            self._may_load, self._may_store = self._duties[0] and wanted.loads, self._duties[1] and wanted.stores
+
     def close(self, seconds: float) -> bool:
         """Write down what must survive, within a bound. Whether all of it was."""
+        if self._control is not None:
+            self._control.control.close()
         if self._recorder is not None:
             self._recorder.close()
         return self._placement.close(seconds)

@@ -58,6 +58,17 @@ class Folder:
             return f"{self.path} is open to others (mode {mode:04o}); better: chmod 700 {self.path}"
         return None
 
+    def strange(self) -> str | None:
+        """The name of something here, where nothing here is of a store's; None also for an empty folder."""
+        found: str | None = None
+        with os.scandir(self.descriptor) as entries:
+            for entry in entries:
+                name = entry.name
+                if name == QUARANTINE or _VALUE.fullmatch(name) or _TEMPORARY.fullmatch(name):
+                    return None
+                found = found if found is not None or name == "lost+found" else name
+        return found
+
     def probe(self) -> None:
         """Find out whether files can be made here, and whose they are then (on NFS root may become nobody)."""
         name, descriptor = self.create(bytes(16))

@@ -55,6 +55,9 @@ class Inventory:
         self.path = path
         with self._errors():
             self._folder = Folder(path, owner=None)
+            strange = self._folder.strange()
+        if strange is not None:
+            raise StoreError("io", f"{path}: no folder of ragkv's: it holds {strange!r}, and nothing of ragkv's")
 
     def values(self, *, whole: bool = False) -> Iterator[Value]:
         """All values, the last used first, each read when it is asked for: up to its header, or `whole`."""

@@ -15,10 +15,12 @@ FilingsOption = Annotated[
 ]
 SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
 TIERS = ("disk", "redis")
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")
+]
 
 
-@app.command(epilog="Example: ragkv bench prefix --tokens 6000 --json prefix.json")
+@app.command(epilog="Example: ragkv bench prefix --tokens 6000 --output prefix.json")
 def prefix(
     tier: Annotated[str, typer.Option(help="The tier to load from: memory.")] = "memory",
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
@@ -33,7 +35,7 @@ def prefix(
     run(tier, tokens, rounds, starts, filings, json_file)
 
 
-@app.command(epilog="Example: ragkv bench stall --tokens 6000 --json stall.json")
+@app.command(epilog="Example: ragkv bench stall --tokens 6000 --output stall.json")
 def stall(
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens that the other request loads.")] = 6000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each loaded and prefilled once.")] = 5,
@@ -161,7 +163,7 @@ def fusion(
     )
 
 
-@app.command(epilog="Example: ragkv bench gpu --json gpu.json")
+@app.command(epilog="Example: ragkv bench gpu --output gpu.json")
 def gpu(
     steps: Annotated[str, typer.Option(help="Which steps, separated by commas.")] = "1,2,3,4,5,6",
     json_file: JsonOption = None,

@@ -8,6 +8,8 @@ from rich.console import Console
 
 from ragkv import bench_command, completion, config_command, observe_command, store_command
 from ragkv.bench_command import FilingsOption, JsonOption
+from ragkv.control_command import EPILOG as CONTROL_EXAMPLES
+from ragkv.control_command import control
 from ragkv.doctor_command import EPILOG as DOCTOR_EXAMPLES
 from ragkv.doctor_command import doctor
 from ragkv.errors import RagKVError
@@ -18,7 +20,10 @@ from ragkv.serve_command import serve
 from ragkv.top_command import EPILOG as TOP_EXAMPLES
 from ragkv.top_command import top
 
+HELP = {"help_option_names": ["-h", "--help"]}  # commands below take it over
+
 app = typer.Typer(
+    context_settings=HELP,
     no_args_is_help=True,
     help="A KV cache for vLLM that knows documents.",
     epilog="Exit status: 0 when all is well, 1 with one line that says what is not, 2 for wrong usage.",
@@ -29,7 +34,24 @@ app.add_typer(store_command.app, name="store")
 app.add_typer(observe_command.app, name="observe")
 
 
-@app.command(epilog="Example: ragkv demo --filings FOLDER --json demo.json")
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import ragkv
+
+        typer.echo(f"ragkv {ragkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """A KV cache for vLLM that knows documents."""
+
+
+@app.command(epilog="Example: ragkv demo --filings FOLDER --output demo.json")
 def demo(
     filings: FilingsOption = None,
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each filing.")] = 3000,
@@ -91,6 +113,7 @@ def simulate(
 app.command(context_settings=SERVE_CONTEXT, epilog=SERVE_EXAMPLES)(serve)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=TOP_EXAMPLES)(top)
+app.command(epilog=CONTROL_EXAMPLES)(control)
 app.command(epilog="Example: ragkv ingest filings/*.txt --url http://localhost:8000 --system-prompt system.txt")(
     ingest
 )

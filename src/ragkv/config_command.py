@@ -2,8 +2,9 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,37 +12,58 @@ from rich.table import Table
 
 from ragkv.errors import RagKVError
 
+if TYPE_CHECKING:
+    from ragkv.checks import Finding
+
 app = typer.Typer(no_args_is_help=True, help="Look at settings, or take LMCache's over.")
 
+ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of settings; else RAGKV_CONFIG's.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A YAML file of settings.")], as_json: JsonFlag = False
+    file: Annotated[Path | None, typer.Argument(help="A YAML file of settings; or --config.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Say whether a file's settings hold, on this machine; exit status 1 where they do not.
+    """Say whether settings hold, on this machine; exit status 1 where they do not.
 
     Example: ragkv config check ragkv.yaml
     """
-    from ragkv.preflight import check_room, read_settings
+    from ragkv.config.sources import FILE_VARIABLE, PREFIX
 
+    named = _one_file(file, config) or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
+    variables = sorted(name for name in os.environ if name.startswith(PREFIX) and name != FILE_VARIABLE)
     try:
-        check_room(read_settings(environ={}, file=file).settings)
+        findings = _look(named)
     except RagKVError as error:
         if not as_json:
             raise
-        _print_json({"file": str(file), "good": False, "error": str(error)})
+        _print_json({"file": named and str(named), "good": False, "error": str(error), "variables": variables})
         raise typer.Exit(1) from None
+    failed = [each for each in findings if each.status == "fail"]
     if as_json:
-        _print_json({"file": str(file), "good": True, "error": None})
+        error_text = "; ".join(f"{each.check}: {each.said}" for each in failed) or None
+        told = [asdict(each) for each in findings]
+        shown = {"file": named and str(named), "good": not failed, "error": error_text, "variables": variables}
+        _print_json({**shown, "findings": told})
     else:
-        typer.echo(f"{file}: good")
+        if variables:
+            typer.echo(f"variables, stronger than a file: {', '.join(variables)}")
+        for each in findings:
+            if each.status != "ok":
+                typer.echo(f"{each.check}: {each.said}; {each.todo}", err=each.status == "fail")
+        warned = ", with warnings" if any(each.status == "warn" for each in findings) else ""
+        typer.echo(f"{named or 'defaults and variables'}: {'does not hold here' if failed else f'good{warned}'}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
 def show(
-    file: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    config: ConfigOption = None,
+    file: Annotated[Path | None, typer.Option(hidden=True, help="The older name of --config.")] = None,
     extra: Annotated[str, typer.Option(help="kv_connector_extra_config, as JSON.")] = "{}",
     as_json: JsonFlag = False,
 ) -> None:
@@ -51,7 +73,7 @@ def show(
     """
     from ragkv.config import load
 
-    loaded = load(_mapping(extra), file=file)
+    loaded = load(_mapping(extra), file=_one_file(file, config))
     if as_json:
         values = loaded.settings.model_dump()
         origins = {key: origin for key, _, origin in loaded.rows()}
@@ -97,6 +119,22 @@ def import_(
         typer.echo(f"{output}: {len(found.taken)} settings; next: ragkv config check {output}")
     for each in found.left:
         typer.echo(f"not taken over: {each.key} = {each.value}: {hide_password(each.reason)}", err=True)
+
+
+def _one_file(file: Path | None, config: Path | None) -> Path | None:
+    if file is not None and config is not None:
+        raise RagKVError(f"ragkv: --config = {config} beside {file}; allowed: one file of settings")
+    return file or config
+
+
+def _look(file: Path | None) -> "list[Finding]":
+    """What this machine has for the settings. ConfigError: they cannot be, or their memory is not to be had."""
+    from ragkv.checks import check_disk, check_memory, check_redis
+    from ragkv.preflight import check_room, read_settings
+
+    settings = read_settings(environ=os.environ, file=file).settings
+    check_room(settings)
+    return [check_memory(settings), *check_disk(settings, 0), *check_redis(settings)]
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,7 +29,9 @@ def ingest(
     again: Annotated[bool, typer.Option("--again", help="Send also what the journal says is stored.")] = False,
     journal: Annotated[Path | None, typer.Option(help="What is stored where; else in the user's cache.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")
+    ] = None,
 ) -> None:
     """Prefill passages behind the system prompt. What was interrupted goes on where it stopped."""
     notes = Journal(journal or default_journal())

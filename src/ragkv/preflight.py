@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Loaded, Settings, check_shared_memory, load
+from ragkv.errors import ConfigError
 from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.redis_url import parse_location
 
@@ -19,6 +20,9 @@ def read_settings(
     loaded = load(extra, environ, file)
     if loaded.settings.redis.url is not None:
         parse_location(loaded.settings.redis.url)
+    control = loaded.settings.control
+    if control.listen is not None and control.token_file is None:
+        raise ConfigError(f"ragkv: control.listen = {control.listen}: allowed: together with control.token_file")
     return loaded
 
 

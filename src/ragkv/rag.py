@@ -201,6 +201,8 @@ def chat(
     its structure. Leave a blank line around each. `template`: what else shapes the prompt and goes with the
     request too, such as tools or chat_template_kwargs. The rest, and errors, as in `prompt`.
     """
+    if isinstance(messages, str | bytes | Mapping):
+        raise ValueError(f"messages = {_short(messages)}; allowed: a list of messages, each with role and content")
     settings = _settings(fuse, recompute_ratio, selection, hints)
     tokens = server.encode_chat(messages, template or {})
     taken: list[tuple[int, int]] = []
@@ -226,6 +228,10 @@ def digest(text: str) -> str:
 
 
 def _named(passages: Iterable[Passage]) -> Iterator[tuple[str, str]]:
+    if isinstance(passages, str | bytes | Mapping):
+        raise ValueError(
+            f"passages = {_short(passages)}; allowed: a list of passages, each a text or a pair of id and text"
+        )
     texts: dict[str, str] = {}
     for number, passage in enumerate(passages):
         name, text = _pair(number, passage)

@@ -31,6 +31,8 @@ OURS = {
     "--kv-offloading-size": "it would put vLLM's offloading in ragkv's place",
 }
 SHUTDOWN_OPTION = "--shutdown-timeout"
+DETAILS_OPTION = "--enable-prompt-tokens-details"
+DETAILS_SOURCES = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")  # new and old vLLM
 PLUGINS = "VLLM_PLUGINS"
 PLUGIN = "ragkv"
 FILE_VARIABLE = "RAGKV_CONFIG"
@@ -83,7 +85,12 @@ def prepare(model: str, arguments: Sequence[str], file: Path | None, environ: Ma
     transfer: dict[str, object] = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
     if named is not None:
         transfer["kv_connector_extra_config"] = {"config": str(named.expanduser().absolute())}
-    ours = ("--kv-transfer-config", json.dumps(transfer), *_shutdown_timeout(settings, arguments))
+    ours = (
+        "--kv-transfer-config",
+        json.dumps(transfer),
+        *_shutdown_timeout(settings, arguments),
+        *_details(arguments),
+    )
     command = (*_server(model), *ours, *arguments)
     return Launch(command, {name: value for name, value in environ.items() if name != FILE_VARIABLE})
 
@@ -133,18 +140,40 @@ def _shutdown_timeout(settings: "Settings", arguments: Sequence[str]) -> tuple[s
     return SHUTDOWN_OPTION, str(shutdown_seconds(settings))
 
 
+def _details(arguments: Sequence[str]) -> tuple[str, ...]:
+    """vLLM's option that has answers tell how many tokens of a prompt were hit; nothing where the user has set it,
+    either way, and where this vLLM does not know it."""
+    field = DETAILS_OPTION.removeprefix("--").replace("-", "_")
+    known = any(_vllm_says(field, source) for source in DETAILS_SOURCES)
+    if not known or any(_names_details(argument) for argument in arguments):
+        return ()
+    keys = set().union(*(_keys(file) for file in _vllm_files(arguments)))
+    names = {DETAILS_OPTION.removeprefix("--"), f"no-{DETAILS_OPTION.removeprefix('--')}"}
+    return () if keys & names else (DETAILS_OPTION,)
+
+
+def _names_details(argument: str) -> bool:
+    name = argument.partition("=")[0].replace("_", "-").replace("--no-", "--", 1)
+    return len(name) > len("--enable-prompt-") and DETAILS_OPTION.startswith(name)
+
+
 def _names_shutdown(argument: str) -> bool:
     name = argument.partition("=")[0].replace("_", "-")
     return len(name) > len("--s") and SHUTDOWN_OPTION.startswith(name)
 
 
 def _vllm_knows(option: str) -> bool:
-    """Whether the installed vLLM has an option; its source is searched, since importing it takes seconds."""
+    """Whether the installed vLLM has an engine option."""
+    return _vllm_says(f'"{option}"', "engine/arg_utils.py")
+
+
+def _vllm_says(text: str, source: str) -> bool:
+    """Whether a text stands in a file of the installed vLLM, since importing that takes seconds."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False
     try:
-        return f'"{option}"' in (Path(spec.origin).parent / "engine" / "arg_utils.py").read_text("utf-8")
+        return text in (Path(spec.origin).parent / source).read_text("utf-8")
     except OSError:
         return False
 

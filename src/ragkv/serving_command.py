@@ -46,7 +46,7 @@ LmcachePython = Annotated[
     Path | None, typer.Option(help="Python of an environment with vLLM and LMCache: docs/benchmarks.md.")
 ]
 Filings = Annotated[Path | None, typer.Option(help="A folder of filings (*.txt) instead of generated ones.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Json = Annotated[Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw a picture into this file.")]
 
 
@@ -77,7 +77,7 @@ def serve(
 ) -> None:
     """Chats about filings on whole servers, side by side: TTFT by turn, throughput, hits, memory.
 
-    Example: ragkv bench serve MODEL --documents 8 --json FILE -- --tensor-parallel-size 2
+    Example: ragkv bench serve MODEL --documents 8 --output FILE -- --tensor-parallel-size 2
     """
     from ragkv.benchmarks.serve import Options, run
     from ragkv.benchmarks.serve_workload import Shape

@@ -70,7 +70,7 @@ def show(
         return
     table = Table("field", "value")
     for name, text in {
-        "key": header.key.hex(),
+        "key": value.key.hex(),
         "parent": header.parent.hex(),
         "namespace": header.namespace.hex(),
         "tokens": str(header.token_count),

@@ -1,6 +1,7 @@
 """The command line as a whole: light to start, with an example in every help, completion and exit statuses."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import ragkv
 from ragkv import cli, completion
 from ragkv.errors import RagKVError
 
@@ -31,7 +33,8 @@ COMMANDS = {" ".join(words): command for words, command in commands()}
 
 
 def run(*arguments, **environ):
-    env = {"PATH": "/usr/bin:/bin", "COLUMNS": "200", "TERM": "dumb", **environ}
+    path = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    env = {"PATH": "/usr/bin:/bin", "COLUMNS": "200", "TERM": "dumb", **path, **environ}
     return subprocess.run([RAGKV, *arguments], capture_output=True, text=True, env=env)
 
 
@@ -44,7 +47,7 @@ def test_all_commands_are_here():
     assert {
         "demo", "simulate", "serve", "doctor", "top", "ingest", "config check", "config show", "config import",
         "store ls", "store show", "store verify", "store rm", "store stats", "bench serve", "bench compare",
-        "observe up", "observe check",
+        "observe up", "observe check", "control",
     } <= COMMANDS.keys()  # fmt: skip
 
 
@@ -86,6 +89,27 @@ def test_errors_are_one_line(monkeypatch, capsys, error, status):
 def test_wrong_usage_is_status_2():
     done = run("top", "--interval", "never")
     assert done.returncode == 2 and "--interval" in done.stderr
+
+
+def test_the_version_is_told():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"ragkv {ragkv.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [(), ("config",), ("config", "check"), ("bench", "serve"), ("serve",)])
+def test_h_is_help(words):
+    done = run(*words, "-h")
+    assert done.returncode == 0 and "Usage: ragkv" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_mean_the_same_everywhere(name):
+    options = {option: each for each in COMMANDS[name].params for option in each.opts}
+    if "--json" in options:  # prints, or is the older name of what names a file
+        assert options["--json"].is_flag or "--output" in options["--json"].opts
+    assert "--file" not in options or options["--file"].hidden
+    if name in ("serve", "doctor", "config check", "config show"):
+        assert "--config" in options
 
 
 def test_completion_of_names():

@@ -44,6 +44,8 @@ OTHERS = {
     "fusion.keep": ("1", True),
     "fusion.documents": ("0", 0),
     "trace.file": ("/tmp/trace", "/tmp/trace"),
+    "control.listen": ("8900", "8900"),
+    "control.token_file": ("/etc/token", "/etc/token"),
 }
 OTHERS |= dict.fromkeys(POLICY_KEYS, ("lfu", "lfu")) | dict.fromkeys(ADMISSION_KEYS, ("cost", "cost"))
 
@@ -175,10 +177,61 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 def test_unknown_keys_are_refused_at_both_levels(write):
     message = fault({"memroy": {"capacity": 1}, "chunks": {"size": 256}})
-    assert f"memroy = {{'capacity': 1}} (from {EXTRA}): unknown key; allowed: {', '.join(PINNED)}" in message
+    assert f"memroy = {{'capacity': 1}} (from {EXTRA}): unknown key; did you mean memory? allowed: " in message
     assert f"chunks.size = 256 (from {EXTRA}): unknown key; allowed: chunks.min_tokens, chunks.av" in message
     path = write("memory: {Capacity: 1GiB}")
-    assert f"memory.Capacity = '1GiB' (from {path}): unknown key" in fault(file=path)
+    meant = "unknown key; did you mean memory.capacity? allowed: memory.capacity, memory.page_tokens"
+    assert f"memory.Capacity = '1GiB' (from {path}): {meant}" in fault(file=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("memory: {capcity: 1GiB}", "memory.capacity"),
+        ("memory.capcity: 1GiB", "memory.capacity"),
+        ("dsk.path: /x", "disk.path"),
+        ("rediss: {url: 'redis://h'}", "redis"),
+        ("deadline: 1", "placement.deadline"),
+        ("capacity: 1GiB", "memory.capacity or device.capacity or disk.capacity"),
+    ],
+)
+def test_what_was_meant_is_guessed(write, text, meant):
+    assert f"unknown key; did you mean {meant}? allowed: " in fault(file=write(text))
+
+
+def test_what_was_meant_by_a_variable_is_guessed():
+    message = fault(environ={"RAGKV_DISK_PAHT": "/x", "RAGKV_XYZZY": "1"})
+    assert "RAGKV_DISK_PAHT = '/x' names no setting; did you mean RAGKV_DISK_PATH? allowed: " in message
+    assert "RAGKV_XYZZY = '1' names no setting; allowed: " in message
+
+
+def test_keys_may_be_dotted(write):
+    path = write("disk.path: /kv\nmemory: {policy: lfu}\nmemory.capacity: 1GiB\n")
+    loaded = load({"disk.capacity": "2GiB"}, {}, path)
+    found = loaded.settings
+    assert (found.disk.path, found.disk.capacity, found.memory.capacity) == ("/kv", 2 * GIB, GIB)
+    assert found.memory.policy == "lfu"
+    assert loaded.origins["disk.path"] == str(path) and loaded.origins["disk.capacity"] == EXTRA
+
+
+@pytest.mark.parametrize("text", ["disk.path: /a\ndisk: {path: /b}", "disk: {path: /a}\ndisk.path: /a"])
+def test_a_key_in_both_ways_is_refused(write, text):
+    path = write(text)
+    assert f"disk.path (from {path}): given twice; allowed: either disk.path or path under disk" in fault(
+        file=path
+    )
+
+
+def test_a_dotted_key_beside_no_mapping_is_refused(write):
+    assert "disk = 5 (from" in fault(file=write("disk: 5\ndisk.path: /a"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("memory.capacity", "64KiB", "at least 1MiB"), ("redis.max_value", "4GiB", "at most 512MiB")],
+)
+def test_bounds_of_sizes_read_as_people_write_them(key, value, words):
+    assert f"{key} = {value} (from {EXTRA}): allowed: {words}" in fault({key: value})
 
 
 def test_unknown_variables_are_refused():
@@ -277,5 +330,5 @@ def test_rows_show_every_setting_with_its_origin():
 def test_shared_memory_must_have_room():
     made = load({}, {}).settings
     check_shared_memory(made, 4 * GIB)
-    with pytest.raises(ConfigError, match=r"memory.capacity = 4GiB: allowed: at most .* 4194303KiB"):
+    with pytest.raises(ConfigError, match=r"memory.capacity = 4GiB: allowed: at most .* 3\.9GiB"):
         check_shared_memory(made, 4 * GIB - 1024)

@@ -335,9 +335,16 @@ def test_awkward_texts_survive_the_file(given, tmp_path):
 
 def test_check_and_show_as_json(tmp_path):
     file = tmp_path / "ours.yaml"
-    file.write_text("memory: {capacity: 2MiB}\nredis: {url: 'redis://:hunter2@cache'}\n")
+    file.write_text("memory: {capacity: 2MiB}\n")
     good = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
-    assert (good.exit_code, json.loads(good.stdout)) == (0, {"file": str(file), "good": True, "error": None})
+    told = json.loads(good.stdout)
+    assert [each["check"] for each in told.pop("findings")] == ["shared memory", "disk", "redis"]
+    wanted = {"file": str(file), "good": True, "error": None, "variables": []}
+    assert (good.exit_code, told) == (0, wanted)
+    file.write_text("memory: {capacity: 2MiB}\nredis: {url: 'redis://:hunter2@127.0.0.1:1'}\n")
+    gone = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
+    assert gone.exit_code == 1 and json.loads(gone.stdout)["error"].startswith("redis: ")
+    assert "hunter2" not in gone.stdout
     shown = CliRunner().invoke(app, ["config", "show", "--file", str(file), "--json"])
     report = json.loads(shown.stdout)
     assert list(report) == list(keys()) and "hunter2" not in shown.stdout

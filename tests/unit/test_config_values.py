@@ -11,7 +11,7 @@ from ragkv.policies import ADMISSIONS, POLICIES
 
 SECONDS_KEYS = ["redis.timeout", "placement.deadline", "placement.flush"]
 FLAG_KEYS = ["disk.fsync", "disk.shared", "placement.gate"]
-TEXT_KEYS = ["disk.path", "redis.url", "redis.prefix", "trace.file"]
+TEXT_KEYS = ["disk.path", "redis.url", "redis.prefix", "trace.file", "control.token_file"]
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,16 @@ def test_wrong_sizes_are_refused(key, value):
 @pytest.mark.parametrize("value", [0, -1, 1023 * 1024, "1MB"])
 def test_sizes_have_a_least_value(key, value):
     section, name = key.split(".")
-    said = f"{key} = {parse_size(value)} (from {EXTRA}): allowed: greater than or equal to 1048576"
+    size = parse_size(value)
+    shown = size if size <= 0 or size % 1024 else format_size(size)
+    said = f"{key} = {shown} (from {EXTRA}): allowed: at least 1MiB"
     assert fault({section: {name: value}}) == f"ragkv: {said}"
 
 
 def test_other_sizes_have_other_bounds():
-    assert "allowed: greater than or equal to 0" in fault({"device": {"capacity": -1}})
-    assert "allowed: greater than or equal to 1024" in fault({"redis": {"max_value": 1023}})
-    assert "allowed: less than or equal to 536870912" in fault({"redis": {"max_value": "1GiB"}})
+    assert "allowed: at least 0" in fault({"device": {"capacity": -1}})
+    assert "allowed: at least 1KiB" in fault({"redis": {"max_value": 1023}})
+    assert "allowed: at most 512MiB" in fault({"redis": {"max_value": "1GiB"}})
     assert load({"redis": {"max_value": "512MiB"}}, {}).settings.redis.max_value == 2**29
 
 

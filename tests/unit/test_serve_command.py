@@ -173,7 +173,8 @@ def test_the_users_own_time_in_vllms_file_is_kept(tmp_path, key, joined):
 
 
 def test_without_a_lower_tier_or_time_for_it_vllm_stops_as_ever():
-    assert prepare("m", [], None, {"RAGKV_MEMORY_CAPACITY": "4MiB"}).command[-2] == "--kv-transfer-config"
+    command = prepare("m", [], None, {"RAGKV_MEMORY_CAPACITY": "4MiB"}).command
+    assert command[-3] == "--kv-transfer-config" and "--shutdown-timeout" not in command
     assert stop_options(RAGKV_PLACEMENT_FLUSH="0") == []
 
 
@@ -186,6 +187,41 @@ def test_a_vllm_that_does_not_know_the_option_is_not_given_it(tmp_path, monkeypa
         assert bool(stop_options()) is known
     source.unlink()
     assert stop_options() == []
+
+
+DETAILS = "--enable-prompt-tokens-details"
+
+
+def details(*arguments):
+    """What is put in before the user's own arguments."""
+    command = prepare("m", arguments, None, {"RAGKV_MEMORY_CAPACITY": "4MiB"}).command
+    return DETAILS in command[: len(command) - len(arguments)]
+
+
+def test_answers_tell_what_was_hit_unless_the_user_says_otherwise(tmp_path):
+    assert details() and details("--enable-prompt-embeds", "--port", "1")
+    for said in (
+        DETAILS,
+        "--no-enable-prompt-tokens-details",
+        "--enable_prompt_tokens_details",
+        "--enable-prompt-t",
+    ):
+        assert not details(said)
+    file = tmp_path / "vllm.yaml"
+    for key in ("enable-prompt-tokens-details", "enable_prompt_tokens_details", "no-enable-prompt-tokens-details"):
+        file.write_text(f"{key}: false\n")
+        assert not details("--config", str(file))
+    file.write_text("port: 1\n")
+    assert details("--config", str(file))
+
+
+def test_a_vllm_that_cannot_tell_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=tmp_path / "__init__.py"))
+    assert not details()
+    source = tmp_path / "entrypoints" / "openai" / "cli_args.py"  # where older versions have it
+    source.parent.mkdir(parents=True)
+    source.write_text("enable_prompt_tokens_details: bool = False")
+    assert details()
 
 
 def run(tmp_path, *arguments, **environ):

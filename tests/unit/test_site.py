@@ -51,6 +51,8 @@ ELSEWHERE = {
     r"ragkv bench compare\b": f"{SERVER}::test_the_serving_benchmark_plays_against_it",
     r"(ragkv|vllm) serve ": f"{SERVER}::test_it_answers_and_its_metrics_are_all_there",
     r"ragkv doctor\b": f"{SERVER}::test_the_doctor_finds_it_well",
+    r"ragkv --version": "tests/unit/test_cli.py::test_the_version_is_told",
+    r"ragkv control ": "tests/unit/test_control.py::test_the_command",
     r"ragkv top ": f"{SERVER}::test_top_shows_what_was_hit",
     r"ragkv observe check ": "tests/engine/test_observe.py::test_the_server_has_what_dashboard_and_rules_ask_for",
     r"prometheus --config.file=": "tests/unit/test_observe.py::"

@@ -290,3 +290,28 @@ def test_json_for_programs(store, run):
     assert status == 1 and list(report["bad"]) == [key(1).hex()] and report["values"] == 4 and not report["moved"]
     _, out, _ = run("stats", store.folder, "--json")
     assert json.loads(out)["files"] == 4
+
+
+def test_a_tail_is_shown_under_the_key_that_was_asked_for(store, run):
+    made = dataclasses.replace(header(4), open=True)
+    where = tail_key(made.parent)
+    store.put(where, payload(made))
+    status, out, _ = run("show", store.folder, where.hex()[:16])
+    assert status == 0 and where.hex() in out and made.key.hex() not in out
+    assert where.hex()[:16] in run("ls", store.folder)[1]
+
+
+@pytest.mark.parametrize("words", [("ls",), ("stats",), ("verify",), ("show", "3f"), ("rm", "--all", "--yes")])
+def test_a_folder_of_others_is_refused(tmp_path, run, words):
+    (tmp_path / "thesis.tex").write_text("mine")
+    command, *more = words
+    status, _, errors = run(command, tmp_path, *more)
+    assert status == 1 and "no folder of ragkv's: it holds 'thesis.tex'" in errors
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_empty_folder_and_one_with_others_files_too_are_ours(tmp_path, store, run):
+    (tmp_path / "empty" / "lost+found").mkdir(parents=True)
+    assert run("ls", tmp_path / "empty")[0] == 0
+    (store.folder / "README").write_text("whose folder this is")
+    assert run("stats", store.folder)[0] == 0
