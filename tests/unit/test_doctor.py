@@ -115,10 +115,11 @@ def test_what_vllm_leaves_running_is_ended_and_not_waited_for(with_vllm):
 @pytest.mark.parametrize(
     ("version", "status"),
     [
+        ("0.25.1", "ok"),
         ("0.31.0", "ok"),
         ("0.32.0", "ok"),
         ("0.32.7rc1", "ok"),
-        ("0.30.99", "fail"),
+        ("0.24.99", "fail"),
         ("0.3.0", "fail"),
         ("0.33.0.dev12+gabc", "warn"),
         ("1.0", "warn"),
