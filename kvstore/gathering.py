@@ -35,7 +35,7 @@ class Gathering(Lifts[Gather]):
         lacking = {content_key(namespace, tokens): tokens for tokens in wanted if tokens}
         lacking = {key: tokens for key, tokens in lacking.items() if not self._held(namespace, tokens)}
         now = self._clock()
-        gather = Gather(namespace=namespace, began=now, deadline=now + self._deadline, wanted=lacking)
+        gather = Gather(namespace=namespace, began=now, since=now, deadline=now + self._deadline, wanted=lacking)
         coming = self._coming(gather)
         keys = [key for key in lacking if key not in coming]
         if keys and any(tier.readable for tier in self._tiers):
@@ -77,6 +77,7 @@ class Gathering(Lifts[Gather]):
     def _read_aliases(self, gather: Gather, tier: StoreTier, keys: list[bytes]) -> None:
         def done(found: list[Any]) -> None:
             gather.waiting_for.remove(tier)
+            self._spend(gather)
             if not gather.over:
                 self._order(gather, tier, [alias for alias in found if alias is not None])
             self._loaded(gather)

@@ -27,7 +27,8 @@ class Lift:
     """What is being brought up for a request. `answers`: by tier, which keys it holds. `sources`: the tier that
     each chunk came from. `waiting_for`: a tier for each question and each small read that is not answered yet.
     `over`: the request need not wait any more; `kept`: chunks that have come, and are pinned until it has used
-    them; `gone`: it will not. `probes`: it does not pay, but somebody has to try."""
+    them; `gone`: it will not. `probes`: it does not pay, but somebody has to try. `spent`: seconds that
+    tiers needed up to `since`, when they were last given something to do."""
 
     namespace: bytes
     began: float
@@ -42,6 +43,8 @@ class Lift:
     kept: list[Chunk] = field(default_factory=list)
     gone: bool = False
     probes: bool = False
+    since: float = 0.0
+    spent: float = 0.0
     result: str = "missed"
 
 
@@ -101,11 +104,12 @@ class Lifts(ABC, Generic[L]):
         """All reads have ended: put in place what could not be until now."""
         return
 
-    def _declines(self, lift: L, tokens: int, size: int) -> bool:
-        """Whether bringing up `tokens` tokens, `size` bytes, would not pay even from the quickest tier."""
+    def _declines(self, lift: L, tokens: int, size: int, start: int = 0) -> bool:
+        """Whether bringing up `tokens` tokens from a position on, `size` bytes, would not pay even from the
+        quickest tier."""
         quickest = next(tier.name for tier in self._tiers if tier.readable)
-        lift.probes = not self._gate.pays(tokens, {quickest: size})
-        if not lift.probes or self._gate.allows(tokens, quickest, {quickest: size}):
+        lift.probes = not self._gate.pays(tokens, {quickest: size}, start)
+        if self._gate.allows(tokens, quickest, {quickest: size}, start):
             return False
         self._metrics.count(m.GATE_DECISIONS, tier=quickest, decision="decline")
         return True
@@ -133,6 +137,7 @@ class Lifts(ABC, Generic[L]):
         lift.asking -= 1
         if lift.asking:
             return
+        self._spend(lift)
         if not lift.over:
             self._load(lift)
         self._loaded(lift)
@@ -144,10 +149,13 @@ class Lifts(ABC, Generic[L]):
     def _holder(self, lift: L, key: bytes) -> StoreTier | None:
         return next((tier for tier in self._tiers if lift.answers[tier.name].get(key)), None)
 
-    def _worth(self, lift: L, gain: int, sizes: dict[str, int]) -> bool:
-        """Whether `gain` tokens are worth reading so many bytes of each tier; noted."""
+    def _worth(self, lift: L, gain: int, sizes: dict[str, int], start: int = 0) -> bool:
+        """Whether `gain` tokens from a position on are worth reading so many bytes of each tier; noted."""
         slowest = [tier.name for tier in self._tiers if tier.name in sizes][-1]
-        allowed = gain > 0 and (lift.probes or self._gate.allows(gain, slowest, sizes))
+        if gain > 0 and self._gate.small(gain):
+            self._metrics.count(m.GATE_DECISIONS, tier=slowest, decision="small")
+            return False
+        allowed = gain > 0 and (lift.probes or self._gate.allows(gain, slowest, sizes, start))
         self._metrics.count(m.GATE_DECISIONS, tier=slowest, decision="load" if allowed else "decline")
         if allowed:
             lift.sizes |= sizes
@@ -210,12 +218,21 @@ class Lifts(ABC, Generic[L]):
         lift.loading -= 1
         if lift.loading:
             return
+        self._spend(lift)
         self._complete(lift)
         if lift.result == "loaded" and len(lift.sizes) == 1:  # else it is not clear whose time it was
             ((name, size),) = lift.sizes.items()
-            self._gate.tier(name).note(size, self._clock() - lift.began)
+            self._gate.tier(name).note(size, lift.spent)
         if not lift.over:
             self._end(lift, lift.result)
+
+    def _spend(self, lift: L) -> None:
+        """The last of what was ordered is answered: count the time until it was, without the time that the answer
+        lay here, since this thread is woken once a step of the engine, whatever that computes."""
+        answered = max((tier.answered for tier in self._tiers), default=0.0)
+        if answered > lift.since:
+            lift.spent += answered - lift.since
+        lift.since = self._clock()
 
     def _end(self, lift: L, result: str) -> None:
         lift.over = True

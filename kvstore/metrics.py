@@ -27,6 +27,7 @@ PROMOTED_TOKENS = "ragkv_promoted_tokens_total"
 WAITS = "ragkv_waits_total"
 WAIT_SECONDS = "ragkv_wait_seconds"
 GATE_DECISIONS = "ragkv_gate_decisions_total"
+GATE_STATE = "ragkv_gate_state"
 PINNED_BYTES = "ragkv_pinned_bytes"
 TIER_STATE = "ragkv_tier_state"
 TIER_ERRORS = "ragkv_tier_errors_total"
@@ -119,8 +120,14 @@ METRICS: dict[str, Metric] = {
         Metric(
             GATE_DECISIONS,
             "counter",
-            "Loads judged against prefill, by slowest tier and decision (load, decline).",
+            "Loads judged against prefill, by slowest tier and decision (load, decline; small: too few tokens).",
             ("tier", "decision"),
+        ),
+        Metric(
+            GATE_STATE,
+            "gauge",
+            "Whether loads of some size are declined now, by slowest tier (or fusion): 0 none, 1 all but trials.",
+            ("tier",),
         ),
         Metric(PINNED_BYTES, "gauge", "Bytes in memory that owners have pinned."),
         Metric(

@@ -68,17 +68,28 @@ class Promotion(Lifts[Fetch]):
         """Begin to bring up what lies below of a prompt's first `limit` tokens, beyond a match in memory and what
         the engine has `computed` itself; None where nothing is to be had, or not worth the wait."""
         have, now = max(match.length, computed), self._clock()
-        if limit - have < self._hierarchy.page_tokens or not any(tier.readable for tier in self._tiers):
+        least = self._hierarchy.page_tokens
+        if (
+            limit - have < least
+            or self._gate.small(limit - have)
+            or not any(tier.readable for tier in self._tiers)
+        ):
             return None
         fetch = Fetch(
-            namespace=namespace, chain=chain, have=have, limit=limit, began=now, deadline=now + self._deadline
+            namespace=namespace,
+            chain=chain,
+            have=have,
+            limit=limit,
+            began=now,
+            since=now,
+            deadline=now + self._deadline,
         )
         gap = self._gap(fetch)
         keys = gap.keys()
         if not keys and not gap.loading:
             return None
         size = (limit - gap.end) * self._payloads.pages.shape.token_bytes
-        if keys and self._declines(fetch, limit - have, size):
+        if keys and self._declines(fetch, limit - have, size, have):
             return None
         self._ask(fetch, keys)
         if not gap.loading and not self._found(fetch):
@@ -134,7 +145,7 @@ class Promotion(Lifts[Fetch]):
         for piece, tier in run:
             size = (piece.end - piece.start) * self._payloads.pages.shape.token_bytes
             sizes[tier.name] = sizes.get(tier.name, 0) + size
-        return self._worth(fetch, min(run[-1][0].end, fetch.limit) - fetch.have, sizes)
+        return self._worth(fetch, min(run[-1][0].end, fetch.limit) - fetch.have, sizes, fetch.have)
 
     def _order(self, fetch: Fetch, parent: Chunk, run: list[tuple[Piece, StoreTier]]) -> Chunk:
         """Order the reads of a run behind `parent`, as far as there is room; its last chunk."""

@@ -83,6 +83,7 @@ class StoreTier:
         self.choosy = not isinstance(admission, Always)
         self.may_write = may_write
         self.bit = 0  # among all tiers, of `Chunk.below`
+        self.answered = 0.0  # when the last question or read that `done` was told of was over, on its own thread
         self._store, self._admission = store, admission
         self._reads, self._writes = reads, writes
         self._metrics, self._note = metrics, note
@@ -155,6 +156,7 @@ class StoreTier:
         """Ask the backend which keys it holds; none, where it cannot answer."""
 
         def answered(outcome: Outcome) -> None:
+            self.answered = outcome.ended
             self._judge(outcome, self._reading)
             done([False] * len(keys) if outcome.error is not None else outcome.value)
 
@@ -164,6 +166,7 @@ class StoreTier:
         """Read payloads; `done` gets for each what its `accept` made of it, or None."""
 
         def ended(outcome: Outcome) -> None:
+            self.answered = outcome.ended
             self._judge(outcome, self._reading)
             found: list[Any] = [None] * len(wanted)
             if outcome.error is None:

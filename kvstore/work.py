@@ -7,7 +7,7 @@ calls it. So whoever submits jobs keeps all of its books on one thread and needs
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -16,11 +16,13 @@ Done = Callable[["Outcome"], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: its value, or the exception it raised; and the seconds it ran."""
+    """What became of a job: its value, or the exception it raised; the seconds it ran, and when it ended (of
+    `time.monotonic`)."""
 
     value: Any
     error: Exception | None
     seconds: float
+    ended: float = field(default_factory=time.monotonic, compare=False)
 
 
 class Completions:

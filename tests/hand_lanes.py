@@ -1,7 +1,7 @@
 """Lanes and clocks that a test moves by hand: every interleaving can be made, without threads or sleep."""
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from ragkv.kvstore import metrics as m
@@ -68,7 +68,7 @@ class HandLane:
             return False
         job, done = self.jobs[place % len(self.jobs)]
         del self.jobs[place % len(self.jobs)]
-        self._completions.post(done, run(job))
+        self._completions.post(done, replace(run(job), ended=self._completions.clock()))
         return True
 
     def run(self):

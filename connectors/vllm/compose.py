@@ -45,7 +45,7 @@ def make_placement(
     """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs.
     `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
     memory, device = settings.memory, settings.device
-    copies = device_pages(settings, page)
+    copies, attention_tokens = device_pages(settings, page), 12.0 * hidden_size
     hierarchy = Hierarchy(
         MemoryTier(memory_pages(settings, page), _memory_policy(settings)),
         memory.page_tokens,
@@ -53,14 +53,19 @@ def make_placement(
         metrics,
         make_admission(memory.admission),
         DeviceTier(copies, make_policy(device.policy), device.after) if copies else None,
-        12.0 * hidden_size,
+        attention_tokens,
     )
     completions = Completions()
     return Placement(
         hierarchy,
         Pages(buffer, page),
         _tiers(settings, completions, metrics, faults, stores=stores),
-        Gate(active=settings.placement.gate),
+        Gate(
+            active=settings.placement.gate,
+            attention_tokens=attention_tokens,
+            metrics=metrics,
+            say=lambda line: logger.info("ragkv: %s", line),
+        ),
         completions,
         metrics,
         deadline=settings.placement.deadline,

@@ -129,8 +129,8 @@ class Jobs:
         self._placement.let_go(tracked.fetch, tracked.gather)
 
     def _note(self, report: StepReport) -> None:
-        for tokens, seconds in report.prefills:
-            self._placement.gate.prefill.note(tokens, seconds)
+        for work, seconds in report.prefills:
+            self._placement.gate.prefill.note(work, seconds)
         for tokens, seconds in report.copies:
             self._placement.gate.copy.note(tokens, seconds)
         for work, seconds in report.fusions:

@@ -72,8 +72,9 @@ class StepOrders(KVConnectorMetadata):
     `fusions`: of requests whose loads have ended well on every worker. `given_up`: requests that will get nothing
     (more), with the blocks that vLLM must compute itself. `cancelled`: requests whose loads shall end as failed.
     `finishing`: requests that ended, whose blocks vLLM keeps until their stores are done. `preempted`: requests
-    whose blocks are given to others in this step. `tokens`: that the forward computes; `alone`: the only request
-    in it, or None. `look`: the number under which workers shall look at the weights, before the forward; 0: not.
+    whose blocks are given to others in this step. `tokens`: that the forward computes, `work`: what they cost, in
+    tokens at the beginning of a prompt; `alone`: the only request in it, or None. `look`: the number under which
+    workers shall look at the weights, before the forward; 0: not.
     """
 
     loads: list[Job] = field(default_factory=list)
@@ -85,6 +86,7 @@ class StepOrders(KVConnectorMetadata):
     preempted: set[str] = field(default_factory=set)
     block_tokens: int = 0
     tokens: int = 0
+    work: float = 0.0
     alone: str | None = None
     look: int = 0
 
@@ -98,14 +100,14 @@ class StepOrders(KVConnectorMetadata):
 class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
-    `prefills`, `copies`, `fusions`: (tokens, seconds) of forwards, of loads and of fusions (their work), for the
-    gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number. `handshakes`: of
-    workers whose handshake could not be told at start. `looks`: at the weights.
+    `prefills`, `copies`, `fusions`: (work, seconds) of forwards, (tokens, seconds) of loads, (work, seconds) of
+    fusions, for the gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number.
+    `handshakes`: of workers whose handshake could not be told at start. `looks`: at the weights.
     """
 
     done: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
-    prefills: list[tuple[int, float]] = field(default_factory=list)
+    prefills: list[tuple[float, float]] = field(default_factory=list)
     copies: list[tuple[int, float]] = field(default_factory=list)
     fusions: list[tuple[float, float]] = field(default_factory=list)
     unfused: set[str] = field(default_factory=set)

@@ -230,6 +230,8 @@ class SchedulerSide(Jobs):
         self._orders.preempted = preempted
         self._orders.fusions = self._loads.fusions(busy=not self._idle)
         for request_id, after in progress(self._tracked, scheduler_output):
+            start = after - scheduled[request_id]
+            self._orders.work += self._placement.gate.work(start, after - start)
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 self._store_new(tracked, min(after, tracked.request.num_tokens))
@@ -327,12 +329,17 @@ class SchedulerSide(Jobs):
         return tracked.fetch is not None and self._placement.waits(tracked.fetch, ANSWER_SECONDS)
 
     def _worth(self, tracked: Tracked, tokens: int) -> bool:
-        """What the gate says of loading from memory, once a request."""
-        if tracked.declined is None:
-            tracked.declined = not self._placement.gate.allows(tokens, m.MEMORY)
+        """What the gate says of loading from memory, once a request; what is too small may grow, though."""
+        gate, decision = self._placement.gate, None
+        small = gate.small(tokens)
+        if small:
+            decision, tracked.small = None if tracked.small else "small", True
+        elif tracked.declined is None:
+            tracked.declined = not gate.allows(tokens, m.MEMORY, start=tracked.computed)
             decision = "decline" if tracked.declined else "load"
+        if decision is not None:
             self._metrics.count(m.GATE_DECISIONS, tier=m.MEMORY, decision=decision)
-        return not tracked.declined
+        return not small and not tracked.declined
 
     def _by_tier(self, tracked: Tracked, start: int, end: int) -> list[tuple[bool, list[Part]]]:
         """The parts of a match from token `start` to `end`, of the device tier and of memory."""

@@ -31,10 +31,11 @@ class Tracked:
     `stored`: first tokens that need no look any more; `asked`: first tokens that admission has seen; `tail`: the
     open tail stored or read last; `looked`: looked up since vLLM took it up last; `held`: chunks that are kept for
     it until then; `pages`: of memory that its match has; `refused`: a load failed, so it is computed; `fetch`:
-    what is brought up for it, once; `declined`: the gate said that computing is quicker; `sources`: tokens by
-    tier. `plan`: of fusion, as of `planned`; `gather`: what is brought up for it, once; `outcome`: what was found,
-    behind which token, and what came of it; `approximate`: from where on its KV is not exact; `mended`: tokens
-    that a fusion computed. `turn`: of its conversation, 0 for none; `counted`: among its turn's requests."""
+    what is brought up for it, once; `declined`: the gate said that computing is quicker; `small`: what was found
+    is too little; `sources`: tokens by tier. `plan`: of fusion, as of `planned`; `gather`: what is brought up for
+    it, once; `outcome`: what was found, behind which token, and what came of it; `approximate`: from where on its
+    KV is not exact; `mended`: tokens that a fusion computed. `turn`: of its conversation, 0 for none; `counted`:
+    among its turn's requests."""
 
     request: Any
     namespace: bytes
@@ -54,6 +55,7 @@ class Tracked:
     fetch: Fetch | None = None
     fetched: bool = False
     declined: bool | None = None
+    small: bool = False
     sources: dict[str, int] = field(default_factory=dict)
     plan: Plan | None = None
     planned: tuple[int, int] | None = None

@@ -45,7 +45,7 @@ class WorkerSide:
         self._turn: Prepare | None = None  # rotates keys that move
         self._model: Any = None
         self._stopwatch: Stopwatch | None = None
-        self._forward: tuple[int, Any] | None = None  # tokens and beginning of the step under way
+        self._forward: tuple[float, Any] | None = None  # work and beginning of the step under way
         self._timings: list[tuple[Literal["prefills", "fusions"], float, Timing]] = []
         self._mended: list[tuple[Fusion, int, Timing]] = []  # fusions to be timed, and when they began
         self._fuser: Fuser | None = None
@@ -109,7 +109,7 @@ class WorkerSide:
         self._steps += 1
         self._forward = None
         if self._stopwatch is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
-            self._forward = orders.tokens, self._stopwatch.start()
+            self._forward = orders.work, self._stopwatch.start()
 
     def carry_out(self) -> None:
         """Do what was ordered in this step, behind its forward; again: nothing but note what has ended."""
@@ -164,8 +164,8 @@ class WorkerSide:
 
     def _forward_over(self) -> None:
         if self._forward is not None and self._stopwatch is not None:
-            tokens, beginning = self._forward
-            self._timings.append(("prefills", tokens, self._stopwatch.stop(beginning)))
+            work, beginning = self._forward
+            self._timings.append(("prefills", work, self._stopwatch.stop(beginning)))
         self._forward = None
 
     def _fuse(self, fusion: Fusion, block_tokens: int) -> None:

@@ -110,14 +110,13 @@ def make_plan(
 
     def seconds(count: int) -> tuple[float, float]:
         moved, end = sizes[count], runs[count - 1][-1].end
-        fused = _seconds(_work(exact, end, moved, ratio, scoring), moved, gate)
-        return fused, gate.prefill.slope() * (end - exact)
+        return gate.fusing(_work(exact, end, moved, ratio, scoring), moved), gate.computing(end - exact)
 
     sizes = list(accumulate(map(_size, runs), initial=0))
     best = max(range(len(runs), 0, -1), key=lambda count: seconds(count)[1] - seconds(count)[0])
     plan = _planned(exact, runs[:best], short, ratio, scoring)
     fused, computed = seconds(best)
-    if gate.declines("fusion", pays=fused < computed):
+    if gate.declines("fusion", plan.end - exact, fused, computed, pays=fused < computed):
         return Declined(
             DECLINED,
             f"to fuse {plan.moved} moved tokens would take {1e3 * fused:.1f} ms (work of {plan.work:.0f} tokens), "
@@ -180,13 +179,6 @@ def _decide(
         return Decision(name, start, end, TOO_SHORT)
     behind = f"nothing behind token {outcome.end} pays" if isinstance(outcome, Plan) else outcome.reason
     return Decision(name, start, end, DECLINED, reason=behind)
-
-
-def _seconds(work: float, moved: int, gate: Gate) -> float:
-    """What a fusion takes: the copies, and its work, which until one was measured is taken to cost what prefill
-    does."""
-    copy = gate.copy.at(moved) if gate.copy.known else 0.0
-    return copy + (gate.fuse.at(work) if gate.fuse.known else gate.prefill.slope() * work)
 
 
 def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:

@@ -219,12 +219,24 @@ def times() -> list[Panel]:
 def judgement() -> list[Panel]:
     """The load gate, and the breakers."""
     state = f"max by (instance, engine, tier, side) ({pick('ragkv_tier_state')})"
+    declining = pick("ragkv_gate_state")
     return [
         Panel(
             "Gate",
             "cps",
-            "Loads judged against prefill. decline: computing is quicker.",
+            "Loads judged against prefill. decline: computing is quicker; small: too few tokens to matter.",
             [counts("ragkv_gate_decisions_total", "tier, decision")],
+        ),
+        Panel(
+            "Gate: declining",
+            "short",
+            "1: loads of some size take longer than prefill: all but 1 in 16 are computed. The log has more.",
+            [
+                Query(
+                    or_zero(f"max by (instance, engine, tier) ({declining})"), "{{instance}} {{engine}}: {{tier}}"
+                )
+            ],
+            kind="state-timeline",
         ),
         Panel(
             "Requests that waited",

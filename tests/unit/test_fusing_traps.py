@@ -9,6 +9,7 @@ import toy_engine
 import toy_vllm
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.fusing import QUESTION
+from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.gate import Gate
 from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
 
@@ -132,9 +133,10 @@ def test_a_plan_is_forgotten_when_the_next_one_fails():
 
 def test_what_is_too_slow_to_load_is_not_loaded_to_be_fused():
     gate = Gate()
-    gate.prefill.note(1000, 1.0)
-    gate.copy.note(1000, 5.0)
-    gate.fuse.note(1000, 1.0)
+    for tokens in (50, 100, 200, 500, 1000) * BELIEF:
+        gate.prefill.note(tokens, 0.001 * tokens)
+        gate.copy.note(tokens, 0.005 * tokens)
+        gate.fuse.note(tokens, 0.001 * tokens)
     with closing(engine(gate=gate)) as made:
         for _ in range(3):  # of many declined ones one is tried all the same
             made.run(WHOLE)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 
 from ragkv.kvstore.catalogue import Chunk
+from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import (
     DECLINED,
@@ -21,7 +22,7 @@ from ragkv.kvstore.fusion.plan import (
     make_plan,
     runs_of,
 )
-from ragkv.kvstore.gate import PROBE, Gate
+from ragkv.kvstore.gate import FIRST, PROBE, Gate
 
 CHUNK = Chunk(b"", None, b"")
 
@@ -33,7 +34,7 @@ def piece(start, end, shift=7):
 def gate(prefill=0.001, copy=None, fuse=None, active=True):
     """A gate that has seen each cost as seconds a token; `fuse`: fixed seconds, and a token."""
     made = Gate(active=active)
-    for amount in (100, 1000, 3000):
+    for amount in (15, 100, 150, 1000, 1150, 3000, 6000, 12000) * BELIEF:
         if prefill is not None:
             made.prefill.note(amount, prefill * amount)
         if copy is not None:
@@ -162,10 +163,10 @@ def test_now_and_then_a_declined_plan_is_tried():
     def tried(times):
         return [isinstance(plan([piece(0, 100)], by=by), Plan) for _ in range(times)]
 
-    assert tried(2 * PROBE) == 2 * [*[False] * (PROBE - 1), True]
+    assert tried(FIRST + 1 + PROBE) == [*[False] * FIRST, True, *[False] * (PROBE - 1), True]
     assert not any(tried(10))
-    assert isinstance(plan([piece(0, 5000)], by=by), Plan)  # pays, so that the count begins anew
-    assert tried(PROBE) == [*[False] * (PROBE - 1), True]
+    assert isinstance(plan([piece(0, 5000)], by=by), Plan)  # says nothing of short ones
+    assert tried(PROBE - 10) == [*[False] * (PROBE - 11), True]
 
 
 def test_the_plan_ends_where_it_saves_the_most():

@@ -1,94 +1,20 @@
-"""The load gate: lines through what was observed, and what they decide."""
+"""What the load gate decides, and what it says of it. How it fares with an engine: test_gate_engines."""
 
-import random
-
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
 
-from ragkv.kvstore.gate import PROBE, Gate, Line
+from hand_lanes import Recorded
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.costs import BELIEF
+from ragkv.kvstore.gate import FIRST, LEAST_TOKENS, PROBE, Gate
 
-QUICK = settings(max_examples=200, deadline=None)
-fixed_costs = st.floats(0, 1)
-slopes = st.floats(1e-9, 1)
-amounts = st.lists(st.integers(1, 10**6), min_size=1, max_size=40)
-
-
-def line_of(*observations):
-    line = Line()
-    for amount, seconds in observations:
-        line.note(amount, seconds)
-    return line
-
-
-@QUICK
-@given(fixed_costs, slopes, amounts)
-def test_a_line_is_found_again(fixed, slope, amounts):
-    line = line_of(*((amount, fixed + slope * amount) for amount in [*amounts, 10, 1000]))
-    assert line.slope() == pytest.approx(slope, rel=1e-3, abs=1e-6 * (fixed + slope * 10**6))
-    assert line.at(2000) == pytest.approx(fixed + slope * 2000, rel=0.01, abs=1e-6 * (fixed + slope * 10**6))
-
-
-@QUICK
-@given(st.lists(st.tuples(st.floats(1e-3, 1e12), st.floats(0, 1e6)), max_size=40), st.floats(1e-3, 1e12))
-def test_no_cost_is_ever_below_zero(observations, amount):
-    line = line_of(*observations)
-    assert line.known == bool(observations)
-    assert line.slope() >= 0 and line.at(amount) >= 0
-    assert line.at(2 * amount) >= line.at(amount)
-
-
-@pytest.mark.parametrize(
-    ("amount", "seconds"),
-    [(0, 1), (-1, 1), (5, -0.001), (float("nan"), 1), (5, float("nan")), (float("inf"), 1), (5, float("inf"))],
-)
-def test_nonsense_is_passed_over(amount, seconds):
-    line = line_of((amount, seconds))
-    assert not line.known and line.at(10) == 0
-    line = line_of((10, 1.0), (20, 2.0), (amount, seconds))
-    assert line.at(40) == pytest.approx(4.0)
-
-
-def test_equal_amounts_give_a_line_through_the_origin():
-    line = line_of((100, 0.4), (100, 0.6), (100, 0.5))
-    assert line.slope() == pytest.approx(0.005, rel=0.05)
-    assert line.at(200) == 2 * line.at(100)
-
-
-def test_a_line_that_falls_is_level_and_one_that_starts_below_zero_starts_at_zero():
-    falling = line_of((10, 2.0), (100, 1.0))
-    assert falling.slope() == 0 and 1.0 <= falling.at(50) <= 2.0
-    steep = line_of((10, 0.0), (100, 9.0))
-    assert steep.at(1) == steep.slope() > 0
-
-
-@pytest.mark.parametrize(("least", "most"), [(2040, 2048), (2000, 2048), (1500, 2048), (32, 2048)])
-def test_noise_of_steps_that_are_nearly_alike_is_no_slope(least, most):
-    """Chunked prefill makes such steps; a slope of nothing would decline every load."""
-    chance, line, seen = random.Random(1), Line(), []
-    for _ in range(1000):
-        tokens = chance.randint(least, most)
-        line.note(tokens, (0.01 + 1e-4 * tokens) * chance.gauss(1, 0.03))
-        seen.append(line.slope())
-    assert all(0.5e-4 < slope < 2e-4 for slope in seen[20:])
-
-
-def test_old_observations_fade():
-    line = line_of(*[(n, n * 1.0) for n in range(1, 50)])
-    assert line.at(50) == pytest.approx(50.0)
-    for n in [*range(1, 50)] * 3:
-        line.note(n, n * 0.01)
-    assert line.at(50) == pytest.approx(0.5, rel=0.01)
-
-
-# --- what a gate decides ---
+SIZES = (100, 200, 400, 1000, 4000)
 
 
 def gate_of(prefill=0.001, copy=None, **tiers):
     """Costs a token, and of a tier (fixed, a byte)."""
     gate = Gate()
-    for tokens in (100, 1000, 4000):
-        gate.prefill.note(tokens, 0.02 + prefill * tokens)
+    for tokens in SIZES * BELIEF:
+        gate.prefill.note(tokens, prefill * tokens)
         if copy is not None:
             gate.copy.note(tokens, copy * tokens)
         for name, (fixed, slope) in tiers.items():
@@ -103,22 +29,28 @@ def decisions(gate, times, tokens=1000, tier="disk", sizes=None):
 def test_unknown_costs_allow():
     assert Gate().allows(10, "memory") and Gate().allows(10, "disk", {"disk": 10**12})
     slow_copy = Gate()
-    slow_copy.copy.note(10, 100.0)
+    for _ in range(BELIEF):
+        slow_copy.copy.note(10, 100.0)
     assert all(decisions(slow_copy, 50)), "what prefill costs is not known"
     assert all(decisions(gate_of(), 50, sizes={"disk": 10**12})), "what the tier costs is not known"
 
 
 def test_an_inactive_gate_always_allows():
     gate = Gate(active=False)
-    gate.prefill.note(1000, 0.001)
-    gate.copy.note(1000, 1000.0)
-    gate.tier("disk").note(1000, 1000.0)
-    assert all(decisions(gate, 50, sizes={"disk": 1000}))
+    for _ in range(BELIEF):
+        gate.prefill.note(1000, 0.001)
+        gate.copy.note(1000, 1000.0)
+        gate.tier("disk").note(1000, 1000.0)
+    assert all(decisions(gate, 50, sizes={"disk": 1000})) and not gate.small(1)
 
 
 def test_a_quick_copy_is_made_and_a_slow_one_declined():
     assert all(decisions(gate_of(copy=0.0009), 50))
-    assert not any(decisions(gate_of(copy=0.0011), PROBE - 1))
+    assert not any(decisions(gate_of(copy=0.0011), FIRST))
+
+
+def test_a_handful_of_tokens_is_too_small():
+    assert Gate().small(LEAST_TOKENS - 1) and not Gate().small(LEAST_TOKENS)
 
 
 def test_a_tier_with_latency_is_declined_for_short_prompts_and_used_for_long():
@@ -127,15 +59,17 @@ def test_a_tier_with_latency_is_declined_for_short_prompts_and_used_for_long():
     def worth(tokens):
         return gate.allows(tokens, "redis", {"redis": 1000 * tokens})
 
-    assert not worth(100) and not worth(500)
+    assert not worth(100) and not worth(400)
     assert worth(1000) and worth(4000)
 
 
-def test_asking_what_pays_counts_for_no_probe():
-    gate = gate_of(copy=0.01)
-    assert not any(gate.pays(1000) for _ in range(3 * PROBE))
-    assert decisions(gate, PROBE) == [False] * (PROBE - 1) + [True]
-    assert gate_of(copy=0.0001).pays(1000) and Gate().pays(1000) and Gate(active=False).pays(1000)
+def test_tokens_far_behind_cost_more_to_compute():
+    gate = Gate(attention_tokens=1000)
+    assert gate.work(0, 1000) == 1500 and gate.work(1000, 1000) == 2500 and Gate().work(9, 5) == 5
+    gate.prefill.note(1500, 1.5)
+    for _ in range(BELIEF):
+        gate.copy.note(1000, 2.0)
+    assert not gate.pays(1000) and gate.pays(1000, start=1000)
 
 
 def test_costs_of_several_tiers_add_up():
@@ -145,41 +79,55 @@ def test_costs_of_several_tiers_add_up():
     assert not gate.allows(1000, "redis", {"disk": 10**6, "redis": 10**6})
 
 
-def test_one_declined_load_of_sixteen_is_made_all_the_same():
+def test_of_many_declined_loads_one_in_sixteen_is_made():
+    """With those from which it was learned; what only asks what pays counts for nothing."""
     gate = gate_of(copy=0.01)
-    assert [n for n, load in enumerate(decisions(gate, 3 * PROBE), 1) if load] == [PROBE, 2 * PROBE, 3 * PROBE]
+    assert not any(gate.pays(1000) for _ in range(3 * PROBE))
+    made = [n for n, load in enumerate(decisions(gate, FIRST + 1 + 3 * PROBE), 1) if load]
+    assert made == [FIRST + 1, FIRST + 1 + PROBE, FIRST + 1 + 2 * PROBE, FIRST + 1 + 3 * PROBE]
+    assert (BELIEF + len(made)) / (BELIEF + made[-1]) <= 1 / PROBE + 1 / made[-1]
 
 
-def test_probes_are_counted_by_tier_and_anew_after_a_load():
-    gate = gate_of(disk=(0.0, 1e-5))
-    slow, quick = {"disk": 10**6}, {"disk": 10}
-    for _ in range(PROBE - 1):
-        assert not gate.allows(1000, "disk", slow)
-        assert not gate.allows(1000, "redis", slow)
-    assert gate.allows(1000, "disk", quick)
-    assert decisions(gate, PROBE, sizes=slow) == [False] * (PROBE - 1) + [True]
-    assert gate.allows(1000, "redis", slow), "its own sixteenth"
+def test_trials_are_counted_by_tier_and_size():
+    """A size that pays must not keep another from being tried."""
+    gate = gate_of(disk=(0.5, 0.0))
+    for _ in range(FIRST):
+        assert not gate.allows(100, "disk", {"disk": 10**5})
+        assert gate.allows(4000, "disk", {"disk": 4 * 10**6})
+        assert not gate.allows(100, "redis", {"disk": 10**5})
+    assert gate.allows(100, "disk", {"disk": 10**5}) and gate.allows(100, "redis", {"disk": 10**5})
 
 
-def test_a_tier_that_recovers_is_used_again():
-    """Only what is loaded is observed: the probes alone let the slow observations fade."""
-    gate, sizes = gate_of(disk=(3.0, 0.0)), {"disk": 10**6}
+@pytest.mark.parametrize("slow", [3.0, 1000.0])
+def test_a_tier_that_recovers_is_used_again(slow):
+    """Only what is loaded is observed: the first trial that is quick is enough."""
+    gate, sizes = gate_of(disk=(slow, 0.0)), {"disk": 10**6}
     loads = []
-    for _ in range(PROBE * 60):
-        if gate.allows(1000, "disk", sizes):
+    for _ in range(FIRST + PROBE):
+        loads.append(gate.allows(1000, "disk", sizes))
+        if loads[-1]:
             gate.tier("disk").note(10**6, 0.01)
-            loads.append(True)
-        else:
-            loads.append(False)
-    assert loads.count(True) > PROBE, "it never recovered"
-    assert not any(loads[: PROBE - 1]) and all(loads[-PROBE * 10 :])
+    assert loads == [False] * FIRST + [True] * PROBE
 
 
-def test_a_tier_that_becomes_slow_is_left():
+def test_a_tier_that_becomes_slow_is_left_after_so_many_loads():
     gate, sizes = gate_of(disk=(0.0, 1e-9)), {"disk": 10**6}
-    for _ in range(20):
+    for _ in range(BELIEF):
         assert gate.allows(1000, "disk", sizes)
-        gate.tier("disk").note(10**6, 0.001)
-    for _ in range(20):
         gate.tier("disk").note(10**6, 5.0)
-    assert decisions(gate, PROBE - 1, sizes=sizes) == [False] * (PROBE - 1)
+    assert not any(decisions(gate, FIRST, sizes=sizes))
+
+
+def test_it_says_once_that_it_begins_to_decline_and_once_that_it_ends_to():
+    said, metrics = [], Recorded()
+    gate = Gate(metrics=metrics, say=said.append)
+    gate.prefill.note(1000, 1.0)
+    assert gate.allows(1000, "memory") and metrics.get(m.GATE_STATE, "memory") == 0 and said == []
+    for _ in range(BELIEF):
+        gate.copy.note(1000, 2.0)
+    assert not any(decisions(gate, FIRST, tier="memory")) and metrics.get(m.GATE_STATE, "memory") == 1
+    assert len(said) == 1
+    assert all(part in said[0] for part in ("memory", "1000 tokens", "2000 ms", "1000 ms", "1 in 16"))
+    gate.copy.note(1000, 0.1)
+    assert all(decisions(gate, 9, tier="memory")) and metrics.get(m.GATE_STATE, "memory") == 0
+    assert len(said) == 2 and "no longer" in said[1] and "100 ms" in said[1]

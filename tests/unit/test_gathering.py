@@ -9,6 +9,7 @@ from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Match, is_loose, origin
 from ragkv.kvstore.codec import decode, encode
+from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.keys import as_tokens, chain_key, content_key
 from ragkv.kvstore.memory import DeviceTier
@@ -278,8 +279,9 @@ def test_who_shares_a_read_waits_for_it_and_has_a_deadline_of_its_own(stack, dis
 
 def test_a_slow_tier_is_declined():
     gate = Gate()
-    gate.prefill.note(1, 0.001), gate.prefill.note(2, 0.002)
-    gate.tier("disk").note(1, 1.0), gate.tier("disk").note(2, 2.0)
+    gate.prefill.note(64, 0.064)
+    for size in (1, 10, 100, 1000) * BELIEF:
+        gate.tier("disk").note(size, size * 1.0)
     stack = emptied(ContentStack(Lower(), gate=gate))
     assert stack.gather(PASSAGE) is None
     assert stack.metrics.get(m.GATE_DECISIONS, "disk", "decline") == 1

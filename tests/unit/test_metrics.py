@@ -31,10 +31,15 @@ def test_names_carry_their_unit(metric):
 
 
 def test_a_state_says_what_its_numbers_mean():
-    """It has no unit; the numbers are the breaker's."""
-    (metric,) = [metric for metric in METRICS.values() if metric.name.endswith("_state")]
+    """It has no unit; the numbers are the breaker's, and yes and no."""
     told = {State.CLOSED: "in use", State.HALF_OPEN: "on trial", State.OPEN: "at rest"}
-    assert all(f"{state.value} {text}" in metric.text for state, text in told.items())
+    texts = {
+        m.TIER_STATE: {state.value: text for state, text in told.items()},
+        m.GATE_STATE: {0: "none", 1: "all"},
+    }
+    assert {name for name in METRICS if name.endswith("_state")} == texts.keys()
+    for name, meanings in texts.items():
+        assert all(f"{number} {text}" in METRICS[name].text for number, text in meanings.items())
 
 
 @pytest.mark.parametrize(

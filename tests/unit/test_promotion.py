@@ -5,7 +5,8 @@ import pytest
 from hand_lanes import Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.gate import PROBE, Gate
+from ragkv.kvstore.costs import BELIEF
+from ragkv.kvstore.gate import FIRST, LEAST_TOKENS, Gate
 from ragkv.kvstore.keys import tail_key
 
 TEXT = words(1, 60)  # chunks of 21 and 23 tokens, and a tail of 16
@@ -285,20 +286,24 @@ def test_what_another_request_computes_is_not_read(stack, disk):
 # --- is it worth it ---
 
 
+SIZE = 44 * Stack.SHAPE.token_bytes  # of what of TEXT a tier can give
+
+
 def gate(prefill, tier):
     """Seconds a token, and seconds a byte of the disk."""
     made = Gate()
-    made.prefill.note(1, prefill), made.prefill.note(2, 2 * prefill)
-    made.tier("disk").note(1, tier), made.tier("disk").note(2, 2 * tier)
+    made.prefill.note(64, 64 * prefill)
+    for _ in range(BELIEF):
+        made.tier("disk").note(SIZE, SIZE * tier)
     return made
 
 
 def test_a_slow_tier_is_declined_and_probed_now_and_then():
     disk = Lower()
     stack = emptied(Stack(disk, gate=gate(prefill=0.001, tier=1.0)))
-    for _ in range(PROBE - 1):
+    for _ in range(FIRST):
         assert stack.fetch(TEXT) is None
-    assert stack.metrics.get(m.GATE_DECISIONS, "disk", "decline") == PROBE - 1
+    assert stack.metrics.get(m.GATE_DECISIONS, "disk", "decline") == FIRST
     fetch = stack.fetch(TEXT)
     assert fetch is not None and stack.placement.waits(fetch)
     stack.clock.now += 0.001  # it has become quick
@@ -312,8 +317,26 @@ def test_what_a_load_took_is_learned():
     stack.fetch(TEXT)
     stack.clock.now += 0.5
     stack.settle()
-    size = 44 * Stack.SHAPE.token_bytes
-    assert stack.gate.tier("disk").at(size) == pytest.approx(0.5)
+    assert stack.gate.tier("disk").typical(SIZE) == pytest.approx(0.5)
+
+
+def test_what_an_answer_lay_here_is_no_cost_of_the_tier():
+    """The engine asks once a step, and a step of other requests may be long."""
+    disk = Lower()
+    stack = emptied(Stack(disk, gate=Gate()))
+    stack.fetch(TEXT)
+    stack.clock.now += 0.5
+    disk.reads.run()
+    stack.clock.now += 60.0
+    stack.settle()
+    assert stack.gate.tier("disk").typical(SIZE) == pytest.approx(0.5)
+
+
+def test_a_few_tokens_are_not_brought_up():
+    for gate, none in ((Gate(), True), (Gate(active=False), False)):
+        stack = emptied(Stack(Lower(asks=True), gate=gate))
+        assert (stack.fetch(TEXT[: LEAST_TOKENS // 2]) is None) == none
+        stack.settle()
 
 
 def test_a_quick_tier_is_used():
@@ -325,8 +348,9 @@ def test_a_quick_tier_is_used():
 def test_what_there_is_may_not_be_worth_it_though_all_of_it_would_be():
     prompt = TEXT + words(5, 2000)
     slow = Gate()
-    slow.prefill.note(1, 0.01), slow.prefill.note(2, 0.02)
-    slow.tier("disk").note(1e4, 1.0), slow.tier("disk").note(1e6, 1.0)  # a second, whatever it is
+    slow.prefill.note(64, 0.64)
+    for size in (SIZE, 1e4, 1e6) * BELIEF:
+        slow.tier("disk").note(size, 1.0)  # a second, whatever it is
     stack = emptied(Stack(Lower(), gate=slow))
     fetch = stack.fetch(prompt)
     assert fetch is not None and not stack.placement.waits(fetch)

@@ -24,6 +24,7 @@ from ragkv.connectors.vllm.protocol import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.gate import Gate
 from toy_engine import BREAK, Engine, closing, text
 
@@ -120,9 +121,9 @@ def test_what_the_gate_declines(spans):
     gate = Gate()
     with closing(Engine(gate=gate)) as engine:
         engine.run(PROMPT)
-        for tokens in (100, 200):
-            gate.prefill.note(tokens, tokens * 1e-9)
-            gate.copy.note(tokens, tokens * 1.0)
+        for _ in range(BELIEF):
+            gate.prefill.note(60, 60e-9)
+            gate.copy.note(59, 59.0)
         spans.made()
         assert engine.run(PROMPT) == 0
         (lookup,) = [span for span in spans.made() if span.name == LOOKUP]
