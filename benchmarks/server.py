@@ -142,6 +142,12 @@ class Server:
         """Memory of all its processes; what they share among them, or with others, is divided (PSS)."""
         return sum(map(_proportional_bytes, self._processes()))
 
+    def counts(self) -> tuple[int, int]:
+        """Open descriptors and threads of all its processes."""
+        folders = [Path(f"/proc/{pid}") for pid in self._processes()]
+        descriptors, threads = (sum(_entries(each / what) for each in folders) for what in ("fd", "task"))
+        return descriptors, threads
+
     def close(self) -> None:
         """Stop everything: kindly first, after `STOP_SECONDS` by force. What a driver holds even then is
         left after `KILL_SECONDS`. Safe to call twice."""
@@ -217,3 +223,10 @@ def _proportional_bytes(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def _entries(folder: Path) -> int:
+    try:
+        return sum(1 for _ in folder.iterdir())
+    except OSError:  # the process has ended
+        return 0

@@ -301,6 +301,13 @@ class Hierarchy:
         self._drop_doomed()
         self._report()
 
+    def lose_copies(self, chunks: Iterable[Chunk]) -> None:
+        """Their copies in the device tier could not be read: they are in memory only."""
+        for chunk in chunks:
+            if self.device is not None and self.device.drop(chunk):
+                self._metrics.count(m.EVICTED_CHUNKS, tier=m.DEVICE, reason=m.ABANDONED)
+        self._report()
+
     def _left(self, chunk: Chunk) -> None:
         """A chunk's pages are not its own any more."""
         self.holds.left(chunk)

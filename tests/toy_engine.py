@@ -112,15 +112,18 @@ class Engine(Scheduler):
         return Fusing(self.fusion, self.placement, BLOCK, LAYERS, self.metrics)
 
     def _worker(self, rank, buffer):
-        blocks, device = self.sizes[1], self.sizes[4]
+        blocks = self.sizes[1]
         worker = WorkerSide(None, None, Settings(), self.metrics, self.faults)
         cache, fails = np.full(blocks * BLOCK, -1), set()
         memory = Mover(cache, MemoryRows(buffer, self.sizes[2], rank), fails)
-        movers = {False: memory, True: Mover(cache, np.full(device * PAGE, -2), fails)}
-        worker._copier = Copier(movers, PAGE, 1, self.step_tokens, self.faults)
+        worker._copier = Copier(self._movers(memory), PAGE, 1, self.step_tokens, self.faults)
         worker._stopwatch = Stopwatch()
         worker._fuser = Fuser(cache, fails, BLOCK, mix)
         return worker
+
+    def _movers(self, memory):
+        """Memory's, and that of a device tier in which nothing is."""
+        return {False: memory, True: Mover(memory.cache, np.full(self.sizes[4] * PAGE, -2), memory.fails)}
 
     @property
     def free(self):
@@ -265,6 +268,11 @@ class Engine(Scheduler):
         fails = self.workers[worker]._copier._movers[False].fails  # the device's mover shares them
         fails.clear()
         fails.update(kinds)
+
+    def empty_device(self, worker=0):
+        """A worker's device tier loses its memory, and nobody is told."""
+        copier = self.workers[worker]._copier
+        copier.equip(self._movers(copier._movers[False]))
 
     def check(self):
         """Nothing is under way, so nothing may be pinned (but by owners) or waited for."""

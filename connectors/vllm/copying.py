@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ragkv.connectors.vllm.faults import Faults
@@ -38,6 +39,7 @@ class Copier:
         self, movers: Mapping[bool, Mover], page_tokens: int, token_bytes: int, step_bytes: int, faults: Faults
     ) -> None:
         self._movers, self._page_tokens, self._faults = dict(movers), page_tokens, faults
+        self._written: set[int] = set()  # pages of the device tier, since it is there
         self._step_tokens = max(1, step_bytes // token_bytes)
         self._queues: dict[bool, deque[Running]] = {True: deque(), False: deque()}  # loads, stores
         self._ordered: list[Running] = []
@@ -99,6 +101,7 @@ class Copier:
         for mover in self._movers.values():
             mover.close()
         self._movers = dict(movers)
+        self._written.clear()
 
     @property
     def equipped(self) -> bool:
@@ -122,12 +125,16 @@ class Copier:
         try:
             if mover is None:
                 raise RagKVError("orders without a tier to carry them out")
+            pages = np.unique(job.rows[part] // self._page_tokens).tolist() if job.device else []
+            if each.is_load and not self._written.issuperset(pages):
+                raise RagKVError("the device tier was emptied since this was copied there")
             rows, slots = torch.from_numpy(job.rows[part]), torch.from_numpy(job.slots[part])
             move: Callable[..., Ticket] = mover.load if each.is_load else mover.store
             if job.shifts is None:
                 each.tickets.append(move(rows, slots))
             else:
                 each.tickets.append(move(rows, slots, torch.from_numpy(job.shifts[part])))
+            self._written.update(pages)
         except Exception as error:  # whatever it is: this job failed, and is reported so
             self._faults.note("load" if each.is_load else "store", error)
             self._fail(each, mover)

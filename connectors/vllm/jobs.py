@@ -246,6 +246,8 @@ class Jobs:
     def _settle(self, done: UnderWay) -> None:
         if not done.is_store:
             self._hierarchy.unpin(done.chunks)
+            if done.failed:
+                self._hierarchy.lose_copies(done.copies)
         elif done.pages:
             assert self._hierarchy.device is not None
             for chunk, pages in zip(done.chunks, done.pages, strict=True):

@@ -147,9 +147,9 @@ class SchedulerSide(Jobs):
         if self._documents is not None:
             for each in tracked.hints.documents:
                 self._documents.note(each.id, saved(each.start, each.end, start, end, plan))
-        for job, pinned in jobs:
-            self._hierarchy.pin(pinned)
-            self._give_out(job, UnderWay(job.request, pinned, self._workers, is_store=False))
+        for job, under_way in jobs:
+            self._hierarchy.pin(under_way.chunks)
+            self._give_out(job, under_way)
             self._orders.loads.append(job)
             load.jobs.add(job.id)
         self._loads.begin(load)
@@ -164,8 +164,8 @@ class SchedulerSide(Jobs):
 
     def _exact_jobs(
         self, tracked: Tracked, start: int, end: int, blocks: list[int], *, fused: bool
-    ) -> list[tuple[Job, list[Chunk]]]:
-        """Loads of what matched, by tier, each with what must be pinned for it."""
+    ) -> list[tuple[Job, UnderWay]]:
+        """Loads of what matched, by tier."""
         chunks = tracked.match.chunks
         jobs = []
         for device, parts in self._by_tier(tracked, start, end):
@@ -175,10 +175,12 @@ class SchedulerSide(Jobs):
                 for chunk, first, at, upto in parts
             ]
             job = self._new_job(tracked, np.concatenate(which), np.concatenate(slots), device=device, fused=fused)
-            jobs.append((job, list(chunks[-1:])))  # and so all before it
+            reads = UnderWay(job.request, list(chunks[-1:]), self._workers, is_store=False)  # and so all before it
+            reads.copies = [chunk for chunk, *_ in parts] if device else []
+            jobs.append((job, reads))
         return jobs
 
-    def _moving_job(self, tracked: Tracked, plan: Plan, blocks: list[int], load: Load) -> tuple[Job, list[Chunk]]:
+    def _moving_job(self, tracked: Tracked, plan: Plan, blocks: list[int], load: Load) -> tuple[Job, UnderWay]:
         """The load of what a plan moves; and the order to mend it, for later."""
         assert self.fusing is not None
         chunks, which, slots, shifts = self.fusing.moves(tracked, blocks)
@@ -188,7 +190,7 @@ class SchedulerSide(Jobs):
         self._placement.used(chunks)
         more = self.fusing.end(tracked) - plan.exact
         tracked.sources[m.MEMORY] = tracked.sources.get(m.MEMORY, 0) + more
-        return job, chunks
+        return job, UnderWay(job.request, chunks, self._workers, is_store=False)
 
     def sources(self, request: Any) -> dict[str, int]:
         """Tokens by the tier that they came from, as last allocated."""

@@ -85,7 +85,8 @@ class Tracked:
 @dataclass(slots=True)
 class UnderWay:
     """A job given out, of a request: what it fills (stores, copies) or reads (loads), what it makes superfluous,
-    who still works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier."""
+    who still works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier. `copies`:
+    chunks whose copies there are read."""
 
     request: str
     chunks: list[Chunk]
@@ -96,6 +97,7 @@ class UnderWay:
     hints: Hints = NO_HINTS
     starts: list[int] = field(default_factory=list)
     pages: list[bytes] = field(default_factory=list)
+    copies: list[Chunk] = field(default_factory=list)
     namespace: bytes = b""
 
 

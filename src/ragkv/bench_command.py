@@ -48,6 +48,19 @@ def stall(
     run(tokens, rounds, filings, json_file)
 
 
+@app.command(epilog="Example: ragkv bench soak --minutes 30 --output soak.json")
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long each server is under load.")] = 30,
+    turn: Annotated[float, typer.Option(min=1, help="Seconds of a turn; the servers take turns.")] = 60,
+    model: Annotated[Path | None, typer.Option(help="A model's folder, instead of SmolLM2.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Whether a server with all tiers stays as it is under load: memory, descriptors, threads, what tiers hold."""
+    from ragkv.benchmarks.soak import run
+
+    run(minutes, turn, model, json_file)
+
+
 @app.command(epilog="Example: ragkv bench restart --tier redis")
 def restart(
     tier: Annotated[

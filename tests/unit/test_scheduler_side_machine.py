@@ -142,6 +142,10 @@ class Machine(RuleBasedStateMachine):
         if not really:
             self.engine.reset()
 
+    @rule(worker=st.integers(0, 1))
+    def a_device_tier_is_emptied(self, worker):
+        self.engine.empty_device(worker)
+
     @rule(seconds=st.sampled_from([0.01, 0.6, 2.5, 40]))
     def time_passes(self, seconds):
         self.engine.pass_time(seconds)

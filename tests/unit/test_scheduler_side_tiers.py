@@ -356,3 +356,18 @@ def test_a_copy_to_the_device_that_fails_is_never_read():
     assert engine.hierarchy.device.used == 0
     assert engine.run(PROMPT) == 99
     engine.check()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_device_tier_that_lost_its_memory_is_not_read(workers):
+    engine = Engine(workers=workers, device=30)
+    for _ in range(4):
+        engine.run(PROMPT)
+    before = engine.metrics.get(m.HIT_TOKENS, m.DEVICE)
+    engine.empty_device(worker=workers - 1)
+    engine.run(PROMPT)  # computed: what was promised did not come
+    assert engine.metrics.get(m.HIT_TOKENS, m.DEVICE) == before > 0
+    assert engine.hierarchy.device.used == 0
+    assert engine.run(PROMPT) == 99, "memory still has it"
+    assert engine.run(PROMPT) == 99 and engine.metrics.get(m.HIT_TOKENS, m.DEVICE) > before
+    engine.check()

@@ -27,6 +27,9 @@ class Mover:
     def load(self, rows, slots, shifts=None):
         return self.store(rows, slots)
 
+    def ordered(self, kind):
+        return Done()
+
     def close(self):
         self.closed = True
 
@@ -59,8 +62,8 @@ def turn(shifts):
     return shifts
 
 
-def step(worker, **kinds):
-    job = Job(1, np.arange(3), np.arange(3), "r")
+def step(worker, device=False, **kinds):
+    job = Job(1, np.arange(3), np.arange(3), "r", device)
     worker.begin(StepOrders(**{kind: [job] for kind in kinds}, block_tokens=8))
     worker.carry_out()
     return worker.take_report()
@@ -84,6 +87,14 @@ def test_while_asleep_a_load_fails_and_is_told(worker):
     worker.let_go_of_caches()
     assert step(worker, loads=True).failed == {1}
     assert worker.take_invalid_blocks() == {0} and worker.take_finished() == (set(), {"r"})
+
+
+def test_after_waking_nothing_is_read_from_the_device_tier_but_what_was_copied_there_since(worker):
+    assert step(worker, device=True, stores=True).failed == step(worker, device=True, loads=True).failed == set()
+    worker.let_go_of_caches()
+    worker.take_caches_again()
+    assert step(worker, device=True, loads=True).failed == {1}
+    assert step(worker, device=True, stores=True).failed == step(worker, device=True, loads=True).failed == set()
 
 
 def test_a_worker_that_has_ended_or_never_began_does_not_wake(worker):
