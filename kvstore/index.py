@@ -1,5 +1,6 @@
 """What a private store holds: keys, sizes, a byte budget, a policy. No bytes pass through."""
 
+import sys
 from collections.abc import Hashable, Iterable
 
 from ragkv.kvstore.stores.contract import Entry
@@ -7,10 +8,12 @@ from ragkv.policies import EvictionPolicy
 
 
 class Index:
-    """Which keys a private store holds, within `capacity` bytes. Keys of a chain go from its tail on."""
+    """Which keys a private store holds, within `capacity` bytes and `most` keys (but for the ancestors of a new
+    one). Keys of a chain go from its tail on."""
 
     def __init__(self, capacity: int, policy: EvictionPolicy[Hashable]) -> None:
         self.capacity = capacity
+        self.most = sys.maxsize
         self.used = 0
         self._policy = policy
         self._sizes: dict[bytes, int] = {}
@@ -32,12 +35,14 @@ class Index:
             self._gone.discard(key)
             return []
         size = max(1, size)  # as the policy weighs it
-        if size > self.capacity or key in self._sizes:
+        if size > self.capacity or self.most < 1 or key in self._sizes:
             return None
         above = parent if parent in self._sizes else None
         if above is not None:
             self._policy.pin(above)
         victims = self._policy.evict(self.used + size - self.capacity)
+        if victims is not None:
+            victims += self._beyond(self.most - 1, len(victims))
         if above is not None:
             self._policy.unpin(above)
         if victims is None:
@@ -47,6 +52,13 @@ class Index:
         self._sizes[key] = size
         self.used += size
         return gone
+
+    def resize(self, capacity: int, most: int) -> list[bytes]:
+        """From now on keep within `capacity` bytes, and `most` keys; the keys that had to go for it."""
+        self.capacity, self.most = capacity, most
+        victims = self._policy.evict(self.used - capacity) or []
+        victims += self._beyond(most, len(victims))
+        return [self._forget(victim) for victim in victims]
 
     def drop(self, key: bytes) -> None:
         """Forget a key that is not there any more; no matter if it is known."""
@@ -79,6 +91,13 @@ class Index:
         self._policy.check_integrity()
         assert self.used == sum(self._sizes.values()) <= self.capacity
         assert len(self._policy) == len(self._sizes) and self._gone <= self._sizes.keys()
+
+    def _beyond(self, most: int, gone: int) -> list[Hashable]:
+        """Evict, of the keys that are left without `gone`, down to `most`, or as far as keys may go."""
+        victims: list[Hashable] = []
+        while len(self._sizes) - gone - len(victims) > most and (one := self._policy.evict(1)):
+            victims += one
+        return victims
 
     def _forget(self, key: Hashable) -> bytes:
         assert isinstance(key, bytes)

@@ -147,7 +147,7 @@ METRICS: dict[str, Metric] = {
         Metric(WRITTEN_BYTES, "counter", "Bytes written to a lower tier.", ("tier",)),
         Metric(WRITE_SECONDS, "histogram", "Time of one write to a lower tier.", ("tier",)),
         Metric(QUEUED_BYTES, "gauge", "Bytes that wait to be written to a lower tier.", ("tier",)),
-        Metric(FREE_BYTES, "gauge", "Bytes free on the file system of a lower tier, as last written.", ("tier",)),
+        Metric(FREE_BYTES, "gauge", "Bytes free on the file system of a lower tier, as last seen.", ("tier",)),
         Metric(
             UNWRITTEN_CHUNKS,
             "counter",

@@ -4,7 +4,6 @@ All of it runs on one thread, the one that drains the completions; only jobs run
 their own; writes and deletions have one thread, so that they happen in the order in which they were decided.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,16 @@ from typing import Any, Protocol
 
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore import tier_jobs as jobs
 from ragkv.kvstore.breaker import Breaker, State
+from ragkv.kvstore.budget import Budget
 from ragkv.kvstore.index import Index
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.stores.contract import Buffer, Store
+from ragkv.kvstore.stores.contract import Buffer, Room, Store
 from ragkv.kvstore.work import Done, Outcome
 from ragkv.policies.admission import AdmissionPolicy, Always
 
 NOBODY = bytes(16)  # a key that no chunk has: what a trial asks for
-EXPIRED = "expired"  # a payload that was good
 LASTING = frozenset({"full", "refused", "gone"})  # reasons that do not pass in the next moment
 Note = Callable[[str, BaseException | str], None]
 
@@ -61,7 +61,8 @@ class StoreTier:
     """`index`: None where the backend itself decides what it keeps (Redis). `through`: chunks are written as soon
     as they are stored; else when memory evicts them. `queue_bytes`: bound of what waits to be written. `asks`:
     others write too, so what the index does not know may be there all the same, and the backend is asked.
-    `may_write`: else nothing is written, nor deleted to make room; values that were read are still touched."""
+    `may_write`: else nothing is written, nor deleted to make room; values that were read are still touched. `say`:
+    for a line that an operator should read; from any thread."""
 
     def __init__(
         self,
@@ -78,19 +79,25 @@ class StoreTier:
         queue_bytes: int,
         asks: bool,
         may_write: bool = True,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name, self.through, self.index = store.name, through, index
         self.choosy = not isinstance(admission, Always)
         self.may_write = may_write
         self.bit = 0  # among all tiers, of `Chunk.below`
         self.answered = 0.0  # when the last question or read that `done` was told of was over, on its own thread
-        self._store, self._admission = store, admission
+        self._store, self._admission, self._say = store, admission, say
         self._reads, self._writes = reads, writes
         self._metrics, self._note = metrics, note
         self._queue_bytes, self._asks = queue_bytes, asks
         self._queued = 0
         self._pending: dict[bytes, int] = {}
         self._deleting: Counter[bytes] = Counter()
+        self._leaving = 0  # bytes of these
+        self._budget = None if index is None or not may_write else Budget(index, clock, self._tell)
+        self._scanned_once = self._looking = False
+        self._yielding = False  # to a backend that has refused a value
+        self._told_full = False
         self._scans: list[set[bytes]] = []  # of each under way, the keys that it may find though they are gone
         self._reading, self._writing = Breaker(clock), Breaker(clock)
         self._since_scan = 0
@@ -102,17 +109,22 @@ class StoreTier:
             before, gone = self.index.keys() - self._pending.keys(), set(self._deleting)
             self._scans.append(gone)
             self._reads.submit(
-                lambda: list(self._store.scan()), lambda outcome: self._scanned(outcome, before, gone)
+                lambda: jobs.scan(self._store), lambda outcome: self._scanned(outcome, before, gone)
             )
 
     def tick(self) -> None:
-        """Try a tier that has rested long enough. Call it now and then."""
+        """Try a tier that has rested long enough, and look at the room there is. Call it now and then."""
         if self._reading.due:
             self._reading.begin_trial()
             self._reads.submit(
                 lambda: self._store.contains([NOBODY]), lambda outcome: self._judge(outcome, self._reading)
             )
             self._report()
+        if self._budget is not None:
+            self._shrink(self._budget.grow)
+            if self._scanned_once and not self._looking and self._budget.look():
+                self._looking = True
+                self._writes.submit(self._store.room, self._looked)
 
     @property
     def readable(self) -> bool:
@@ -176,7 +188,7 @@ class StoreTier:
             for each, value in zip(wanted, found, strict=True):
                 if isinstance(value, PayloadError):
                     self._metrics.count(m.REJECTED_PAYLOADS, tier=self.name, reason=value.reason)
-                    if value.reason != EXPIRED:
+                    if value.reason != jobs.EXPIRED:
                         self._note(f"{self.name} payload", value)
                 lost = outcome.error is None and (value is None or isinstance(value, PayloadError))
                 if lost and self.index is not None and each.key not in self._pending:
@@ -184,7 +196,7 @@ class StoreTier:
             self._report()
             done([None if isinstance(value, PayloadError) else value for value in found])
 
-        self._reads.submit(lambda: _read(self._store, wanted), ended)
+        self._reads.submit(lambda: jobs.read(self._store, [(each.key, each.accept) for each in wanted]), ended)
 
     def write(self, write: Write, done: Callable[[bool], None]) -> bool:
         """Keep a payload; `done` says whether it was. False, and no `done`: it will not be tried."""
@@ -205,14 +217,21 @@ class StoreTier:
             if outcome.error is None:
                 self._metrics.count(m.WRITTEN_BYTES, write.size, tier=self.name)
                 self._metrics.observe(m.WRITE_SECONDS, outcome.seconds, tier=self.name)
-                if outcome.value is not None:
-                    self._metrics.gauge(m.FREE_BYTES, outcome.value, tier=self.name)
+                room, removed = outcome.value
+                self._see(room)
+                if removed:
+                    self._removed(removed)
             elif self.index is not None and write.key not in self._pending:
                 self.index.drop(write.key)
+            if isinstance(outcome.error, StoreError) and outcome.error.reason == "full":
+                self._refused(write.size)
             self._report()
             done(outcome.error is None)
 
-        self._writes.submit(lambda: self._put(write, parts), ended)
+        ask, own = self._asks and not write.replaces, self.index is None
+        self._writes.submit(
+            lambda: jobs.put(self._store, write.key, write.size, parts, ask=ask, make_room=own), ended
+        )
         self._report()
         self._rescan(write.size)
         return True
@@ -256,34 +275,84 @@ class StoreTier:
             return False
         if self.index is None:
             return True
+        before = self.index.used
         if known:
             self.index.drop(write.key)
+        without = self.index.used
         victims = self.index.add(write.key, write.size, write.parent, write.cost)
         if victims is None:
             self._metrics.count(m.UNWRITTEN_CHUNKS, tier=name, reason=m.NO_ROOM)
-        self._delete(victims if victims is not None else [write.key] if known else [])
+            self._delete([write.key] if known else [], before - without)
+        else:
+            self._delete(victims, without + write.size - self.index.used)
         return victims is not None
 
-    def _put(self, write: Write, parts: Callable[[], Sequence[Buffer]]) -> int | None:
-        """Write, or touch; the bytes that are free then, if anybody knows."""
-        if self._asks and not write.replaces and self._store.contains([write.key])[0]:
-            self._store.touch([write.key])  # another engine was quicker; equal keys are equal bytes
-        else:
-            self._store.put(write.key, parts())
-        return self._store.free_bytes()
-
-    def _delete(self, keys: list[bytes]) -> None:
+    def _delete(self, keys: list[bytes], size: int) -> None:
+        """Order values to be deleted, of `size` bytes together, that the index has given up."""
         if keys and self.may_write:
             self._metrics.count(m.EVICTED_CHUNKS, len(keys), tier=self.name, reason=m.CAPACITY)
             self._deleting.update(keys)
+            self._leaving += size
             for gone in self._scans:
                 gone.update(keys)
 
             def done(outcome: Outcome) -> None:
                 self._deleting -= Counter(keys)
+                self._leaving -= size
                 self._done_beside(outcome)
 
             self._writes.submit(lambda: self._store.delete(keys), done)
+
+    def _tell(self, text: str) -> None:
+        self._say(f"{self.name} tier: {text}")
+
+    def _removed(self, values: int) -> None:
+        """A backend that keeps its own books was full, and removed values."""
+        self._metrics.count(m.EVICTED_CHUNKS, values, tier=self.name, reason=m.CAPACITY)
+        if not self._told_full:
+            self._told_full = True
+            self._tell("full, and evicts nothing by itself: what was not used for long is removed")
+
+    def _looked(self, outcome: Outcome) -> None:
+        self._looking = False
+        self._done_beside(outcome)
+        if outcome.error is None:
+            self._see(outcome.value)
+            self._report()
+
+    def _see(self, room: Room | None) -> None:
+        """What there was at the end of a job of the writing thread."""
+        if room is not None:
+            self._metrics.gauge(m.FREE_BYTES, room.free, tier=self.name)
+        if room is not None and self._budget is not None and self.index is not None and self._scanned_once:
+            budget, held = self._budget, self._held(self.index)
+            self._shrink(lambda: budget.seen(room, *held))
+
+    def _held(self, index: Index) -> tuple[int, int]:
+        """Bytes and values that the backend held at the end of a job of the writing thread. These jobs end in
+        order: what is known to be written, and not deleted, was there."""
+        values = len(index) - len(self._pending) + len(self._deleting)
+        return max(0, index.used - self._queued + self._leaving), max(0, values)
+
+    def _refused(self, size: int) -> None:
+        """A value of `size` bytes had no room: make some. What was ordered before that says nothing new."""
+        if self._budget is None or self.index is None or self._yielding:
+            return
+        self._yielding, budget, index = True, self._budget, self.index
+
+        def looked(outcome: Outcome) -> None:
+            held = self._held(index)
+            self._shrink(lambda: budget.refused(outcome.value, *held, size))
+            self._writes.submit(lambda: None, lambda _: setattr(self, "_yielding", False))
+            self._report()
+
+        self._writes.submit(self._store.room, looked)
+
+    def _shrink(self, shrink: Callable[[], list[bytes]]) -> None:
+        """Delete what had to go for a smaller budget."""
+        if self.index is not None:
+            before = self.index.used
+            self._delete(shrink(), before - self.index.used)
 
     def _done_beside(self, outcome: Outcome) -> None:
         """A deletion or a touch has ended. That it went well does not say that values can be written."""
@@ -298,9 +367,17 @@ class StoreTier:
         if outcome.error is not None:
             self._reading.trip()  # so that it is scanned again
         elif self.index is not None:
-            for key in before - {entry.key for entry in outcome.value} - self._pending.keys():
+            entries, room = outcome.value
+            for key in before - {entry.key for entry in entries} - self._pending.keys():
                 self.index.drop(key)
-            self._delete(self.index.adopt(entry for entry in outcome.value if entry.key not in gone))
+            self._scanned_once = True
+            if room is not None and self._budget is not None:
+                budget, held = self._budget, sum(entry.size for entry in entries)
+                self._shrink(lambda: budget.seen(room, held, len(entries)))
+            new = [entry for entry in entries if entry.key not in gone]
+            size = self.index.used + sum(entry.size for entry in new if entry.key not in self.index)
+            victims = self.index.adopt(new)
+            self._delete(victims, size - self.index.used)
         self._report()
 
     def _rescan(self, written: int) -> None:
@@ -337,24 +414,3 @@ class StoreTier:
             gauge(m.USED_BYTES, self.index.used, tier=self.name)
             gauge(m.CAPACITY_BYTES, self.index.capacity, tier=self.name)
             gauge(m.CHUNKS, len(self.index), tier=self.name)
-
-
-def _read(store: Store, wanted: Sequence[Wanted]) -> tuple[list[Any], int]:
-    """On a reading thread: what `accept` made of each payload, None, or the PayloadError; and the bytes read."""
-    found: list[Any] = []
-    size = 0
-    for each, value in zip(wanted, store.get_many([each.key for each in wanted]), strict=True):
-        if value is None:
-            found.append(None)
-            continue
-        size += len(value)
-        try:
-            found.append(each.accept(value))
-        except PayloadError as error:
-            found.append(error)
-            with contextlib.suppress(StoreError):  # it does not concern the others; the index forgets it anyway
-                if error.reason == EXPIRED:
-                    store.delete([each.key])
-                else:
-                    store.reject(each.key, error.reason)
-    return found, size

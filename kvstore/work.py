@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ragkv.errors import StoreError
+
 Done = Callable[["Outcome"], None]
 
 
@@ -61,11 +63,13 @@ class Lane:
         self._closed = False
 
     def submit(self, job: Callable[[], Any], done: Done) -> None:
-        """Run `job` on a thread, and hand its outcome to `done`. After `close`: nothing happens."""
+        """Run `job` on a thread, and hand its outcome to `done`. After `close`: nothing happens. Where no thread
+        can be had, the outcome is a StoreError, and the next job tries again."""
         if self._closed:
             return
-        if not self._threads:
-            self._start()
+        if not self._threads and (error := self._start()) is not None:
+            self._completions.post(done, Outcome(None, error, 0.0))
+            return
         self._jobs.put((job, done))
 
     def close(self, seconds: float) -> bool:
@@ -88,11 +92,16 @@ class Lane:
         for _ in self._threads:
             self._jobs.put(None)
 
-    def _start(self) -> None:
+    def _start(self) -> StoreError | None:
+        """Fewer threads than wanted will do, but one."""
         for number in range(self._threads_wanted):
             thread = threading.Thread(target=self._run, name=f"ragkv-{self.name}-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process, or its control group, has as many as it may
+                return None if self._threads else StoreError("io", f"{self.name}: no thread: {error}")
             self._threads.append(thread)
-            thread.start()
+        return None
 
     def _run(self) -> None:
         while (next_job := self._jobs.get()) is not None:

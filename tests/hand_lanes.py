@@ -1,6 +1,7 @@
 """Lanes and clocks that a test moves by hand: every interleaving can be made, without threads or sleep."""
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -121,6 +122,7 @@ class Lower:
     queue: int = 1 << 20
     policy: str = "lru"
     plan: Plan = lambda method, number: None
+    say: Callable[[str], None] = lambda text: None
     values: MemoryStore = field(default_factory=MemoryStore)
 
     def open(self, clock, metrics, completions):
@@ -142,6 +144,7 @@ class Lower:
             queue_bytes=self.queue,
             asks=self.asks,
             may_write=self.may_write,
+            say=lambda text: self.say(text),
         )
         return self.tier
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import Faults, logger
+from ragkv.connectors.vllm.faults import Faults, in_words, logger
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages
 from ragkv.connectors.vllm.tracking import Recorder
-from ragkv.errors import StoreError
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.hierarchy import Hierarchy
@@ -101,8 +100,8 @@ def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
         return None
     try:
         writer: TraceWriter | None = TraceWriter(Path(settings.trace.file).expanduser())
-    except OSError as error:
-        logger.warning("ragkv: trace.file = %s: %s; no trace is written", settings.trace.file, error)
+    except Exception as error:  # whatever lies there
+        logger.warning("ragkv: trace.file = %s: %s; no trace is written", settings.trace.file, in_words(error))
         return None
 
     def record(namespace: bytes, chain: TokenChain) -> None:
@@ -181,14 +180,15 @@ def _tier(
         queue_bytes=min(settings.placement.queue, settings.memory.capacity),  # what waits is pinned there
         asks=asks,
         may_write=stores,
+        say=lambda text: logger.warning("ragkv: %s", text),
     )
 
 
 def _disk(path: str, *, fsync: bool) -> Store | None:
     try:
         store = DiskStore(Path(path).expanduser(), fsync=fsync)
-    except StoreError as error:
-        logger.warning("ragkv: disk.path = %s: %s; the engine runs without a disk tier", path, error)
+    except Exception as error:  # whatever lies there, or does not
+        logger.warning("ragkv: disk.path = %s: %s; the engine runs without a disk tier", path, in_words(error))
         return None
     if store.warning:
         logger.warning("ragkv: disk.path = %s: %s", path, store.warning)

@@ -1,5 +1,6 @@
 """`RagKVConnector`: what vLLM sees. It holds one of two sides, and lets nothing out but answers."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ragkv.connectors.vllm.announcing import Announcer
 from ragkv.connectors.vllm.compose import make_placement, make_recorder, side_maker
 from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
-from ragkv.connectors.vllm.faults import Faults, gives, guarded, logger
+from ragkv.connectors.vllm.faults import Faults, gives, guarded, in_words, logger
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
 from ragkv.connectors.vllm.lifecycle import watch_stop
@@ -27,7 +28,7 @@ from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
 from ragkv.connectors.vllm.weights import Look, WeightsWatch
 from ragkv.connectors.vllm.worker import WorkerSide
-from ragkv.errors import RagKVError
+from ragkv.errors import ConfigError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker
 from ragkv.kvstore.metrics import Metrics
@@ -42,14 +43,11 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     _announcer: Announcer | None = None
     _among_others = False
     _told_late = False  # workers' word comes with their first report, not with vLLM's handshake
+    _refusal: str | None = None  # why this process stands aside
     requires_kv_delivery = False  # a cache: a store that is dropped is a later miss
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"  # a failed load is a miss
-        self._settings = check_settings(vllm_config.kv_transfer_config).settings
-        self._told_late = told_late(vllm_config.kv_transfer_config)
-        self._among_others = among_others(vllm_config.kv_transfer_config)
         self._metrics = Metrics()
         self.faults = Faults(self._metrics)
         self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
@@ -58,19 +56,26 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._weights = WeightsWatch({})
         self._worker: WorkerSide | None = None
         self._segment: Segment | None = None
+        try:
+            self._open(vllm_config, role, kv_cache_config)
+        except ConfigError:  # the one thing that stops an engine's start, on purpose
+            raise
+        except Exception as error:  # whatever it is: the engine serves
+            self._stand_aside(in_words(error))
+            logger.debug("ragkv: why", exc_info=error)
+
+    def _open(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        transfer = vllm_config.kv_transfer_config
+        self._told_late, self._among_others = told_late(transfer), among_others(transfer)
+        transfer.kv_load_failure_policy = "recompute"  # a failed load is a miss
+        self._settings = check_settings(transfer).settings
         if role is KVConnectorRole.SCHEDULER:
             self._stop = watch_stop(vllm_config, self._settings)
-            self._open_scheduler_side()
+            self._proposed = self._make_scheduler_side()
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
 
     # --- scheduler side ---
-
-    def _open_scheduler_side(self) -> None:
-        try:
-            self._proposed = self._make_scheduler_side()
-        except RagKVError as error:
-            self._stand_aside(str(error))
 
     def _make_scheduler_side(self) -> SchedulerSide:
         config, settings = self._vllm_config, self._settings
@@ -81,7 +86,9 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
         self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
         hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
-        duties = duties_of(config.kv_transfer_config)
+        chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
+        recorder = make_recorder(settings, self.faults)
+        duties, make_side = duties_of(config.kv_transfer_config), side_maker(config)
         placement = make_placement(
             *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
         )
@@ -89,15 +96,15 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if settings.fusion.enabled:
             placement.index_contents()
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
-        return side_maker(config)(
+        return make_side(
             placement,
             block_tokens,
             shape.ranks,
             self._metrics,
             self.faults,
-            chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config)),
+            chunker=chunker,
             namespace_of=self._namespaces.of,
-            recorder=make_recorder(settings, self.faults),
+            recorder=recorder,
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
             stores=duties.stores,
@@ -107,11 +114,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _stand_aside(self, why: str) -> None:
         logger.warning("ragkv: this engine runs without KV reuse: %s", why)
-        for side in (self._scheduler, self._proposed):
-            if side is not None:
+        self._refusal = why
+        sides, self._scheduler, self._proposed = (self._scheduler, self._proposed), None, None
+        for side in filter(None, sides):
+            with contextlib.suppress(Exception):  # what cannot be closed goes with the process
                 side.close(0.0)
-        self._scheduler = self._proposed = None
-        self._close_segment()
+        with contextlib.suppress(Exception):
+            self._close_segment()
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
         """All workers' word, once at start. Reuse begins here: when each has proven the layout of its cache,
@@ -120,6 +129,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._begin_reuse([each for each in metadata.values() if isinstance(each, Handshake)])
 
     def _begin_reuse(self, hands: Sequence[Handshake]) -> None:
+        try:
+            self._take_word(hands)
+        except Exception as error:
+            self._stand_aside(in_words(error))
+
+    def _take_word(self, hands: Sequence[Handshake]) -> None:
         if self._proposed is None or self._segment is None:
             return
         refusals = [hand.refusal for hand in hands if hand.refusal]
@@ -283,16 +298,20 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- worker side ---
 
+    @guarded(gives(None))
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Prove the caches' layout."""
-        assert self._worker is not None
-        self._worker.register(kv_caches)
-        if self._told_late:
-            self._worker.tell_late()
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+            if self._told_late:
+                self._worker.tell_late()
 
+    @guarded(gives(Handshake("a worker could not give its word")))
     def get_handshake_metadata(self) -> Handshake | None:
         """Whether this worker can take part."""
-        return None if self._worker is None or self._told_late else self._worker.handshake()
+        if self._worker is None or self._told_late:
+            return Handshake(self._refusal) if self._refusal and not self._told_late else None
+        return self._worker.handshake()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""

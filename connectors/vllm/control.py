@@ -83,7 +83,7 @@ def open_control(settings: Settings) -> Control | None:
     control = Control()
     try:
         control.serve(listen, read_token(Path(file)))
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
         logger.warning("ragkv: control.listen = %s: %s; the engine runs without control", listen, error)
         return None
     logger.info("ragkv: control at %s, port %d", listen, control.port)

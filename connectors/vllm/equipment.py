@@ -70,13 +70,13 @@ def equip(
     found = probe(layers, ours, shape.geometry, blocks, vllm_config.model_config.dtype)
     page = page_shape(settings, shape)
     size = memory_pages(settings, page) * page.page_bytes
-    segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
-    elements = torch.frombuffer(segment.buffer, dtype=RAW[shape.geometry.itemsize])
-    device = next(iter(ours.values())).device
-    pinning = pin(elements, page.page_bytes) if device.type == "cuda" else None
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
     rank = get_tensor_model_parallel_rank()
+    device = next(iter(ours.values())).device
+    segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
+    elements = torch.frombuffer(segment.buffer, dtype=RAW[shape.geometry.itemsize])
+    pinning = pin(elements, page.page_bytes) if device.type == "cuda" else None
     return Equipment(
         shape,
         page,

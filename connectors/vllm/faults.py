@@ -61,6 +61,12 @@ def guarded(
     return wrap
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says, in one line; of one that nobody foresaw its kind too."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, RagKVError) else f"{type(error).__name__}: {text}"
+
+
 def gives(value: Any) -> Callable[..., Any]:
     """A fallback that always gives `value`."""
     return lambda *_, **__: value

@@ -19,6 +19,7 @@ from ragkv.kvstore.keys import namespace
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 SAMPLE_BYTES = 1 << 16
 NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version"})
+MOST_TOKENS = 1 << 24  # that a vocabulary may number
 _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁": " "})
 
 
@@ -183,8 +184,9 @@ def token_structure(vocabulary: dict[Any, int]) -> TokenStructure:
 
     Reads the two usual spellings of white space: byte-level BPE (Ċ, Ġ) and SentencePiece (▁, <0x0A>).
     """
-    texts = [""] * (max(vocabulary.values(), default=-1) + 1)
-    for token, number in vocabulary.items():
+    numbered = {token: n for token, n in vocabulary.items() if isinstance(n, int) and 0 <= n < MOST_TOKENS}
+    texts = [""] * (max(numbered.values(), default=-1) + 1)
+    for token, number in numbered.items():
         text = token.decode("latin-1") if isinstance(token, bytes) else str(token)
         texts[number] = text.replace("<0x0A>", "\n").translate(_BYTE_LEVEL)
     return TokenStructure.of(texts)

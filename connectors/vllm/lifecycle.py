@@ -1,5 +1,6 @@
 """The end of an engine: what a stop would lose, told at the start; and the moment at which to write it down."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -67,7 +68,8 @@ class StopNotice:
         for number in SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler) and handler is not signal.default_int_handler:
-                signal.signal(number, self._noting(handler))
+                with contextlib.suppress(ValueError, OSError):  # not in every interpreter, nor for every signal
+                    signal.signal(number, self._noting(handler))
 
     def note(self) -> None:
         """The process was asked to stop."""

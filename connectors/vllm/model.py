@@ -23,7 +23,8 @@ def watch_workers() -> None:
 
     @functools.wraps(initialize)
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _workers.add(self.worker)
+        with contextlib.suppress(Exception):  # a worker of a kind that cannot be noted: its model is not known
+            _workers.add(self.worker)
         return initialize(self, *args, **kwargs)
 
     setattr(noted, WATCHED, True)

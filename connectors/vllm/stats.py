@@ -5,6 +5,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from ragkv.connectors.vllm.faults import in_words, logger
 from ragkv.kvstore.metrics import METRICS, SECONDS, merge, split
 
 
@@ -45,8 +46,15 @@ class RagKVPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._engines = per_engine_labelvalues
-        counter, gauge, histogram = (metric_types[kind] for kind in (Counter, Gauge, Histogram))
         self._metrics: dict[str, Any] = {}
+        try:
+            self._register(metric_types, labelnames)
+        except Exception as error:  # such as a name that is taken: the server serves without
+            self._metrics = {}
+            logger.warning("ragkv: no metrics in /metrics: %s", in_words(error))
+
+    def _register(self, metric_types: dict[Any, Any], labelnames: list[str]) -> None:
+        counter, gauge, histogram = (metric_types[kind] for kind in (Counter, Gauge, Histogram))
         for name, metric in METRICS.items():
             labels = [*labelnames, *metric.labels]
             if metric.kind == "counter":
@@ -59,11 +67,13 @@ class RagKVPromMetrics(KVConnectorPromMetrics):
                 made = histogram(name=name, documentation=metric.text, labelnames=labels, buckets=SECONDS)
             self._metrics[name] = made
             for values in metric.at_start:
-                for engine in per_engine_labelvalues.values():
+                for engine in self._engines.values():
                     made.labels(*engine, *values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Book one record."""
+        if not self._metrics:
+            return
         for key, value in transfer_stats_data.get("counters", {}).items():
             self._at(key, engine_idx).inc(value)
         for key, value in transfer_stats_data.get("gauges", {}).items():

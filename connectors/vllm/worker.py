@@ -14,7 +14,7 @@ import torch
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.equipment import Equipment, equip
-from ragkv.connectors.vllm.faults import Faults, logger
+from ragkv.connectors.vllm.faults import Faults, in_words, logger
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
 from ragkv.connectors.vllm.model import find_model
@@ -69,15 +69,18 @@ class WorkerSide:
         except RagKVError as error:
             self._refusal = str(error)
         except Exception as error:  # an unknown backend may fail in any way while it is probed
-            self._refusal = f"{type(error).__name__} while its layout was probed: {error}"
+            self._refusal = f"while a cache's layout was probed: {in_words(error)}"
             logger.debug("ragkv: the probe failed", exc_info=error)
 
     def handshake(self) -> Handshake:
         """What the scheduler side must know of this worker."""
         made = self._equipment
-        if made is None:
-            return Handshake(self._refusal, None, self._no_fusion)
-        return Handshake(self._refusal, made.segment.identity, self._no_fusion, made.rank, self._look())
+        if made is not None:
+            try:
+                return Handshake(self._refusal, made.segment.identity, self._no_fusion, made.rank, self._look())
+            except Exception as error:  # of the system, or of a model of an unknown kind
+                self._refusal = in_words(error)
+        return Handshake(self._refusal, None, self._no_fusion)
 
     def tell_late(self) -> None:
         """Give the handshake with the next report."""

@@ -23,6 +23,16 @@ class Entry(NamedTuple):
     used: float
 
 
+class Room(NamedTuple):
+    """What the place where values lie could still take: `free` of `total` bytes, and `files` more values of
+    `all_files` (None: it does not count them)."""
+
+    free: int
+    total: int
+    files: int | None = None
+    all_files: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a backend can do. `durable`: what was put outlives the process. `shared`: others may put and delete
@@ -85,9 +95,19 @@ class Store(ABC):
         """What was read under `key` proved bad: never give it again. Default: delete it."""
         self.delete([key])
 
+    def room(self) -> Room | None:
+        """What the place where values lie could still take; None: the backend does not know."""
+        return None
+
     def free_bytes(self) -> int | None:
         """Bytes that the place where values lie could still take; None: the backend does not know."""
-        return None
+        room = self.room()
+        return None if room is None else room.free
+
+    def make_room(self, key: bytes, size: int) -> int:
+        """Remove values that were not used for long, so that one of `size` bytes finds room under `key`, in a
+        backend that knows its values itself; how many it removed. Default: none."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ragkv.errors import StoreError
 from ragkv.kvstore.stores import buffers
 from ragkv.kvstore.stores.buffers import BufferPool
-from ragkv.kvstore.stores.contract import Buffer, Capabilities, Entry, Store
+from ragkv.kvstore.stores.contract import Buffer, Capabilities, Entry, Room, Store
 from ragkv.kvstore.stores.folder import Folder
 
 TOUCH_STEP_NS = 1_000
@@ -129,11 +129,18 @@ class DiskStore(Store):
                 except OSError:
                     folder.delete(key)
 
-    def free_bytes(self) -> int:
+    def room(self) -> Room | None:
+        """As the file system has it; None for one that says nothing. One that makes inodes as it needs them says
+        that it has none."""
         folder = self._folder()
-        with self._faults:
+        try:
             system = os.fstatvfs(folder.descriptor)
-            return system.f_bavail * system.f_frsize
+        except OSError:  # whether values can be written and read, these will tell
+            return None
+        if not system.f_blocks:
+            return None
+        files = system.f_favail if system.f_files else None
+        return Room(system.f_bavail * system.f_frsize, system.f_blocks * system.f_frsize, files, system.f_files)
 
     def close(self) -> None:
         self._opened = None

@@ -34,6 +34,7 @@ LARGEST_BULK = 512 << 20  # proto-max-bulk-len, as servers come
 GETS_AT_ONCE = 16
 BYTES_AT_ONCE = 64 << 20
 KEYS_AT_ONCE = 1024
+ROOM_STEPS = 8
 LONGEST_TTL = 10 * 365 * 86400
 LONGEST_CALL = 3600
 ROUNDS = 4
@@ -84,6 +85,7 @@ class RedisStore(Store):
         self._prefix = prefix.encode()
         self._most = max_connections
         self._closed = False
+        self._hands: dict[Address, int] = {}  # where looking for what may go stands, on each server
         self._session = _Session(self._location, timeout_seconds, max_connections)
 
     def __repr__(self) -> str:
@@ -129,14 +131,12 @@ class RedisStore(Store):
         """Sizes are what the server spends on a value. Each step may take `timeout_seconds`. Needs Redis 6."""
         with self._call() as session:
             masters = session.nodes.masters()
-        pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", self._prefix) + b"?" * (2 * KEY_BYTES)
         seen: set[bytes] = set()
         for master in masters:
             cursor: Any = 0
             while True:
                 with self._call() as session:
-                    step = ("SCAN", cursor, "MATCH", pattern, "COUNT", KEYS_AT_ONCE, "TYPE", "string")
-                    cursor, names = session.pools.ask(master, *step)
+                    cursor, names = session.pools.ask(master, *self._scan_step(cursor))
                     fresh = [name for name in dict.fromkeys(names) if name not in seen]
                     entries = self._entries(session, master, fresh)
                 seen.update(names)
@@ -149,6 +149,30 @@ class RedisStore(Store):
         self._opened()
         if self._expiry:
             self._each("EXPIRE", keys[::-1], self._expiry[1])
+
+    def make_room(self, key: bytes, size: int) -> int:
+        """Remove values of ours on the server that holds `key`, which evicts nothing itself: in a few steps over
+        its keys, which go on from call to call, the longer unused half of those found (of any, where it does not
+        say how long), until `size` bytes are free."""
+        removed = 0
+        with self._call() as session:
+            (server,) = session.nodes.holders([self._key(key)])
+            for _ in range(ROOM_STEPS):
+                cursor, names = session.pools.ask(server, *self._scan_step(self._hands.get(server, 0)))
+                self._hands[server] = int(cursor)
+                found = self._entries(session, server, list(dict.fromkeys(names)))
+                going, sizes = [], 0
+                for entry in self._idlest(session, server, found):
+                    if sizes >= size:
+                        break
+                    going.append(("UNLINK", self._key(entry.key)))
+                    sizes += entry.size
+                answers = session.pools.exchange({server: going})[server] if going else []
+                _expect_no_error(answers)
+                removed, size = removed + sum(answers), size - sizes
+                if size <= 0:
+                    break
+        return removed
 
     def close(self) -> None:
         """Calls on their way end as they would have."""
@@ -171,6 +195,18 @@ class RedisStore(Store):
                 answers += session.run([(name, self._key(key), *arguments) for key in some])
                 _expect_no_error(answers)
         return answers
+
+    def _scan_step(self, cursor: Any) -> Command:
+        pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", self._prefix) + b"?" * (2 * KEY_BYTES)
+        return "SCAN", cursor, "MATCH", pattern, "COUNT", KEYS_AT_ONCE, "TYPE", "string"
+
+    def _idlest(self, session: "_Session", server: Address, entries: Sequence[Entry]) -> list[Entry]:
+        """The longer unused half, longest unused first."""
+        commands = [("OBJECT", "IDLETIME", self._key(entry.key)) for entry in entries]
+        told = session.pools.exchange({server: commands})[server] if commands else []
+        idle = [each if isinstance(each, int) else 0 for each in told]  # a refusal, where it may not be asked
+        order = sorted(range(len(entries)), key=lambda place: -idle[place])
+        return [entries[place] for place in order[: -(-len(entries) // 2)]]
 
     def _entries(self, session: "_Session", master: Address, names: Sequence[bytes]) -> list[Entry]:
         commands = [("MEMORY", "USAGE", name, "SAMPLES", 0) for name in names]

@@ -9,13 +9,13 @@ from enum import Enum
 from typing import TypeVar
 
 from ragkv.errors import StoreError
-from ragkv.kvstore.stores.contract import Buffer, Entry, Store
+from ragkv.kvstore.stores.contract import Buffer, Entry, Room, Store
 
 T = TypeVar("T")
 
 
 class WrapperStore(Store):
-    """Hands every call on to `inner`; all but `free_bytes` and `close` pass through `_pass`."""
+    """Hands every call on to `inner`; all but `room` and `close` pass through `_pass`."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -50,8 +50,11 @@ class WrapperStore(Store):
     def reject(self, key: bytes, reason: str) -> None:
         self._pass("reject", lambda: self.inner.reject(key, reason), None)
 
-    def free_bytes(self) -> int | None:
-        return self.inner.free_bytes()
+    def room(self) -> Room | None:
+        return self.inner.room()
+
+    def make_room(self, key: bytes, size: int) -> int:
+        return self._pass("make_room", lambda: self.inner.make_room(key, size), 0)
 
     def close(self) -> None:
         self.inner.close()

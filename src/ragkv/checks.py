@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,11 @@ from typing import Literal
 from ragkv.config import Settings
 from ragkv.config.settings import format_size
 from ragkv.errors import ConfigError, RagKVError, StoreError
+from ragkv.kvstore.backing import backing
+from ragkv.kvstore.budget import there
 from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
 from ragkv.kvstore.segment import available_bytes, sweep
-from ragkv.kvstore.stores.contract import KEY_BYTES
+from ragkv.kvstore.stores.contract import KEY_BYTES, Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
 from ragkv.preflight import read_settings
@@ -25,8 +26,7 @@ MIB = 1 << 20
 SPEED_BYTES = 64 * MIB
 QUESTIONS = 20
 SLOW_SECONDS = 0.01
-MEMORY_INFO = Path("/proc/meminfo")
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+FEW_FILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ def check_memory(settings: Settings) -> Finding:
             "is taken already"
         )
         return Finding("shared memory", "fail", f"too small: {said}", todo)
-    there = _memory_bytes()
-    if want > there:
-        said += f"; the machine has {_size(there)} of memory to back it"
-        return Finding("shared memory", "warn", said, "set memory.capacity below the memory that is to be had")
+    there = backing()
+    if there is not None and want > there.bytes:
+        said += f"; {there.source} leaves {_size(there.bytes)} to back it, and the engine would be killed"
+        todo = f"set memory.capacity to at most {there.bytes // MIB}MiB, or give the engine more memory"
+        return Finding("shared memory", "fail", said, todo)
     return Finding("shared memory", "ok", said)
 
 
@@ -77,28 +78,38 @@ def check_disk(settings: Settings, speed_bytes: int = SPEED_BYTES) -> list[Findi
     """The disk tier's folder: whether values can be kept there, and how quickly; nothing is left behind."""
     if settings.disk.path is None:
         return [Finding("disk", "ok", "no disk tier (disk.path is not set)")]
-    path = Path(settings.disk.path).expanduser()
+    path = Path(settings.disk.path)
     todo = f"give the engine's user a folder that it may write to, or set disk.path to another than {path}"
     try:
+        path = path.expanduser()
         with _stand_in(path) as folder:
             store = DiskStore(folder)
-            held = sum(entry.size for entry in store.scan())
-            free = shutil.disk_usage(folder).free
+            sizes, room = [entry.size for entry in store.scan()], store.room()
             wrote, read = _speeds(folder, speed_bytes)
-    except (StoreError, OSError) as error:
+    except (StoreError, OSError, RuntimeError, ValueError) as error:  # the last: of the name of a folder
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return [Finding("disk", "fail", f"{path} cannot be written to: {text}", todo)]
-    said = f"{path}: {_size(free)} free, {_size(held)} kept"
+    said = f"{path}: {'unknown' if room is None else _size(room.free)} free, {_size(sum(sizes))} kept"
     if speed_bytes:
         said += f", writes {_size(wrote)}/s, reads {_size(read)}/s"
     findings = [Finding("disk", "ok", said)]
     if store.warning and folder == path:
         findings.append(Finding("disk", "warn", store.warning, f"chmod 700 {path}, owned by the engine's user"))
-    if free + held < settings.disk.capacity:
-        said = (
-            f"{path} has room for {_size(free + held)}, less than disk.capacity = {_size(settings.disk.capacity)}"
-        )
-        findings.append(Finding("disk", "warn", said, f"set disk.capacity to at most {(free + held) // MIB}MiB"))
+    return findings if room is None else findings + _disk_limits(path, settings.disk.capacity, room, sizes)
+
+
+def _disk_limits(path: Path, capacity: int, room: Room, sizes: Sequence[int]) -> list[Finding]:
+    """Where the tier will keep to less than was set, as the engine reckons it."""
+    most, files = there(room, sum(sizes), len(sizes))
+    findings = []
+    if most < capacity:
+        said = f"{path} has room for {_size(most)}, less than disk.capacity = {_size(capacity)}"
+        todo = f"make room, or set disk.capacity to at most {most // MIB}MiB: the engine keeps to that anyway"
+        findings.append(Finding("disk", "warn", said, todo))
+    if files < FEW_FILES:
+        said = f"{path} has room for {files} files, and every chunk is one"
+        todo = "use a file system with more inodes; the engine keeps to these"
+        findings.append(Finding("disk", "warn", said, todo))
     return findings
 
 
@@ -154,16 +165,16 @@ def _redis_limits(location: Location, seconds: float) -> list[Finding]:
     client = redis.Redis(**where, ssl=location.transport == "tls", **options)
     try:
         info = client.info("memory")
-    except redis.RedisError:
+        most, policy = int(info["maxmemory"]), str(info.get("maxmemory_policy", ""))
+    except (redis.RedisError, KeyError, ValueError):  # may not be asked, or says nothing
         return []
     finally:
         client.close()
-    most, policy = int(info.get("maxmemory", 0)), str(info.get("maxmemory_policy", ""))
     todo = "give the server maxmemory, and maxmemory-policy allkeys-lru"
     if most == 0:
         return [Finding("redis", "warn", "the server has no maxmemory: it grows until its machine is full", todo)]
     if policy == "noeviction":
-        said = f"maxmemory {_size(most)} with policy noeviction: once full, it takes nothing more"
+        said = f"maxmemory {_size(most)} with policy noeviction: once full, ragkv removes chunks itself"
         return [Finding("redis", "warn", said, todo)]
     return [Finding("redis", "ok", f"maxmemory {_size(most)}, policy {policy}")]
 
@@ -206,15 +217,6 @@ def _seconds(work: Callable[[], object]) -> float:
     before = time.perf_counter()
     work()
     return time.perf_counter() - before
-
-
-def _memory_bytes() -> int:
-    """Memory to be had: of the machine, or of this container where that is less."""
-    fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
-    found = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
-        found = min(found, int(MEMORY_LIMIT.read_text()))
-    return found
 
 
 def _size(size: float) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Loaded, Settings, check_shared_memory, load
+from ragkv.config.settings import format_size
 from ragkv.errors import ConfigError
+from ragkv.kvstore.backing import backing
 from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.redis_url import parse_location
 
@@ -27,9 +29,16 @@ def read_settings(
 
 
 def check_room(settings: Settings) -> None:
-    """ConfigError: shared memory has no room for these settings, also without what dead engines left there."""
+    """ConfigError: shared memory has no room for these settings, also without what dead engines left there; or
+    there is no memory to back it, and the engine would be killed for it."""
     sweep()
     check_shared_memory(settings, available_bytes())
+    there, want = backing(), settings.memory.capacity
+    if there is not None and want > there.bytes:
+        raise ConfigError(
+            f"ragkv: memory.capacity = {format_size(want)}: allowed: at most what {there.source} leaves, "
+            f"{there.bytes >> 20}MiB; with more the engine would be killed"
+        )
 
 
 def has_lower_tier(settings: Settings) -> bool:

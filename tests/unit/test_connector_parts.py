@@ -68,7 +68,7 @@ def test_a_worker_says_why_it_cannot_take_part(worker):
     assert "not causal" in worker.handshake().refusal
     worker._kv_cache_config = None
     worker.register({})
-    assert "AttributeError while its layout was probed" in worker.handshake().refusal
+    assert "layout was probed: AttributeError: " in worker.handshake().refusal
 
 
 def test_a_worker_without_a_tier_fails_its_orders_and_frees_what_waits(worker):

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ragkv.errors import StoreError
 from ragkv.kvstore.stores import buffers, disk
 from ragkv.kvstore.stores.buffers import MOST_FREE, BufferPool
+from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import POOLED_BYTES, DiskStore
 from ragkv.kvstore.stores.folder import MOST_QUARANTINED, QUARANTINE, value_name
 
@@ -78,12 +80,23 @@ def test_folder_and_files_are_for_us_alone(tmp_path):
         os.umask(before)
 
 
-def test_free_bytes_are_those_of_the_file_system(store, folder, monkeypatch):
+def test_room_is_that_of_the_file_system(store, folder, monkeypatch):
     system = os.statvfs(folder)
     monkeypatch.setattr(os, "fstatvfs", lambda descriptor: system)
-    assert store.free_bytes() == system.f_bavail * system.f_frsize > 0
+    room = store.room()
+    assert room.free == store.free_bytes() == system.f_bavail * system.f_frsize > 0
+    assert room.total == system.f_blocks * system.f_frsize >= room.free
+    assert (room.files, room.all_files) == (system.f_favail if system.f_files else None, system.f_files)
     store.close()
-    assert reason(store.free_bytes) == "closed"
+    assert reason(store.room) == "closed"
+
+
+def test_a_file_system_may_not_say_how_much_it_has(store, monkeypatch):
+    says = {"f_bavail": 5, "f_frsize": 10, "f_blocks": 7, "f_files": 0, "f_favail": 0}
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: SimpleNamespace(**says))
+    assert store.room() == Room(50, 70), "no inodes that it could run out of"
+    says["f_blocks"] = 0
+    assert store.room() is None
 
 
 def test_a_folder_open_to_others_is_used_as_it_is_with_a_warning(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import redis
 
 from metrics_server import serving_metrics
 from ragkv import checks, doctor
@@ -20,6 +21,8 @@ from ragkv.checks import check_disk, check_memory, check_redis, check_settings
 from ragkv.config import load
 from ragkv.connectors.vllm.tryout import TOKENS, judge_engine, judge_interface, judge_version
 from ragkv.doctor import check_server, check_versions, check_vllm, examine
+from ragkv.kvstore.backing import Backing
+from ragkv.kvstore.stores.contract import Room
 from redis_server import needs_server
 
 RAGKV = str(Path(sys.executable).parent / "ragkv")
@@ -202,13 +205,14 @@ def test_shared_memory_too_small(shared_memory):
     assert only([check_memory(settings(memory={"capacity": "32MiB"}))], "ok")
 
 
-def test_shared_memory_that_nothing_backs(shared_memory, monkeypatch, tmp_path):
+def test_shared_memory_that_nothing_backs(shared_memory, monkeypatch):
     shared_memory(64 * MIB)
-    monkeypatch.setattr(checks, "MEMORY_LIMIT", tmp_path / "memory.max")
-    (tmp_path / "memory.max").write_text(f"{16 * MIB}\n")
-    assert "has 16 MiB of memory" in only([check_memory(settings(memory={"capacity": "32MiB"}))], "warn").said
-    (tmp_path / "memory.max").write_text("max\n")
-    assert only([check_memory(settings(memory={"capacity": "32MiB"}))], "ok")
+    monkeypatch.setattr(checks, "backing", lambda: Backing(16 * MIB, "the memory limit in memory.max"))
+    found = only([check_memory(settings(memory={"capacity": "32MiB"}))], "fail")
+    assert "memory.max leaves 16 MiB" in found.said and "at most 16MiB" in found.todo
+    for there in (None, Backing(32 * MIB, "this machine's memory")):
+        monkeypatch.setattr(checks, "backing", lambda there=there: there)
+        assert only([check_memory(settings(memory={"capacity": "32MiB"}))], "ok")
 
 
 def test_no_shared_memory(monkeypatch, tmp_path):
@@ -256,6 +260,17 @@ def test_a_disk_with_less_room_than_its_budget(tmp_path):
     assert found.status == "warn" and "less than disk.capacity = 900 TiB" in found.said
 
 
+def test_a_disk_that_runs_out_of_files_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.DiskStore, "room", lambda self: Room(1 << 60, 1 << 60, 105, 2000))
+    _, found = disk(tmp_path / "kept")
+    assert found.status == "warn" and "room for 5 files" in found.said and "inodes" in found.todo
+
+
+def test_a_disk_that_says_nothing_of_its_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.DiskStore, "room", lambda self: None)
+    assert "unknown free" in only(disk(tmp_path / "kept", capacity="900TiB"), "ok").said
+
+
 def test_tiers_that_are_off():
     assert "no disk tier" in only(check_disk(settings()), "ok").said
     assert "no Redis tier" in only(check_redis(settings()), "ok").said
@@ -291,7 +306,7 @@ def test_redis_as_it_should_be_and_as_it_should_not():
         assert limits.said == "maxmemory 64 MiB, policy allkeys-lru"
         assert server.client().dbsize() == 0
         server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-        assert "takes nothing more" in check_redis(settings(redis={"url": server.url}))[1].said
+        assert "ragkv removes chunks" in check_redis(settings(redis={"url": server.url}))[1].said
         server.ask("CONFIG", "SET", "maxmemory", "0")
         assert "no maxmemory" in check_redis(settings(redis={"url": server.url}))[1].said
         server.ask("CONFIG", "SET", "requirepass", "hunter2")
@@ -301,6 +316,19 @@ def test_redis_as_it_should_be_and_as_it_should_not():
         found = only(check_redis(settings(redis={"url": server.url, "timeout": 0.2})), "fail")
         server.cont()
         assert "network" in found.todo
+
+
+@needs_server
+@pytest.mark.parametrize("told", [{}, {"maxmemory": "plenty"}, redis.ResponseError("unknown command 'INFO'")])
+def test_a_redis_that_says_nothing_of_its_memory(monkeypatch, told):
+    def info(self, section):
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    monkeypatch.setattr(redis.Redis, "info", info)
+    with Server() as server:
+        only(check_redis(settings(redis={"url": server.url})), "ok")
 
 
 @needs_server

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.benchmarks.redis_server import Server, wait_until
+from ragkv.benchmarks.redis_server import SERVICE, Cluster, Server, wait_until
+from ragkv.benchmarks.server import HOST
 from ragkv.errors import StoreError
 from ragkv.kvstore.stores import redis as module
 from ragkv.kvstore.stores.redis import RedisStore
@@ -211,16 +212,88 @@ def test_refusals_and_no_word_of_the_password(make, caplog):
         assert address in repr(mute)
 
 
+def rights(*more):
+    """What the guide gives a user, as arguments of ACL SETUSER; `more`: what it names beside, for some."""
+    text = GUIDE.read_text()
+    line = next(line for line in text.splitlines() if "user ragkv on" in line).strip()
+    assert all(f"`{each}`" in text for each in more)
+    return [*line.removeprefix("user ").replace(">...", ">p").split(), *" ".join(more).split()]
+
+
+def do_all(store):
+    keys = [key(number) for number in range(1, 9)]  # on all nodes of a cluster
+    for each in keys:
+        store.put(each, [b"value"])
+    store.touch(keys)
+    assert store.get_many(keys) == [b"value"] * 8 and store.contains(keys) == [True] * 8
+    assert {entry.key for entry in store.scan()} == set(keys)
+    assert store.make_room(keys[0], 1) == 1
+    assert store.delete(keys) == 7
+
+
 @needs_server
-def test_the_rights_that_suffice(make):
-    rights = next(line for line in GUIDE.read_text().splitlines() if "user ragkv on" in line).strip()
-    with Server(rights.replace(">...", ">p"), password="p2") as server:
-        store = make(f"redis://ragkv:p@{server.url.partition('@')[2]}", ttl_seconds=1000)
-        store.put(key(1), [b"one"])
-        store.touch([key(1)])
-        assert store.get(key(1)) == b"one" and store.contains([key(1)]) == [True]
-        assert [entry.key for entry in store.scan()] == [key(1)]
-        assert store.delete([key(1)]) == 1
+@pytest.mark.parametrize(("database", "more"), [(0, ()), (3, ("+select",)), (0, ("+object|idletime",))])
+def test_the_rights_that_suffice(make, database, more):
+    with Server(f"user {' '.join(rights(*more))}", password="p2") as server:
+        url = f"redis://ragkv:p@{server.url.partition('@')[2]}"
+        do_all(make(f"{url.rpartition('/')[0]}/{database}", ttl_seconds=1000))
+        if database:
+            server.client().execute_command("ACL", "SETUSER", "ragkv", "-select")
+            with fails("refused", "select"):
+                make(f"{url.rpartition('/')[0]}/{database}").get(key(1))
+
+
+@needs_server
+def test_the_rights_that_suffice_on_a_unix_socket(make):
+    with Server(f"user {' '.join(rights('+select'))}", unix=True, password="p2") as server:
+        do_all(make(f"unix://ragkv:p@{server.socket}?db=2", ttl_seconds=1000))
+
+
+@needs_server
+@pytest.mark.slow
+def test_the_rights_that_suffice_behind_sentinels(make):
+    with Server(f"user {' '.join(rights('+select'))}") as server, Server(sentinel_of=server) as watcher:
+        guide = rights("+sentinel|get-master-addr-by-name")[-1]
+        watcher.ask("ACL", "SETUSER", "scout", "on", ">q", guide)
+        watcher.ask("ACL", "SETUSER", "default", "off")
+        where = f"ragkv:p@{HOST}:{watcher.port}/{SERVICE}"
+        do_all(make(f"redis+sentinel://{where}?sentinel_username=scout&sentinel_password=q", ttl_seconds=1000))
+        do_all(make(f"redis+sentinel://{where}/4?sentinel_username=scout&sentinel_password=q", ttl_seconds=1000))
+
+
+@needs_server
+@pytest.mark.slow
+def test_the_rights_that_suffice_in_a_cluster(make):
+    with Cluster() as cluster:
+        for server in cluster.servers:
+            server.ask("ACL", "SETUSER", *rights("+cluster|slots +asking"))
+        do_all(make(cluster.url.replace("://", "://ragkv:p@"), ttl_seconds=1000))
+
+
+@needs_server
+@pytest.mark.parametrize("policy", ["noeviction", "volatile-lru"])
+def test_room_is_made_on_a_server_that_evicts_nothing(make, policy):
+    """Values go on being kept: the longer unused go, and never those of others."""
+    with Server(maxmemory=20 << 20, policy=policy) as server, server.client() as raw:
+        raw.set("theirs", b"x" * (1 << 20))
+        store, size = make(server.url), 1 << 20
+        for number in range(60):
+            try:
+                store.put(key(number), [bytes(size)])
+            except StoreError as error:
+                assert error.reason == "full"
+                assert store.make_room(key(number), size) > 0
+                store.put(key(number), [bytes(size)])
+        assert store.get(key(59)) == bytes(size) and raw.get("theirs") == b"x" * (1 << 20)
+        assert 8 < raw.dbsize() < 20
+
+
+@needs_server
+def test_no_room_is_made_where_nothing_is_ours(make):
+    with Server(maxmemory=20 << 20) as server, server.client() as raw:
+        raw.mset({f"theirs:{number}": bytes(1 << 16) for number in range(50)})
+        assert make(server.url).make_room(key(1), 1 << 20) == 0
+        assert raw.dbsize() == 50
 
 
 @needs_server

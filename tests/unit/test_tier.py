@@ -6,6 +6,7 @@ from hand_lanes import Bench, HandClock, Lower, SeenTwice, key, redis
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
+from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.wrappers import Fault, on_calls
 from ragkv.kvstore.tier import Wanted
 
@@ -45,7 +46,7 @@ def test_what_was_written_is_read(bench):
 def test_what_is_free_is_told_after_a_write_where_the_backend_knows(bench):
     bench.keep(A)
     assert (m.FREE_BYTES, "disk") not in bench.metrics.gauges
-    bench.store.free_bytes = lambda: 12345
+    bench.store.room = lambda: Room(12345, 1 << 40)
     bench.keep(B)
     assert bench.metrics.get(m.FREE_BYTES, "disk") == 12345
 

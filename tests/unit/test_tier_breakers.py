@@ -103,10 +103,11 @@ def test_writing_rests_after_three_failures_and_is_tried_by_a_write(bench):
 
 
 def test_a_full_disk_is_read_all_the_same(bench):
-    bench.keep(A, b"there")
+    bench.keep(D, b"older"), bench.keep(A, b"there")
     bench.store.errors["put"] = FULL
     bench.write(B), bench.settle()
     assert bench.state("write") is State.OPEN, "at once: it will not have room in the next moment"
+    assert D not in bench.index, "what was refused needs room"
     assert bench.read(A) == [b"there"] and bench.tier.knows(A) is True
     bench.tier.touch([A]), bench.settle()
     assert bench.tier.readable
@@ -137,13 +138,13 @@ def test_a_deletion_is_no_trial(bench):
     bench.store.errors["put"] = FULL
     bench.write(A, bytes(10)), bench.settle()
     rests = []
-    for size in (20, 30, 40):
+    for _ in range(3):
         begun = bench.clock.now
-        while not bench.write(A, bytes(size)):
+        while not bench.write(A, bytes(10)):
             bench.clock.now += 0.25
         rests.append(bench.clock.now - begun)
         bench.settle()
-    assert bench.store.calls["delete"] == 4 and rests == [0.5, 1, 2]
+    assert bench.store.calls["delete"] == 8 and rests == [0.5, 1, 2], "one before each write, and one behind it"
 
 
 def test_uses_that_can_be_noted_do_not_make_up_for_reads_that_fail(bench):
