@@ -47,15 +47,15 @@ class Stall:
     cached_tokens: int
 
 
-def stall(llm: Any, running: list[int], second: list[int]) -> Stall:
-    """Run beside the engine: an answer to `running`, and in its middle one token to `second`."""
+def stall(llm: Any, running: list[int], second: list[int], hints: dict[str, Any] | None = None) -> Stall:
+    """Run beside the engine: an answer to `running`, and in its middle one token to `second`, with these hints."""
     engine = llm.llm_engine
     engine.add_request("running", {"prompt_token_ids": running}, _sampling(MOST_ANSWER))
     times: list[float] = []
     while len(times) < BEFORE + 1:
         _step(engine, times)
     came, answered, cached = time.perf_counter(), None, 0
-    engine.add_request("second", {"prompt_token_ids": second}, _sampling(1))
+    engine.add_request("second", {"prompt_token_ids": second}, _sampling(1, hints))
     left = AFTER
     while left:
         for output in _step(engine, times):
@@ -78,10 +78,11 @@ def longest_gap(times: Iterable[float]) -> float:
     return max(after - before for before, after in pairwise(times))
 
 
-def _sampling(tokens: int) -> Any:
+def _sampling(tokens: int, hints: dict[str, Any] | None = None) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    extra = {"kv_transfer_params": {"ragkv": hints}} if hints is not None else None
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
 
 
 def _step(engine: Any, times: list[float]) -> list[Any]:

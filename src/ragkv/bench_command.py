@@ -48,6 +48,17 @@ def stall(
     run(tokens, rounds, filings, json_file)
 
 
+@app.command(epilog="Example: ragkv bench hints --output hints.json")
+def hints(
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Prompts of each kind, asked without and with.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """How much longer others wait where a request comes with the worst hints, against the same without hints."""
+    from ragkv.benchmarks.hints import run
+
+    run(rounds, json_file)
+
+
 @app.command(epilog="Example: ragkv bench soak --minutes 30 --output soak.json")
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long each server is under load.")] = 30,

@@ -135,6 +135,20 @@ def test_requests_of_one_batch_share_the_reads(second, prompts, wanted):
     assert second.metrics()['ragkv_promoted_tokens_total{tier="disk"}'] - before <= TOKENS + ANSWER
 
 
+def sleep_and_wake(llm):
+    """A CPU's worker keeps its weights, but vLLM empties its cache and resets the connector, as on a GPU."""
+    llm.sleep(level=1)
+    llm.wake_up()
+
+
+def test_after_sleep_and_wake_the_disk_is_warm(second, prompts, wanted):
+    second.ask(prompts[:1])  # in memory, which the reset empties
+    second.call(sleep_and_wake)
+    (answer,) = second.ask(prompts[:1], ANSWER)
+    assert answer.tokens == wanted[0]
+    assert answer.hit_tokens.get("disk", 0) >= 0.97 * (TOKENS - 1), "the weights are the same, and so the namespace"
+
+
 def test_what_an_owner_pinned_stays_in_memory(second, prompts, wanted):
     pin = {"ragkv": {"pin": {"owner": "desk", "seconds": 600}}}
     part = prompts[1][:500]  # 500 of 728 tokens that may be pinned
