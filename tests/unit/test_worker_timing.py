@@ -91,7 +91,7 @@ def job(number, rows, slots, **more):
 
 
 def orders(loads=(), stores=(), tokens=0):
-    return StepOrders(list(loads), list(stores), block_tokens=BLOCK, tokens=tokens)
+    return StepOrders(list(loads), list(stores), block_tokens=BLOCK, tokens=tokens, work=2.0 * tokens)
 
 
 def step(side, **given):
@@ -172,7 +172,7 @@ def test_a_steps_forward_is_timed(made, clock):
     side.begin(orders(tokens=500))
     clock.now += 40.0
     side.carry_out(), side.carry_out()
-    assert side.take_report() == StepReport(prefills=[(500, 41.0)])
+    assert side.take_report() == StepReport(prefills=[(1000.0, 41.0)])
     assert side.take_report() is None
 
 
@@ -189,11 +189,13 @@ def test_neither_loads_nor_stores_count_for_the_forward(made, clock):
     side, _, _ = made()
     given = {"loads": [job(1, range(20), range(20))], "stores": [job(2, range(20), range(20))], "tokens": 100}
     step(side, **given)
-    assert side.take_report().prefills == [(100, 1.0)]
+    assert side.take_report().prefills == [(200.0, 1.0)]
 
 
 def test_loads_from_memory_are_timed_and_others_are_not(made, clock):
     side, _, _ = made()
+    step(side, stores=[job(0, [0], [40], device=True)])
+    side.take_report()
     loads = [job(1, range(20), range(20)), job(2, range(20, 30), range(20, 30)), job(3, [0], [40], device=True)]
     step(side, loads=loads)
     assert side.take_report() == StepReport({1: 1, 2: 1, 3: 1}, copies=[(20, 1.0), (10, 1.0)])
@@ -211,9 +213,9 @@ def test_of_small_steps_one_in_so_many_is_timed(made):
     side, _, _ = made()
     for _ in range(2 * SOME_STEPS):
         step(side, tokens=LEAST_TOKENS - 1)
-    assert [tokens for tokens, _ in side.take_report().prefills] == [LEAST_TOKENS - 1] * 2
+    assert [work for work, _ in side.take_report().prefills] == [2 * (LEAST_TOKENS - 1)] * 2
     step(side, tokens=LEAST_TOKENS)
-    assert [tokens for tokens, _ in side.take_report().prefills] == [LEAST_TOKENS]
+    assert [work for work, _ in side.take_report().prefills] == [2 * LEAST_TOKENS]
 
 
 def test_times_that_are_not_known_yet_come_with_a_later_report(made, monkeypatch):
@@ -225,7 +227,7 @@ def test_times_that_are_not_known_yet_come_with_a_later_report(made, monkeypatch
     assert side.take_report() is None
     answers["known"] = 0.5
     step(side)
-    assert side.take_report() == StepReport(prefills=[(100, 0.5)])
+    assert side.take_report() == StepReport(prefills=[(200.0, 0.5)])
     step(side)
     assert side.take_report() is None
 
