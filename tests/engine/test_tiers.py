@@ -146,7 +146,9 @@ def test_after_sleep_and_wake_the_disk_is_warm(second, prompts, wanted):
     second.call(sleep_and_wake)
     (answer,) = second.ask(prompts[:1], ANSWER)
     assert answer.tokens == wanted[0]
-    assert answer.hit_tokens.get("disk", 0) >= 0.97 * (TOKENS - 1), "the weights are the same, and so the namespace"
+    assert answer.hit_tokens.get("disk", 0) >= 0.97 * (TOKENS - 1), (
+        "the weights are the same, and so the namespace"
+    )
 
 
 def test_what_an_owner_pinned_stays_in_memory(second, prompts, wanted):
