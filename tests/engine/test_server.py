@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 from engine_tools import segments
 from otlp_collector import check_one_trace
 from ragkv import rag
-from ragkv.benchmarks.soak import PLAIN, RAGKV, Player, judge
 from ragkv.benchmarks.tenk import generate_filing
 from ragkv.cli import app
 from ragkv.kvstore.metrics import METRICS
@@ -81,16 +80,6 @@ def test_the_doctor_finds_it_well(server):
     findings = json.loads(invoke("doctor", "--url", server.url, "--json"))
     first = {each["check"]: each["status"] for each in reversed(findings)}  # faults of other tests come behind
     assert first["server"] == first["interface"] == first["vllm"] == "ok", findings
-
-
-def test_a_soak_leaves_it_as_it_is(server):
-    """Turns of seconds instead of minutes: enough to see a request fail, a tier overflow, a descriptor leak."""
-    player = Player(server, "smollm2", 49_152, dict)
-    for _ in range(6):
-        player.play(3)
-        server.wake()
-    assert player.readings[-1].requests > 20 and player.readings[-1].memory > 2**29
-    assert judge({PLAIN: player.readings, RAGKV: player.readings}) == [], player.complaints
 
 
 def test_the_serving_benchmark_plays_against_it(server, tmp_path):

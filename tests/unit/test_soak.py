@@ -1,4 +1,4 @@
-"""The soak benchmark: what it asks, and what it calls flat. A real server: tests/engine/test_server.py."""
+"""The soak benchmark: what it asks, and what it calls flat."""
 
 import json
 import random
