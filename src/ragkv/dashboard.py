@@ -237,6 +237,7 @@ def judgement() -> list[Panel]:
                 )
             ],
             kind="state-timeline",
+            states={0: ("loading", "green"), 1: ("declining", "yellow")},
         ),
         Panel(
             "Requests that waited",
@@ -251,20 +252,19 @@ def judgement() -> list[Panel]:
             "Of lower tiers, for reading and for writing.",
             [Query(state, "{{instance}} {{engine}}: {{tier}}, {{side}}")],
             kind="state-timeline",
+            states={0: ("in use", "green"), 1: ("on trial", "yellow"), 2: ("at rest", "red")},
         ),
         Panel(
             "Failed operations",
             "short",
             "Of lower tiers, since the servers started.",
             [so_far("ragkv_tier_errors_total", "tier, reason")],
-            width=12,
         ),
         Panel(
             "Bad payloads",
             "short",
             "Read from a lower tier, found wrong, never served; since the servers started. expired: too old.",
             [so_far("ragkv_tier_rejected_payloads_total", "tier, reason")],
-            width=12,
         ),
     ]
 

@@ -5,15 +5,14 @@ a grid of 24 columns; all rows but the first are closed, so that their queries w
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 COLUMNS = 24
 CHART_HEIGHT, STAT_HEIGHT = 8, 4  # a screen of 1080 lines shows about 24
 SCHEMA = 39
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-STATES = {"0": ("in use", "green"), "1": ("on trial", "yellow"), "2": ("at rest", "red")}
 LAST = {"calcs": ["lastNotNull"], "fields": "", "values": False}
 
 
@@ -27,8 +26,9 @@ class Query(NamedTuple):
 @dataclass(frozen=True)
 class Panel:
     """One panel, of `width` columns. `kind`: Grafana's name for it; `once`: asked for one value, not for a curve;
-    `red_from`: a value is red from here on; `stacking`: "none", "normal" or "percent"; `columns`: of a table, one
-    for each query, with its unit; its rows are told apart by the label `rows`."""
+    `red_from`: a value is red from here on; `stacking`: "none", "normal" or "percent"; `states`: what each value
+    of a state timeline is called, and its colour; `columns`: of a table, one for each query, with its unit; its
+    rows are told apart by the label `rows`."""
 
     title: str
     unit: str
@@ -40,6 +40,7 @@ class Panel:
     red_from: float | None = None
     stacking: str = "none"
     decimals: int | None = None
+    states: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     columns: Sequence[tuple[str, str]] = ()
     rows: str = ""
 
@@ -151,7 +152,7 @@ def _defaults(panel: Panel) -> dict[str, Any]:
             "stacking": {"mode": panel.stacking, "group": "A"},
         }
     elif panel.kind == "state-timeline":
-        shown = {key: {"text": text, "color": color} for key, (text, color) in STATES.items()}
+        shown = {str(key): {"text": text, "color": color} for key, (text, color) in panel.states.items()}
         made["mappings"] = [{"type": "value", "options": shown}]
     elif panel.kind == "stat":
         made["color"] = {"mode": "thresholds"}

@@ -20,6 +20,7 @@ from ragkv.errors import RagKVError
 from ragkv.grafana import COLUMNS, text_of
 from ragkv.kvstore.metrics import METRICS
 from ragkv.scrape import parse
+from ragkv.top import STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Path(ragkv.config.__file__).parent / "observe"
@@ -87,6 +88,16 @@ def test_every_panel_says_what_it_shows():
         assert panel["datasource"]["uid"] == "${datasource}"
         assert all(target["expr"] and target["datasource"] == panel["datasource"] for target in panel["targets"])
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+
+
+def test_a_state_is_called_what_its_metric_means():
+    """The gate's 1 was once called as a breaker's."""
+    called = {}
+    for panel in PANELS:
+        for mapping in panel["fieldConfig"]["defaults"].get("mappings", ()):
+            called[panel["title"]] = [shown["text"] for _, shown in sorted(mapping["options"].items())]
+    assert called["Gate: declining"] == ["loading", "declining"]
+    assert called["Breakers"] == list(STATES.values())
 
 
 def test_queries_use_the_variables_there_are():
