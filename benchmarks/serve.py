@@ -26,6 +26,8 @@ from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.serve_client import KEY_VARIABLE, Sample, play, request_client
 from ragkv.benchmarks.serve_report import Played, report, table
 from ragkv.benchmarks.serve_setup import (
+    CPU_BLOCK,
+    GPU_BLOCK,
     Model,
     Work,
     cache_blocks,
@@ -45,7 +47,6 @@ from ragkv.errors import ConfigError, RagKVError
 
 WEIGH_SECONDS = 1.0
 WEIGH_REST = 100  # times as long as weighing took: it takes from what is timed, and most from large caches
-CPU_BLOCK, GPU_BLOCK = 128, 16  # tokens, as vLLM chooses itself for most models
 
 Say = Callable[[str], None]
 

@@ -16,6 +16,7 @@ from ragkv.config.settings import parse_size
 from ragkv.errors import ConfigError
 from ragkv.rag import Server as Client
 
+CPU_BLOCK, GPU_BLOCK = 128, 16  # tokens, as vLLM chooses itself for most models
 SLACK_TOKENS = 16
 OURS = {  # options of vLLM that the benchmark sets for every system, and what to use instead
     "--model": "MODEL",

@@ -12,13 +12,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -26,18 +25,19 @@ from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.redis_server import Server as Redis
 from ragkv.benchmarks.redis_server import find_server
 from ragkv.benchmarks.report import write_json
+from ragkv.benchmarks.serve_setup import CPU_BLOCK, GPU_BLOCK, on_cpu
+from ragkv.benchmarks.serve_systems import PLAIN, RAGKV, Setup, vllm_command, vllm_environment
 from ragkv.benchmarks.server import Server, free_port, terminated_kindly
 from ragkv.benchmarks.soak_load import Users
 from ragkv.config.settings import format_size
+from ragkv.kvstore import metrics as m
 from ragkv.scrape import scrape
 
-PLAIN, RAGKV = SYSTEMS = ("plain", "ragkv")
 USERS = 4
 NAME, LONGEST, BLOCKS = "soak", 2048, 24  # of vLLM's own cache: so few that everything is evicted all the time
 MEMORY, DEVICE, DISK, REDIS = 128 << 20, 32 << 20, 256 << 20, 128 << 20  # bytes
 GROWTH = 0.05  # that memory may grow more than plain vLLM's, from the middle third of the turns to the last
 SPARE = 2  # descriptors, threads: two moments differ by so much
-ERRORS = "ragkv_errors_total"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Player:
         self._users.ask_for(seconds)
         self._minutes += seconds / 60
         tally, (descriptors, threads) = self._users.tally, self.server.counts()
-        errors = scrape(self.server.url).total(ERRORS)
+        errors = scrape(self.server.url).total(m.ERRORS)
         self.readings.append(
             Reading(
                 self._minutes,
@@ -198,26 +198,25 @@ def _start(stack: ExitStack, model: Path, console: Console) -> dict[str, Player]
     }
     if redis is not None:
         settings["redis"] = {"url": redis.url}
-    (folder / "ragkv.yaml").write_text(yaml.safe_dump(settings))
-    heads = {
-        PLAIN: [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)],
-        RAGKV: [
-            str(Path(sys.executable).with_name("ragkv")),
-            "serve",
-            str(model),
-            "--config",
-            str(folder / "ragkv.yaml"),
-        ],
-    }
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    cpu = on_cpu()
+    setup = Setup(
+        model=str(model),
+        name=NAME,
+        memory=MEMORY,
+        blocks=BLOCKS,
+        block_size=CPU_BLOCK if cpu else GPU_BLOCK,
+        longest=LONGEST,
+        logs=folder,
+        cpu=cpu,
+    )
+    connector = {"kv_connector": "RagKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     players = {}
-    for name, head in heads.items():
+    for name, transfer in ((PLAIN, None), (RAGKV, connector)):
         port = free_port()
-        command = [*head, "--served-model-name", NAME, "--port", str(port), "--max-model-len", str(LONGEST)]
-        command += ["--enforce-eager", "--num-gpu-blocks-override", str(BLOCKS)]
+        command = vllm_command(Path(sys.executable), setup, port, transfer, None if cpu else 0.45)
         console.print(f"starting {name}")
-        server = stack.enter_context(Server(command, port, folder / f"{name}.log", environment))
+        server = stack.enter_context(Server(command, port, folder / f"{name}.log", vllm_environment(setup)))
         server.wait().rest()
         tiers = folder / "disk" if name == RAGKV else None
         players[name] = Player(
@@ -230,7 +229,10 @@ def read_tiers(folder: Path | None, redis: Redis | None) -> dict[str, int]:
     """What lower tiers hold, in bytes of values and in number."""
     found: dict[str, int] = {}
     if folder is not None:
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        sizes = []
+        for path in folder.rglob("*.kv"):
+            with suppress(FileNotFoundError):  # evicted since it was listed
+                sizes.append(path.stat().st_size)
         found |= {"disk": sum(sizes), "files": len(sizes)}
     if redis is not None:
         client = redis.client()
