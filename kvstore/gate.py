@@ -82,9 +82,8 @@ class Gate:
 
     def allows(self, tokens: int, tier: str, sizes: dict[str, int] | None = None, start: int = 0) -> bool:
         """Whether to load: it pays, or it is to be tried. `tier` only names the decision."""
-        pays = self.pays(tokens, sizes, start)
         times = (self.loading(tokens, sizes), self.computing(tokens, start)) if self.judges else (0.0, 0.0)
-        return not self.declines(tier, tokens, *times, pays=pays)
+        return not self.declines(tier, tokens, *times, pays=times[0] <= times[1])
 
     def declines(self, name: str, tokens: int, loading: float, computing: float, *, pays: bool) -> bool:
         """Whether to leave something be: it does not pay, and it is not to be tried. `name`: of the decision;

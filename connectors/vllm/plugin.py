@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-from ragkv.config import Loaded
+from ragkv.config import Loaded, Settings
 from ragkv.connectors.vllm import NAME
 from ragkv.connectors.vllm.faults import in_words, logger
 from ragkv.connectors.vllm.model import watch_workers
@@ -53,6 +53,11 @@ def _serving_all_the_same(what: str) -> Iterator[None]:
         logger.warning("ragkv: %s: %s", what, in_words(error))
 
 
+def _check_room(settings: Settings) -> None:
+    with _serving_all_the_same("the room for the memory tier could not be looked at"):
+        check_room(settings)
+
+
 def check_settings(kv_transfer_config: Any) -> Loaded:
     """The settings of an engine to be. ConfigError: they cannot be, or not on this machine.
 
@@ -62,8 +67,7 @@ def check_settings(kv_transfer_config: Any) -> Loaded:
     extra, marks = split_marks(kv_transfer_config.kv_connector_extra_config)
     loaded = read_settings(extra)
     if not getattr(kv_transfer_config, ROOM_CHECKED, False) and not marks.get(ROOM_CHECKED, False):
-        with _serving_all_the_same("the room for the memory tier could not be looked at"):
-            check_room(loaded.settings)
+        _check_room(loaded.settings)
         object.__setattr__(kv_transfer_config, ROOM_CHECKED, True)
     return loaded
 
@@ -76,8 +80,7 @@ def _check_child(kv_transfer_config: Any, entry: dict[str, Any], find_class: Any
     extra, marks = split_marks(entry[EXTRA])
     settings = read_settings(extra).settings
     if not marks.get(ROOM_CHECKED, False):
-        with _serving_all_the_same("the room for the memory tier could not be looked at"):
-            check_room(settings)
+        _check_room(settings)
         entry[EXTRA][ROOM_CHECKED] = True
     note_rivals(kv_transfer_config, KVConnectorBase_V1, find_class)
     kv_transfer_config.kv_load_failure_policy = "recompute"

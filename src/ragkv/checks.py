@@ -66,10 +66,10 @@ def check_memory(settings: Settings) -> Finding:
             "is taken already"
         )
         return Finding("shared memory", "fail", f"too small: {said}", todo)
-    there = backing()
-    if there is not None and want > there.bytes:
-        said += f"; {there.source} leaves {_size(there.bytes)} to back it, and the engine would be killed"
-        todo = f"set memory.capacity to at most {there.bytes // MIB}MiB, or give the engine more memory"
+    found = backing()
+    if found is not None and want > found.bytes:
+        said += f"; {found.source} leaves {_size(found.bytes)} to back it, and the engine would be killed"
+        todo = f"set memory.capacity to at most {found.bytes // MIB}MiB, or give the engine more memory"
         return Finding("shared memory", "fail", said, todo)
     return Finding("shared memory", "ok", said)
 
