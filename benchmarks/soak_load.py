@@ -69,7 +69,8 @@ class Users:
             prompt += self._document(chance)
         prompt += [chance.randrange(self._vocabulary) for _ in range(QUESTION_TOKENS)]
         body: dict[str, Any] = {"model": self._server.model, "prompt": prompt, "max_tokens": ANSWER_TOKENS}
-        body |= {"temperature": 0, "ignore_eos": True, "n": 1 + (chance.random() < SEVERAL)}
+        several = chance.random() < SEVERAL
+        body |= {"temperature": float(several), "ignore_eos": True, "n": 1 + several}  # greedy answers are one
         if (tenant := chance.choice(TENANTS)) is not None:
             body["cache_salt"] = tenant
         if chance.random() < HINTED:

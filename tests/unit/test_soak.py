@@ -59,7 +59,7 @@ def test_the_load_is_of_all_kinds_and_fits():
     assert max(len(body["prompt"]) for body in bodies) + soak_load.ANSWER_TOKENS <= soak.LONGEST
     assert all(0 <= token < 500 for body in bodies for token in body["prompt"])
     assert {body.get("cache_salt") for body in bodies} == set(soak_load.TENANTS)
-    assert {body["n"] for body in bodies} == {1, 2}
+    assert {(body["n"], body["temperature"]) for body in bodies} == {(1, 0.0), (2, 1.0)}, "as vLLM takes them"
     hints = [json.dumps(body["kv_transfer_params"]["ragkv"]) for body in bodies if "kv_transfer_params" in body]
     assert set(hints) == set(map(json.dumps, soak_load.HINTS))
     heads = {tuple(body["prompt"][: soak_load.SYSTEM_TOKENS + 64]) for body in bodies}
