@@ -26,6 +26,7 @@ STOP_SECONDS = 20.0
 KILL_SECONDS = 20.0
 POLL_SECONDS = 0.1
 PING_SECONDS = 5.0
+MOST_BYTES = 64 << 20  # of an answer
 LOG_LINES = 25
 
 # Waits for the end of its standard input, which the process that started the server alone holds open.
@@ -48,7 +49,7 @@ def fetch(url: str, seconds: float = PING_SECONDS) -> str:
     """The text behind a URL, past any proxy. OSError where it cannot be had."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=seconds) as answer:
-        text: str = answer.read().decode("utf-8", "replace")
+        text: str = answer.read(MOST_BYTES).decode("utf-8", "replace")
         return text
 
 

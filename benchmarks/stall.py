@@ -48,7 +48,8 @@ class Stall:
 
 
 def stall(llm: Any, running: list[int], second: list[int], hints: dict[str, Any] | None = None) -> Stall:
-    """Run beside the engine: an answer to `running`, and in its middle one token to `second`, with these hints."""
+    """Run beside the engine: an answer to `running`, and in its middle one token to `second`, which brings these
+    hints."""
     engine = llm.llm_engine
     engine.add_request("running", {"prompt_token_ids": running}, _sampling(MOST_ANSWER))
     times: list[float] = []
@@ -81,7 +82,7 @@ def longest_gap(times: Iterable[float]) -> float:
 def _sampling(tokens: int, hints: dict[str, Any] | None = None) -> Any:
     from vllm import SamplingParams
 
-    extra = {"kv_transfer_params": {"ragkv": hints}} if hints is not None else None
+    extra = None if hints is None else {"kv_transfer_params": {"ragkv": hints}}
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
 
 

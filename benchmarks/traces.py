@@ -17,6 +17,7 @@ from ragkv.kvstore import trace as ours
 
 SEMANTICS = ("prefix", "content")
 GENERATED = "generated:"
+LONGEST_LINE = 64 << 20
 MOONCAKE_LINE = '{"hash_ids": [whole numbers], ...}'
 Unit = Literal["blocks", "tokens"]
 Line = Sequence[tuple[str | int, int]]
@@ -112,19 +113,21 @@ def read_trace(path: Path) -> Trace:
 def _entries(path: Path) -> Iterator[tuple[int, object]]:
     """Number and JSON value of every line."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as lines:
+            number = 0
+            while text := lines.readline(LONGEST_LINE):
+                number += 1
+                if not text.strip():
+                    continue
+                try:
+                    entry = json.loads(text)
+                except (ValueError, RecursionError):
+                    if not text.endswith(b"\n") and len(text) < LONGEST_LINE:
+                        return
+                    raise ConfigError(f"{path}, line {number}: no JSON; allowed: one JSON object a line") from None
+                yield number, entry
     except OSError as error:
         raise ConfigError(f"trace = {path}: {error.strerror}; allowed: a file of JSON lines") from None
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                return
-            raise ConfigError(f"{path}, line {number}: no JSON; allowed: one JSON object a line") from None
-        yield number, entry
 
 
 def _unit(entry: object) -> Unit:

@@ -14,19 +14,35 @@ UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
 SELECTION_NAMES = ("deviation", "first_tokens", "query", "query_deviation", "random")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+HINT_NAMES = (
+    "documents",
+    "fuse",
+    "pin",
+    "priority",
+    "recompute_ratio",
+    "selection",
+    "store",
+    "ttl",
+    "turn",
+    "unpin",
+)
+MOST_BYTES = 2**63 - 1  # what a size may be
+_SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)")
 
 
 def parse_size(value: object) -> int:
     """Bytes from an int or a text like "4GiB" or "500 MB". ValueError says what is allowed."""
     allowed = "a whole number of bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value <= MOST_BYTES:
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError(f"allowed: {allowed}")
-    return int(Fraction(match[1]) * units[match[2].lower()])
+    size = int(Fraction(match[1]) * units[match[2].lower()])
+    if size > MOST_BYTES:
+        raise ValueError(f"allowed: {allowed}, at most {format_size(MOST_BYTES)}")
+    return size
 
 
 def format_size(size: int) -> str:
@@ -172,6 +188,28 @@ class FusionSettings(Section):
         return selection
 
 
+class HintsSettings(Section):
+    """What requests may ask for."""
+
+    allow: str = Field(default="all", description="kinds of hints that count; others are ignored, and counted")
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _known(cls, allow: object) -> str:
+        names = [name.strip() for name in allow.split(",")] if isinstance(allow, str) else allow
+        if names in (["all"], ["none"]):
+            return str(names[0])
+        if isinstance(names, list | tuple) and names and all(name in HINT_NAMES for name in names):
+            return ", ".join(sorted(set(names)))
+        raise ValueError(f"allowed: all, none, or some of {', '.join(HINT_NAMES)}")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that count."""
+        named = {"all": ", ".join(HINT_NAMES), "none": ""}.get(self.allow, self.allow)
+        return frozenset(named.split(", ")) - {""}
+
+
 class TraceSettings(Section):
     """A record of what is asked, without text, for `ragkv simulate`."""
 
@@ -231,6 +269,7 @@ class Settings(Section):
     chunks: ChunkSettings = ChunkSettings()
     transfer: TransferSettings = TransferSettings()
     fusion: FusionSettings = FusionSettings()
+    hints: HintsSettings = HintsSettings()
     trace: TraceSettings = TraceSettings()
     control: ControlSettings = ControlSettings()
 

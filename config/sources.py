@@ -14,12 +14,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ragkv.config.settings import Settings, format_size, keys, parse_size, rough_size
+from ragkv.config.settings import MOST_BYTES, Settings, format_size, keys, parse_size, rough_size
+from ragkv.config.yaml_files import read_yaml
 from ragkv.errors import ConfigError
+from ragkv.shown import printable
 
 PREFIX = "RAGKV_"
 FILE_VARIABLE = "RAGKV_CONFIG"
 FILE_KEY = "config"
+SHOWN = 200  # characters of a faulty value
+SHOWN_FAULTS = 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Loaded:
             section, name = key.split(".")
             value = getattr(getattr(self.settings, section), name)
             text = format_size(value) if key in _SIZES else hide_password(str(value))
-            rows.append((key, text, self.origins.get(key, "default")))
+            rows.append((key, printable(text), printable(self.origins.get(key, "default"))))
         return rows
 
 
@@ -54,7 +58,11 @@ def show_value(name: str, value: object) -> str:
     """A faulty value as errors show it, without passwords."""
     if "pass" in name.lower():
         return "***"
-    return repr(hide_password(value)) if isinstance(value, str) else hide_password(repr(value))
+    try:
+        text = repr(hide_password(value)) if isinstance(value, str) else hide_password(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or very deep
+        text = f"<{type(value).__name__}>"
+    return printable(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 _URL_PASSWORD = re.compile(r"(://(?:[^:\s]*:)?).*@", re.DOTALL)  # up to the last @: a password may hold others
@@ -100,7 +108,9 @@ def load(
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        faults += [_explain(each, origins) for each in error.errors()]
+        found = error.errors()
+        faults += [_explain(each, origins) for each in found[:SHOWN_FAULTS]]
+        faults += [f"and {len(found) - SHOWN_FAULTS} more"] if len(found) > SHOWN_FAULTS else []
     if faults:
         raise ConfigError("ragkv: " + "; ".join(faults))
     return Loaded(settings, origins)
@@ -111,10 +121,10 @@ def read_file(path: object) -> Mapping[str, Any]:
     if not isinstance(path, str | Path):
         raise ConfigError(f"ragkv: {FILE_KEY} = {path!r}; allowed: the path of a YAML file")
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = read_yaml(Path(path))
     except OSError as error:
         raise ConfigError(f"ragkv: configuration file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, too large, or a date that is none
         raise ConfigError(
             f"ragkv: configuration file {path} is not YAML: {hide_password(' '.join(str(error).split()))}"
         ) from None
@@ -178,7 +188,7 @@ def _variable(section: str, name: str) -> str:
 
 
 def _explain(error: Any, origins: Mapping[str, str]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = printable(".".join(str(part)[:SHOWN] for part in error["loc"]))
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         section = key.partition(".")[0]
@@ -196,7 +206,7 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
     sources = dict.fromkeys(o for k, o in origins.items() if k == key or k.startswith(f"{key}."))
     origin = f" (from {', '.join(sources)})" if sources else ""
     given = error["input"]
-    whole = key in _SIZES and type(given) is int and given > 0 and given % 1024 == 0
+    whole = key in _SIZES and type(given) is int and 0 < given <= MOST_BYTES and given % 1024 == 0
     return f"{key} = {format_size(given) if whole else show_value(key, given)}{origin}: {text}"
 
 

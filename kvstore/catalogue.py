@@ -12,17 +12,20 @@ from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
 
 PAGE_NUMBER_BYTES = 4
+REACH = 1024  # tokens that are compared with children at first: few chunks have more
+LOOKED_AT = 64  # siblings, to each side, that are passed over since they are not ready
 
 
 class Chunk:
     """KV of `tokens` (int32 bytes) behind the chunks from `parent` up. Compared by identity.
 
     `pages`: int32 bytes, the pages that hold it, in order; `device`: likewise, in the device tier. `children`:
-    None, one chunk, or a list sorted by tokens (most chunks have one). `ready`, `open`, `below` and `hits` share
-    one small integer: there may be millions of chunks.
+    None, one chunk, or a list sorted by tokens (most chunks have one). `position`: of its first token behind
+    `root`, its topmost ancestor (itself, where it has no parent). `ready`, `open`, `below` and `hits` share one
+    small integer: there may be millions of chunks.
     """
 
-    __slots__ = ("_state", "children", "device", "key", "pages", "parent", "pins", "tokens")
+    __slots__ = ("_state", "children", "device", "key", "pages", "parent", "pins", "position", "root", "tokens")
 
     MOST_BELOW, MOST_HITS = 0b111, 7
     _READY, _OPEN, _BELOW, _HITS = 1, 2, 2, 5  # two masks, two shifts
@@ -35,6 +38,8 @@ class Chunk:
         self.device = b""
         self.pins = 0
         self.children: Chunk | list[Chunk] | None = None
+        self.position: int = 0 if parent is None else parent.position + len(parent)
+        self.root: Chunk = self if parent is None else parent.root
         self._state = 0
 
     @property
@@ -87,7 +92,7 @@ class LooseRoot(Chunk):
     matches a prompt, and is found by its tokens alone. `holder`: key of the chunk that it is a copy of, which
     began at token `position` of a prompt of `namespace`. The loose chunk has the root's key."""
 
-    __slots__ = ("holder", "namespace", "position")
+    __slots__ = ("holder", "namespace")
 
     def __init__(self, namespace: bytes, holder: bytes, position: int) -> None:
         super().__init__(loose_key(holder), None, b"")
@@ -155,7 +160,13 @@ class Catalogue:
             parent, start = chunk, end
         tail = None
         while start < limit:
-            child, shared = longest_shared(parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * limit])
+            reach = REACH
+            rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
+            child, shared = longest_shared(parent, rest)
+            while shared == reach:  # else not all of the rest each time: that would be quadratic
+                reach *= 2
+                rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
+                child, shared = longest_shared(parent, rest)
             if child is None:
                 break
             chunks.append(child)
@@ -230,7 +241,7 @@ def longest_shared(parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
         place = bisect.bisect_left(children, tokens, key=_tokens)
         after = (children[index] for index in range(place, len(children)))
         before = (children[index] for index in range(place - 1, -1, -1))
-        near = [c for side in (after, before) for c in islice(filter(_ready, side), 1)]
+        near = [c for side in (after, before) for c in islice(filter(_ready, islice(side, LOOKED_AT)), 1)]
     best, most = None, 0
     for child in near:
         shared = shared_tokens(child.tokens, tokens) if child.ready else 0
@@ -253,12 +264,15 @@ def rows(
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64. `device`:
     in the device tier."""
-    parts = []
-    for chunk in chunks:
-        pages = np.frombuffer(chunk.device if device else chunk.pages, dtype=np.int32).astype(np.int64)
-        grid = pages[:, None] * page_tokens + np.arange(page_tokens)
-        parts.append(grid.reshape(-1)[: len(chunk)])
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    held = [chunk.device if device else chunk.pages for chunk in chunks]
+    pages = np.frombuffer(b"".join(held), dtype=np.int32).astype(np.int64)
+    sizes = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
+    first_pages = list(accumulate((len(each) // PAGE_NUMBER_BYTES for each in held), initial=0))[:-1]
+    first_rows = np.array(first_pages, dtype=np.int64) * page_tokens  # were all pages full, and beside each other
+    index = np.repeat(first_rows - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+    found: np.ndarray[tuple[int], np.dtype[np.int64]] = pages[index // page_tokens] * page_tokens
+    found += index % page_tokens
+    return found
 
 
 def loose_key(holder: bytes) -> bytes:
@@ -278,13 +292,17 @@ def starts(chunks: Sequence[Chunk]) -> list[int]:
 
 def origin(chunk: Chunk) -> tuple[bytes, int]:
     """The namespace of a chunk, and the position of its first token; of a loose chunk, where it was computed."""
-    if isinstance(chunk.parent, LooseRoot):
-        return chunk.parent.namespace, chunk.parent.position
-    position, above = 0, chunk.parent
-    while above is not None and above.parent is not None:
-        position += len(above)
-        above = above.parent
-    return above.key if above is not None else b"", position
+    root = chunk.root
+    return root.namespace if isinstance(root, LooseRoot) else root.key, chunk.position
+
+
+def child_of(parent: Chunk, tokens: bytes) -> Chunk | None:
+    """The ready child of `parent` that holds just these tokens."""
+    children = parent.children
+    if isinstance(children, list):
+        place = bisect.bisect_left(children, tokens, key=_tokens)
+        children = children[place] if place < len(children) else None
+    return children if children is not None and children.ready and children.tokens == tokens else None
 
 
 def descendants(chunk: Chunk) -> list[Chunk]:

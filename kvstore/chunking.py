@@ -2,9 +2,10 @@
 
 A chunk ends at the first paragraph break between `min_tokens` and `max_tokens` of its start; where there is
 none, at the first token in that range at which a hash of the last few tokens says so; at `max_tokens` at the
-latest. Boundaries that the caller names always hold. A decision looks at nothing before the chunk's start, so
-the same passage is cut alike wherever it stands: content-defined chunking (Muthitacharoen, Chen, Mazières:
-"A Low-bandwidth Network File System", SOSP 2001, section 3.1), with paragraphs for anchors.
+latest. Boundaries that the caller names come first, where no chunk gets shorter than `min_tokens` by them. A
+decision looks at nothing before the chunk's start, so the same passage is cut alike wherever it stands:
+content-defined chunking (Muthitacharoen, Chen, Mazières: "A Low-bandwidth Network File System", SOSP 2001, section
+3.1), with paragraphs for anchors.
 """
 
 import bisect
@@ -79,20 +80,24 @@ class Chunker:
     def cut(self, tokens: Tokens, start: int = 0, named: Sequence[int] = ()) -> list[int]:
         """Ends, ascending, of all chunks from `start` on that later tokens cannot change.
 
-        `start`: 0 or an end that an earlier call gave for a prefix of `tokens`. `named`: ascending boundaries
-        that must be kept. The tokens behind the last end are an open tail, shorter than `max_tokens` + 1.
+        `start`: 0 or an end that an earlier call gave for a prefix of `tokens`. `named`: ascending boundaries.
+        Each is kept that is `min_tokens` or more behind the last that is kept, or behind the beginning (where two
+        chunks of `min_tokens` fit into one of `max_tokens`); no chunk is shorter for their sake. The tokens behind
+        the last end are an open tail, shorter than `max_tokens` + 1.
         """
         size = len(tokens)
-        if size - start < self.min_tokens and not named:
+        if size - start < self.min_tokens:
             return []
         paragraphs = self._structure.breaks(tokens).tolist()
         hashed: list[int] | None = None
         ends: list[int] = []
         while True:
             low, high = start + self.min_tokens, start + self.max_tokens
-            name = _next(named, start + 1)
-            end = _next(paragraphs, low)
-            if name is not None and name <= min(high, size) and (end is None or name <= end):
+            name, end = _next(named, low), _next(paragraphs, low)
+            kept = name is not None and name <= high and (end is None or end > name - self.min_tokens)
+            if name is not None and kept:  # a chunk that ended before it would leave too little for one up to it
+                if name > size:
+                    return ends
                 end = name
             elif end is None or end > high:
                 if size <= high:
@@ -101,6 +106,8 @@ class Chunker:
                     hashed = (np.flatnonzero(rolling_hash(tokens) <= self._threshold) + 1).tolist()
                 end = _next(hashed, low)
                 end = high if end is None or end > high else end
+            if name is not None and not kept and low <= name - self.min_tokens < end:
+                end = name - self.min_tokens
             ends.append(end)
             start = end
 

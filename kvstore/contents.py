@@ -1,44 +1,52 @@
 """Which chunks in memory hold some tokens, wherever they were computed: one dictionary access a lookup."""
 
+from itertools import chain, islice
+
 import xxhash
 
-from ragkv.kvstore.catalogue import Chunk
+from ragkv.kvstore.catalogue import Chunk, origin
 
 
 class Contents:
-    """An index from tokens to the chunks that hold just these, of all namespaces. Whoever looks up compares
-    namespaces; tokens are compared here. Most tokens have one holder, which then stands without a list."""
+    """An index from a namespace and tokens to the chunks that hold just these. Tokens are compared here. Most
+    tokens have one holder, which then stands without a dictionary."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Chunk | list[Chunk]] = {}
+        self._held: dict[int, Chunk | dict[Chunk, None]] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Enter a chunk, once."""
-        key = xxhash.xxh3_64_intdigest(chunk.tokens)
+        key = _key(origin(chunk)[0], chunk.tokens)
         held = self._held.get(key)
         if held is None:
             self._held[key] = chunk
         elif isinstance(held, Chunk):
-            self._held[key] = [held, chunk]
+            self._held[key] = {held: None, chunk: None}
         else:
-            held.append(chunk)
+            held[chunk] = None
 
     def remove(self, chunk: Chunk) -> None:
         """Take a chunk out; no matter if it never was entered."""
-        key = xxhash.xxh3_64_intdigest(chunk.tokens)
+        key = _key(origin(chunk)[0], chunk.tokens)
         held = self._held.get(key)
         if held is chunk:
             del self._held[key]
-        elif isinstance(held, list) and chunk in held:
-            held.remove(chunk)
+        elif isinstance(held, dict) and chunk in held:
+            del held[chunk]
             if len(held) == 1:
-                self._held[key] = held[0]
+                self._held[key] = next(iter(held))
 
-    def holders(self, tokens: bytes) -> list[Chunk]:
-        """All chunks that hold just these tokens (int32 bytes), in the order in which they were entered."""
-        held = self._held.get(xxhash.xxh3_64_intdigest(tokens))
-        several = held if isinstance(held, list) else [] if held is None else [held]
-        return [chunk for chunk in several if chunk.tokens == tokens]
+    def holders(self, namespace: bytes, tokens: bytes, most: int) -> list[Chunk]:
+        """Chunks of a namespace that hold just these tokens (int32 bytes), in the order in which they were
+        entered; of more than `most` the first and the last, half of each."""
+        held = self._held.get(_key(namespace, tokens))
+        if held is None:
+            return []
+        several = [held] if isinstance(held, Chunk) else held
+        if len(several) > most:
+            last = list(islice(reversed(several), most - most // 2))
+            several = list(chain(islice(several, most // 2), reversed(last)))
+        return [chunk for chunk in several if chunk.tokens == tokens and origin(chunk)[0] == namespace]
 
     def clear(self) -> None:
         """Forget all."""
@@ -46,5 +54,9 @@ class Contents:
 
     def check_integrity(self, chunks: list[Chunk]) -> None:
         """Raise AssertionError unless just these chunks are entered."""
-        held = [c for each in self._held.values() for c in (each if isinstance(each, list) else [each])]
+        held = [c for each in self._held.values() for c in (each if isinstance(each, dict) else [each])]
         assert len(held) == len(set(held)) and set(held) == set(chunks), "contents and catalogue disagree"
+
+
+def _key(namespace: bytes, tokens: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(tokens, int.from_bytes(namespace[:8], "little"))

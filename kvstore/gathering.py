@@ -18,6 +18,8 @@ from ragkv.kvstore.stores.contract import Buffer
 from ragkv.kvstore.tier import StoreTier, Wanted
 from ragkv.kvstore.tier_jobs import EXPIRED
 
+HELD = 2  # holders that are asked for, where one is enough
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Gather(Lift):
@@ -50,8 +52,7 @@ class Gathering(Lifts[Gather]):
         return gather
 
     def _held(self, namespace: bytes, tokens: bytes) -> bool:
-        contents = self._hierarchy.index_contents()
-        return any(origin(chunk)[0] == namespace for chunk in contents.holders(tokens))
+        return bool(self._hierarchy.index_contents().holders(namespace, tokens, HELD))
 
     def _coming(self, gather: Gather) -> dict[bytes, Chunk]:
         """By content key, what is on its way of that which is wanted."""

@@ -5,13 +5,14 @@ hold is brought here first (`ragkv.kvstore.placement`).
 """
 
 import bisect
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot, Match, descendants, is_loose, longest_shared
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.contents import Contents
-from ragkv.kvstore.holds import Holds
+from ragkv.kvstore.holds import NEVER, Holds
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
 from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.metrics import Metrics
@@ -77,16 +78,25 @@ class Hierarchy:
 
     def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
-        return self._catalogue.match(self._catalogue.root(namespace), chain, limit)
+        found = self._catalogue.match(self._catalogue.root(namespace), chain, limit)
+        return self._in_time(found) if self.holds.late else found
 
     def reserve(
-        self, namespace: bytes, chain: TokenChain, upto: int, *, asked: int = 0, priority: int = 0
+        self,
+        namespace: bytes,
+        chain: TokenChain,
+        upto: int,
+        *,
+        asked: int = 0,
+        priority: int = 0,
+        until: float = NEVER,
     ) -> list[tuple[int, Chunk]]:
         """Room for the chunks of the first `upto` tokens that are not stored yet, with their first positions.
 
         The last may be an open tail. They come pinned and not ready: write their bytes, then `commit` or
         `abandon` each. Where memory has no room the rest is left out, and counted. Up to token `asked` admission
-        was asked before for this request, and is not asked again: once seen is not twice.
+        was asked before for this request, and is not asked again: once seen is not twice. `until`: when all of
+        them may go; one that is there already, and would have to go earlier, is kept until then.
         """
         raw = chain.tokens[:upto].tobytes()
         whole = bisect.bisect_right(chain.ends, len(raw) // TOKEN_BYTES)
@@ -101,9 +111,11 @@ class Hierarchy:
             chunk = self._catalogue.get(key, parent, tokens)
             if chunk is not None and chunk.open and index < whole:
                 chunk.open, chunk.below = False, 0  # a tail no more: a lower tier has it elsewhere now
+            if chunk is not None and self.holds.outlive(chunk, until):
+                chunk.below = 0  # what lower tiers have goes when they were told first
             if chunk is None:
-                if index == whole and longest_shared(parent, tokens)[1] == end - start:
-                    break  # a longer child holds the open tail
+                if index == whole and self._has_tail(parent, tokens):
+                    break
                 if (start < asked and self._choosy) or not self._admits(key, tokens, start):
                     self._see(cuts[index + 1 :], raw, max(asked, end))
                     break
@@ -111,6 +123,7 @@ class Hierarchy:
                 if chunk is None:
                     break
                 chunk.open = index == whole
+                self.holds.expire(chunk, until)
                 new.append((start, chunk))
             elif not chunk.ready and not chunk.pins:  # its writer gave up: write it anew
                 self.pin([chunk])
@@ -185,12 +198,12 @@ class Hierarchy:
             self._memory.pin(chunk)
             self._pins += 1
 
-    def unpin(self, chunks: Iterable[Chunk]) -> None:
+    def unpin(self, chunks: Sequence[Chunk]) -> None:
         """Take back one `pin` of each."""
         for chunk in chunks:
             self._memory.unpin(chunk)
             self._pins -= 1
-        if self._doomed:
+        if self._doomed and any(chunk not in self._catalogue for chunk in chunks):
             self._drop_doomed()
             self._report()
 
@@ -221,18 +234,21 @@ class Hierarchy:
 
     def tick(self, now: float) -> None:
         """Let go of pins whose time is over, and of chunks that must be kept no longer, with all behind them."""
-        for chunk in self.holds.due(now):
-            self.forget(chunk, m.EXPIRED)
+        self._forget(self.holds.due(now), m.EXPIRED)
 
     def forget(self, chunk: Chunk, reason: str) -> None:
         """Drop a chunk and all that stands behind it. What is pinned keeps its pages until it is unpinned, but
         never matches."""
-        if chunk not in self._catalogue:
-            return
-        gone = descendants(chunk)
-        for each in reversed(gone):
-            self._catalogue.remove(each)
-        self._doom(gone, reason)
+        self._forget([chunk], reason)
+
+    def _forget(self, chunks: Sequence[Chunk], reason: str) -> None:
+        gone: deque[Chunk] = deque()  # parents before their children, whichever was named first
+        for chunk in chunks:
+            for each in reversed(descendants(chunk) if chunk in self._catalogue else []):
+                self._catalogue.remove(each)
+                gone.appendleft(each)
+        if gone:
+            self._doom(list(gone), reason)
 
     def reset(self) -> None:
         """Forget everything, as `forget` does."""
@@ -259,6 +275,20 @@ class Hierarchy:
             self.device.check_integrity()
             copied = [page for chunk in chunks for page in memoryview(chunk.device).cast("i")]
             assert len(copied) == len(set(copied)) == self.device.used, "device pages and chunks disagree"
+
+    def _has_tail(self, parent: Chunk, tokens: bytes) -> bool:
+        """Whether a longer child of `parent` holds an open tail, and need not go before it."""
+        child, shared = longest_shared(parent, tokens)
+        return child is not None and shared == len(tokens) // TOKEN_BYTES and not self.holds.expiry(child)
+
+    def _in_time(self, match: Match) -> Match:
+        """A match, up to the first chunk whose time is over and which `tick` has not come to yet."""
+        length = 0
+        for number, chunk in enumerate(match.chunks):
+            if self.holds.over(chunk):
+                return Match(match.chunks[:number], length)
+            length += len(chunk)
+        return match
 
     def _hold(self, chunks: list[Chunk]) -> None:
         self.pin(chunks)

@@ -179,7 +179,8 @@ class Placement:
         tail is copied: it may have to make room for a longer one.)"""
         parent = chunk.parent
         assert parent is not None
-        if not chunk.open and tier.knows(chunk.key):
+        tail, renewed = chunk.open, self.hierarchy.holds.renewed(chunk)
+        if not tail and not renewed and tier.knows(chunk.key):
             chunk.below |= tier.bit
             self._alias(chunk, tier, namespace, position)
             return True
@@ -194,11 +195,11 @@ class Placement:
             size=self._payloads.size(chunk),
             cost=self.hierarchy.cost(chunk.tokens, position),
             make=parts,
-            replaces=chunk.open,
+            replaces=tail or renewed,
         )
 
         def done(well: bool) -> None:
-            if chunk.open == write.replaces:  # else it was a tail, which lies elsewhere
+            if chunk.open == tail:  # else it was a tail, which lies elsewhere
                 chunk.below = chunk.below | tier.bit if well else chunk.below & ~tier.bit
             if not copy:
                 self.hierarchy.unpin([chunk])

@@ -21,6 +21,7 @@ SEE = {
     "chunks": "[Tuning](tuning.md)",
     "transfer": "[Tuning](tuning.md)",
     "fusion": "[Fusion](fusion.md)",
+    "hints": "[Hints](tiers.md#hints)",
     "trace": "[The simulator](simulator.md)",
     "control": "[Roll-out and roll-back](control.md)",
 }

@@ -47,6 +47,7 @@ PINNED = {
     "fusion.min_tokens": 48,
     "fusion.keep": False,
     "fusion.documents": 200,
+    "hints.allow": "all",
     "trace.file": None,
     "control.listen": None,
     "control.token_file": None,

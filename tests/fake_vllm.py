@@ -34,11 +34,13 @@ class ToyTokenizer:
 
 class FakeServer:
     """`answers`: path -> a function of the body that gives (status, body), or None for the usual; `asked`: the
-    requests seen, as (path, body, headers). `reports`: whether it says what it stores.
+    requests seen, as (path, body, headers). `reports`: whether it says what it stores;
+    `late`: what it stores, it knows by the next answer; `keeps`: whether it stores anything.
     """
 
     def __init__(self):
         self.tokenizer, self.max_model_len, self.reports = ToyTokenizer(), 2000, True
+        self.late, self.keeps = False, True
         self.answers, self.asked, self.prefixes = {}, [], set()
 
     def prompts(self):
@@ -68,11 +70,16 @@ class FakeServer:
         if len(prompt) + body["max_tokens"] > self.max_model_len:
             return 400, {"error": {"message": f"{len(prompt)} tokens\nare too many", "code": 400}}
         hit = next((end for end in range(len(prompt), 0, -1) if prompt[:end] in self.prefixes), 0)
-        self.prefixes.update(prompt[:end] for end in range(1, len(prompt) + 1))
+        if self.keeps:
+            self.prefixes.update(prompt[:end] for end in range(1, len(prompt) + 1))
         answer = {"choices": [{"text": "."}], "kv_transfer_params": None}
         if self.reports:
             spans = body["kv_transfer_params"]["ragkv"]["documents"]
-            report = {"hit_tokens": hit, "stored_tokens": len(prompt) - hit, "documents": spans}
+            report = {
+                "hit_tokens": hit,
+                "stored_tokens": hit if self.late or not self.keeps else len(prompt),
+                "documents": spans,
+            }
             answer["kv_transfer_params"] = {"ragkv": report}
         return 200, answer
 

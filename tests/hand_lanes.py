@@ -342,7 +342,7 @@ class Stack:
     def check(self):
         self.let_go()
         self.hierarchy.check_integrity()
-        assert self.hierarchy._pins == len(self.hierarchy.holds._owners) and not self.hierarchy._doomed
+        assert self.hierarchy._pins == len(self.hierarchy.holds._all.owners) and not self.hierarchy._doomed
         assert not self.placement._up._loading
         for lower in self.lowers:
             lower.check()
@@ -361,7 +361,7 @@ class ContentStack(Stack):
 
     def holders(self, tokens):
         """The chunks in memory that hold these tokens; their bytes are checked."""
-        found = self.hierarchy.contents.holders(as_tokens(tokens).tobytes())
+        found = self.hierarchy.contents.holders(self.SPACE, as_tokens(tokens).tobytes(), 100)
         for chunk in found:
             made = Random(chunk.parent.holder if is_loose(chunk) else chunk.key)
             assert b"".join(self.pages.parts(chunk)) == made.randbytes(self.pages.size(chunk)), "wrong KV"

@@ -1,10 +1,13 @@
 """A store of chunks without bytes, for tests of matching; and passages as an application sends them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from ragkv.kvstore.catalogue import Catalogue, Chunk, origin
+from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.fusion.matching import Piece, find_moved
@@ -53,14 +56,49 @@ class TokenStore:
             parent, start = chunk, end
         return chunks
 
+    def add_loose(self, tokens: Sequence[int], position: int, namespace: bytes = NAMESPACE) -> Chunk:
+        """Store a chunk without what it was computed behind, at `position`."""
+        raw = as_tokens(tokens).tobytes()
+        root = LooseRoot(namespace, raw, position)
+        chunk = self.catalogue.insert(root.key, root, raw)
+        assert chunk is not None
+        chunk.ready = True
+        self.contents.add(chunk)
+        return chunk
+
     def found(
         self, tokens: Sequence[int], named: Sequence[int] = (), namespace: bytes = NAMESPACE
     ) -> tuple[int, list[Piece]]:
         """As a request looks a prompt up: the length of its exact match, and what is found of the rest."""
         chain, limit = self.chain(tokens, named, namespace), len(tokens) - 1
         match = self.catalogue.match(self.catalogue.root(namespace), chain, limit)
-        pieces = find_moved(self.contents, origin, namespace, chain, match.length, limit, match.chunks)
+        pieces = find_moved(self.contents, namespace, chain, match.length, limit, match.chunks)
         return match.length, pieces
+
+
+class Counter:
+    """Calls of some functions; `most`: AssertionError beyond."""
+
+    def __init__(self, most: float) -> None:
+        self.count, self.most = 0, most
+
+    def counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, counted."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            assert self.count <= self.most, f"more than {self.most} steps"
+            return function(*args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def counted(owner: Any, *names: str, most: float = float("inf")) -> Iterator[Counter]:
+    """Count the calls of functions of a module or class while this lasts."""
+    counter = Counter(most)
+    with patch.multiple(owner, **{name: counter.counting(getattr(owner, name)) for name in names}):
+        yield counter
 
 
 def covered(start: int, end: int, exact: int, pieces: Sequence[Piece]) -> int:

@@ -278,7 +278,7 @@ class Engine(Scheduler):
         """Nothing is under way, so nothing may be pinned (but by owners) or waited for."""
         assert not self.side._under_way and not self.held and not self.side._loads._loads
         assert not self.side.has_pending_work and not self.side.has_pending_frees
-        assert self.hierarchy._pins == len(self.hierarchy.holds._owners)
+        assert self.hierarchy._pins == len(self.hierarchy.holds._all.owners)
         assert not self.hierarchy._doomed and not self.placement._up._loading
         assert all(chunk in self.hierarchy for chunk in self.hierarchy.holds._expiries)
         self.hierarchy.check_integrity()

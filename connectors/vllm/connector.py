@@ -109,6 +109,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             documents=DocumentStats(self._metrics, settings.fusion.documents),
             stores=duties.stores,
             loads=duties.loads,
+            allow=settings.hints.kinds,
             control=open_control(settings),
         )
 

@@ -5,7 +5,7 @@ is set, the engine's own prefix cache keeps it under names that no other request
 """
 
 import os
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from ragkv.connectors.vllm.hints import Hints
 from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
 from ragkv.connectors.vllm.tracking import ANSWER_SECONDS, IDLE_SECONDS, Tracked
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk, origin, rows
+from ragkv.kvstore.catalogue import Chunk, rows
 from ragkv.kvstore.fusion.matching import find_moved
-from ragkv.kvstore.fusion.plan import DECLINED, UNSUPPORTED, Declined, Plan, decisions, make_plan, runs_of, within
+from ragkv.kvstore.fusion.plan import DECLINED, UNSUPPORTED, Cover, Declined, Plan, decisions, make_plan, runs_of
 from ragkv.kvstore.fusion.selection import SELECTIONS
 from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.metrics import Metrics
@@ -90,12 +90,17 @@ class Fusing:
     def moves(self, tracked: Tracked, blocks: list[int]) -> tuple[list[Chunk], Indices, Indices, Indices]:
         """What is to be loaded for a plan: the chunks; of every token its row in memory, its slot, its shift."""
         assert tracked.plan is not None
-        pieces, page_tokens = tracked.plan.pieces, self._placement.hierarchy.page_tokens
-        which = [rows([each.chunk], page_tokens)[each.first : each.first + len(each)] for each in pieces]
+        pieces = tracked.plan.pieces
+        chunks = list(dict.fromkeys(each.chunk for each in pieces))
+        begin = dict(zip(chunks, accumulate(map(len, chunks), initial=0), strict=False))  # its rows, among all
+        firsts = [begin[each.chunk] + each.first for each in pieces]
+        which = positions_of([(at, at + len(each)) for at, each in zip(firsts, pieces, strict=True)])
         positions = positions_of([(each.start, each.end) for each in pieces])
-        shifts = np.concatenate([np.full(len(each), each.shift, dtype=np.int64) for each in pieces])
+        shifts = np.repeat(
+            np.array([each.shift for each in pieces], dtype=np.int64), [len(each) for each in pieces]
+        )
         slots = slots_of(blocks, positions, self._block_tokens)
-        return list(dict.fromkeys(each.chunk for each in pieces)), np.concatenate(which), slots, shifts
+        return chunks, rows(chunks, self._placement.hierarchy.page_tokens)[which], slots, shifts
 
     def order(self, tracked: Tracked, blocks: list[int]) -> Fusion:
         """The order to mend what a plan loads. From now on the request is not exact behind its exact part."""
@@ -137,10 +142,18 @@ class Fusing:
             return None
         told = {
             "hit_tokens": sum(tracked.sources.values()) - tracked.mended,
-            "stored_tokens": tracked.exact_upto(min(tracked.request.num_prompt_tokens, computed)),
+            "stored_tokens": self._stored(tracked, min(tracked.request.num_prompt_tokens, computed)),
             "documents": [each.as_dict() for each in made],
         }
+        if tracked.hints.problems:
+            told["problems"] = list(tracked.hints.problems)
         return {"ragkv": told}
+
+    def _stored(self, tracked: Tracked, upto: int) -> int:
+        """First tokens of a request, at most `upto`, that are known to be stored: memory holds them now. What is
+        still being written, or was refused, does not count."""
+        hierarchy = self._placement.hierarchy
+        return hierarchy.match(tracked.namespace, tracked.chain, upto).length
 
     def _possible(self, tracked: Tracked, exact: int) -> bool:
         request, why = tracked.request, self.refusal
@@ -156,6 +169,8 @@ class Fusing:
         if why is not None:
             self._refuse(tracked, exact, why)
             return False
+        if self._placement.hierarchy.holds.late:
+            return False  # of what is found some may have to go
         if tracked.declined:
             return False  # even what is exact is quicker to compute than to load
         # Else no whole block has a name that could tell those that follow it from exact ones.
@@ -193,7 +208,7 @@ class Fusing:
         hints, settings, hierarchy = tracked.hints, self._settings, self._placement.hierarchy
         assert hierarchy.contents is not None
         limit, shared = max(exact, tracked.request.num_tokens - QUESTION), tracked.match.chunks
-        found = find_moved(hierarchy.contents, origin, tracked.namespace, tracked.chain, exact, limit, shared)
+        found = find_moved(hierarchy.contents, tracked.namespace, tracked.chain, exact, limit, shared)
         ratio = settings.recompute_ratio if hints.recompute_ratio is None else hints.recompute_ratio
         look = SELECTIONS[hints.selection or settings.selection]
         scoring = look.looking(self._layers) if 0 < ratio < 1 else 0.0
@@ -219,8 +234,7 @@ class Fusing:
             names[number] = type(names[number])(os.urandom(len(names[number])))
 
 
-def saved(start: int, end: int, computed: int, exact: int, plan: Plan | None) -> int:
+def saved(start: int, end: int, computed: int, exact: int, moved: Cover) -> int:
     """Tokens of a document, from `start` to `end`, that need not be computed: of those between `computed` and
     `exact`, and of what a plan moves."""
-    tokens = max(0, min(end, exact) - max(start, computed))
-    return tokens + sum(common for _, common in within(plan.pieces, start, end)) if plan is not None else tokens
+    return max(0, min(end, exact) - max(start, computed)) + moved.tokens(start, end)

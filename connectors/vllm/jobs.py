@@ -207,6 +207,7 @@ class Jobs:
             hints=tracked.hints,
             starts=[at for at, _ in new],
             namespace=tracked.namespace,
+            tenant=tracked.tenant,
         )
         self._give_out(job, under_way)
         self._orders.stores.append(job)
@@ -231,7 +232,7 @@ class Jobs:
         under_way.failed = True
         self._job_over(job.id, under_way)
 
-    def _keep(self, hints: Hints, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
+    def _keep(self, hints: Hints, tenant: bytes, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
         """Pin chunks as a request asks."""
         if hints.pin is None:
             return
@@ -239,8 +240,10 @@ class Jobs:
         for chunk, start in zip(chunks, starts, strict=True):
             if (hints.pin.end is not None and start >= hints.pin.end) or chunk not in self._hierarchy:
                 return
-            if not self._hierarchy.holds.hold(hints.pin.owner, chunk, until):
-                self._faults.note("pins", "owners have pinned all that they may of the memory tier")
+            if not self._hierarchy.holds.hold(hints.pin.owner, chunk, until, tenant):
+                self._faults.note(
+                    "pins", "a tenant's owners, or all, have pinned all that they may of the memory tier"
+                )
                 return
 
     def _settle(self, done: UnderWay) -> None:
@@ -264,7 +267,7 @@ class Jobs:
             self._metrics.count(m.STORED_TOKENS, len(chunk))
             if done.hints.ttl is not None and chunk in self._hierarchy:
                 self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
-        self._keep(done.hints, done.chunks, done.starts)
+        self._keep(done.hints, done.tenant, done.chunks, done.starts)
         self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True))
         if done.superseded is not None:
             self._hierarchy.discard(done.superseded)

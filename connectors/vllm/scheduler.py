@@ -4,11 +4,12 @@ A lookup promises tokens; vLLM then takes the request up, and lets it wait while
 kept from the lookup on. What was promised and does not come is told before the request has run: vLLM computes it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
+from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.control import Control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.fusing import saved
@@ -25,12 +26,14 @@ from ragkv.connectors.vllm.tracking import (
     Tracked,
     UnderWay,
     progress,
+    tenant_of,
 )
 from ragkv.connectors.vllm.turns import Turns
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows, starts
 from ragkv.kvstore.chunking import Chunker, TokenChain
-from ragkv.kvstore.fusion.plan import Plan
+from ragkv.kvstore.fusion.plan import Cover, Plan
+from ragkv.kvstore.holds import NEVER
 
 Part = tuple[Chunk, int, int, int]  # a chunk, where it begins, and from which to which token it is wanted
 HELD_SHARE = 0.5  # of memory, at most, is kept for requests that wait for lower tiers
@@ -38,8 +41,8 @@ HELD_SHARE = 0.5  # of memory, at most, is kept for requests that wait for lower
 
 class SchedulerSide(Jobs):
     """One engine's head. `namespace_of` gives a request's namespace, or None to leave the request alone.
-    `recorder`, where given, is told every prompt once. `stores`, `loads`: what the engine's role lets it do. The
-    rest is as for `Jobs`."""
+    `recorder`, where given, is told every prompt once. `stores`, `loads`: what the engine's role lets it do.
+    `allow`: kinds of hints that count. The rest is as for `Jobs`."""
 
     def __init__(
         self,
@@ -50,18 +53,21 @@ class SchedulerSide(Jobs):
         documents: DocumentStats | None = None,
         stores: bool = True,
         loads: bool = True,
+        allow: Collection[str] = HINT_NAMES,
         control: Control | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*args, **more)
         self._chunker, self._namespace_of, self._recorder = chunker, namespace_of, recorder
         self._documents, self._turns = documents, Turns(self._metrics)
-        self._duties = loads, stores
+        self._duties, self._allow = (loads, stores), allow
         self._may_load, self._may_store = loads, stores
         self._control = None if control is None else Heed(control, self._placement, self._clock)
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._waiting: dict[str, int] = {}  # pages of memory that are kept for requests that wait for lower tiers
         self._idle = False
+        if self.fusing is not None and "fuse" in allow:  # else the first that asks for it has the others wait
+            self._hierarchy.index_contents()
 
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
@@ -144,9 +150,10 @@ class SchedulerSide(Jobs):
         if plan is not None:
             jobs.append(self._moving_job(tracked, plan, blocks, load))
         chunks = tracked.match.chunks
-        if self._documents is not None:
+        if self._documents is not None and tracked.hints.documents and tracked.hints.store:
+            moved = Cover(plan.pieces if plan is not None else ())
             for each in tracked.hints.documents:
-                self._documents.note(each.id, saved(each.start, each.end, start, end, plan))
+                self._documents.note(each.id, saved(each.start, each.end, start, end, moved))
         for job, under_way in jobs:
             self._hierarchy.pin(under_way.chunks)
             self._give_out(job, under_way)
@@ -160,7 +167,7 @@ class SchedulerSide(Jobs):
             else:  # the engine's blocks hold it, but not exactly
                 self._hierarchy.used(chunks, tracked.hints.priority)
             self._placement.used(chunks)
-            self._keep(tracked.hints, chunks, starts(chunks))
+            self._keep(tracked.hints, tracked.tenant, chunks, starts(chunks))
 
     def _exact_jobs(
         self, tracked: Tracked, start: int, end: int, blocks: list[int], *, fused: bool
@@ -294,20 +301,20 @@ class SchedulerSide(Jobs):
             if namespace is None:
                 self._tracked[request_id] = None
                 return None
-            hints, problem = read_hints(request.kv_transfer_params)
-            if problem is not None:
-                self._faults.note("hints", problem)
+            hints = read_hints(request.kv_transfer_params, self._allow)
+            if hints.problems:
+                self._faults.note("hints", "; ".join(hints.problems))
             if hints.priority and self._hierarchy.classes == 1:
                 self._faults.note(
                     "hints", f"priority = {hints.priority}; memory.priorities = 1: there are no classes"
                 )
             if hints.unpin is not None:
-                self._hierarchy.holds.release(hints.unpin)
+                self._hierarchy.holds.release(hints.unpin, tenant_of(request))
             chain = TokenChain(namespace, self._chunker, hints.boundaries)
-            tracked = self._tracked[request_id] = Tracked(request, namespace, chain, hints)
+            tracked = self._tracked[request_id] = Tracked(request, namespace, chain, hints, tenant_of(request))
             tracked.extend()
             self._turns.begin(tracked)
-            if self._recorder is not None:
+            if self._recorder is not None and hints.store:
                 self._recorder.record(namespace, chain)
         return self._tracked[request_id]
 
@@ -377,9 +384,15 @@ class SchedulerSide(Jobs):
 
     def _store(self, tracked: Tracked, upto: int) -> bool:
         """Order the store of what the first `upto` tokens have new; False where that is nothing."""
-        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens)) if self._may_store else 0
+        if not (self._may_store and tracked.hints.store):
+            return False
+        upto = tracked.exact_upto(min(upto, len(tracked.blocks) * self._block_tokens))
+        hints = tracked.hints
         new = self._hierarchy.reserve(
-            tracked.namespace, tracked.chain, upto, asked=tracked.asked, priority=tracked.hints.priority
+            *(tracked.namespace, tracked.chain, upto),
+            asked=tracked.asked,
+            priority=hints.priority,
+            until=NEVER if hints.ttl is None else self._clock() + hints.ttl,
         )
         tracked.asked = max((end for end in tracked.chain.ends if end <= upto), default=0)
         if new:

@@ -1,5 +1,6 @@
 """What the scheduler side notes of a request, and of a job that workers have been given."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,20 +28,21 @@ class Recorder:
 
 @dataclass(slots=True)
 class Tracked:
-    """A request under way. `computed`: what vLLM had itself at the last lookup; `seen`: what that lookup was of;
-    `stored`: first tokens that need no look any more; `asked`: first tokens that admission has seen; `tail`: the
-    open tail stored or read last; `looked`: looked up since vLLM took it up last; `held`: chunks that are kept for
-    it until then; `pages`: of memory that its match has; `refused`: a load failed, so it is computed; `fetch`:
-    what is brought up for it, once; `declined`: the gate said that computing is quicker; `small`: what was found
-    is too little; `sources`: tokens by tier. `plan`: of fusion, as of `planned`; `gather`: what is brought up for
-    it, once; `outcome`: what was found, behind which token, and what came of it; `approximate`: from where on its
-    KV is not exact; `mended`: tokens that a fusion computed. `turn`: of its conversation, 0 for none; `counted`:
-    among its turn's requests."""
+    """A request under way. `tenant`: whose it is. `computed`: what vLLM had itself at the last lookup; `seen`: of
+    what that was; `stored`: first tokens that need no look any more; `asked`: first tokens that admission has
+    seen; `tail`: the open tail stored or read last; `looked`: looked up since vLLM took it up last; `held`: chunks
+    that are kept for it until then; `pages`: of memory that its match has; `refused`: a load failed, so it is
+    computed; `fetch`: what is brought up for it, once; `declined`: the gate said that computing is quicker;
+    `small`: what was found is too little; `sources`: tokens by tier. `plan`: of fusion, as of `planned`;
+    `gather`: what is brought up for it, once; `outcome`: what was found, behind which token, and what came of it;
+    `approximate`: from where on its KV is not exact; `mended`: tokens that a fusion computed. `turn`: of its
+    conversation, 0 for none; `counted`: among its turn's requests."""
 
     request: Any
     namespace: bytes
     chain: TokenChain
     hints: Hints = NO_HINTS
+    tenant: bytes = b""
     blocks: list[int] = field(default_factory=list)
     match: Match = NO_MATCH
     computed: int = 0
@@ -99,6 +101,15 @@ class UnderWay:
     pages: list[bytes] = field(default_factory=list)
     copies: list[Chunk] = field(default_factory=list)
     namespace: bytes = b""
+    tenant: bytes = b""
+
+
+def tenant_of(request: Any) -> bytes:
+    """A name for whom a request belongs to, 16 bytes; none where it has no `cache_salt`."""
+    salt = request.cache_salt
+    return (
+        b"" if salt is None else hashlib.blake2b(str(salt).encode(errors="surrogatepass"), digest_size=16).digest()
+    )
 
 
 def progress(requests: Mapping[str, Tracked | None], scheduler_output: Any) -> list[tuple[str, int]]:

@@ -18,6 +18,7 @@ from ragkv.kvstore.metrics import Metrics
 
 SHORTEST = 16  # tokens; what is shorter begins too many prompts to tell anything
 MOST_PROMPTS = 20_000
+MOST_LENGTHS = 2048  # of prompts that are compared with one
 LAST = 5  # this turn and all that follow have one label
 
 
@@ -38,12 +39,14 @@ class Conversations:
         self._limit = limit
         self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()  # the one used last comes last
         self._tails: dict[bytes, dict[int, int]] = {}  # behind a chunk: lengths, and how many prompts have them
+        self._left = 0  # lengths that may still be compared
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def turn(self, namespace: bytes, chain: TokenChain) -> int:
         """The turn of a prompt, from 1 on: as told by the longest that it continues or is equal to."""
+        self._left = MOST_LENGTHS
         for place in range(len(chain.ends), -1, -1):
             behind, start = (chain.keys[place - 1], chain.ends[place - 1]) if place else (namespace, 0)
             name = self._longest(behind, chain, start)
@@ -73,7 +76,8 @@ class Conversations:
         lengths there are."""
         found, at, running = None, start, xxhash.xxh3_128(behind)  # as `_name`, length by length
         for tail in sorted(self._tails.get(behind, ())):
-            if start + tail > len(chain.tokens):
+            self._left -= 1
+            if start + tail > len(chain.tokens) or self._left < 0:
                 break
             running.update(chain.tokens[at : start + tail].tobytes())
             at, name = start + tail, running.digest()
@@ -100,7 +104,7 @@ class Turns:
         """A request came, and its chain holds its prompt."""
         namespace, chain, hinted = tracked.namespace, tracked.chain, tracked.hints.turn
         tracked.turn = self._conversations.turn(namespace, chain) if hinted is None else hinted
-        if tracked.turn:
+        if tracked.turn and tracked.hints.store:
             self._conversations.remember(namespace, chain, tracked.turn)
 
     def count(self, tracked: Tracked, external: int) -> None:

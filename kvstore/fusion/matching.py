@@ -2,25 +2,31 @@
 
 Whole chunks are found by content, since the chunker cuts a passage alike wherever it stands (`chunking`); from
 there tokens are compared to both sides, so that a passage's first and last chunk, which are cut differently beside
-other neighbours, are not lost. No step looks at all chunks or at all children of one.
+other neighbours, are not lost.
+
+Work is bounded in the prompt's length, whatever is stored: of each cut a few holders are followed (`FOLLOWED`) and
+a few more looked at (`LOOKED_AT`), however many there are, and of all of them together no more than `CLIMBED`
+ancestors. Behind `MOST_CUTS` cuts the search ends. What is not looked at can make the choice worse, never wrong.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from ragkv.kvstore.catalogue import Chunk, longest_shared, shared_tokens
+from ragkv.kvstore.catalogue import Chunk, child_of, longest_shared, shared_tokens
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.keys import TOKEN_BYTES
 
 FOREIGN = 4  # what a token of foreign context weighs, where one of its own document that is lacking weighs 1
-LOOKED_AT = 16  # of the holders of a chunk's tokens that do not go on where another stopped
+FOLLOWED = 4  # of the holders of a cut's tokens, the best, which may go on behind it
+LOOKED_AT = 16  # of the holders of a cut's tokens that do not go on where another stopped
+PASSED = 64  # of which these are found
+FORKS = 4  # chunks of the exact match behind which several go on, and where holders are looked for first
+CLIMBED = 8192  # ancestors, in one search, of which it is seen whether the prompt has them too
+MOST_CUTS = 1024  # that are looked up in one search, on the thread on which all requests wait
 REACH = 4096  # tokens that are compared with children at a time: more than a chunk has
-
-Place = Callable[[Chunk], tuple[bytes, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +56,26 @@ class Piece:
         return self.first + len(self) == len(self.chunk)
 
 
-class _Context(NamedTuple):
-    """What a chunk was computed behind: `position` tokens, of which the first `common` are the first of this
-    prompt too, as far as it matches exactly."""
-
-    namespace: bytes
-    position: int
-    common: int
-
-
 class _Holder(NamedTuple):
-    """A chunk that holds the tokens asked for, at the position at which it was computed. `own`: tokens directly
-    before it that stand directly before them in the prompt too. `foreign`: all others that it was computed behind
-    and that this prompt does not have there."""
+    """A chunk that holds the tokens asked for. `own`: tokens directly before it that stand directly before them in
+    the prompt too. `foreign`: all others that it was computed behind and that this prompt does not have there."""
 
     chunk: Chunk
-    position: int
     own: int
     foreign: int
 
 
+class _Fresh(NamedTuple):
+    """A chunk that holds the tokens asked for; `common`: of what it was computed behind, the first tokens that are
+    the first of this prompt too; `floor`: what it costs (`_cost`) at least, wherever in the prompt they stand."""
+
+    floor: int
+    chunk: Chunk
+    common: int
+
+
 def find_moved(
     contents: Contents,
-    place: Place,
     namespace: bytes,
     chain: TokenChain,
     start: int,
@@ -81,14 +84,12 @@ def find_moved(
 ) -> list[Piece]:
     """The tokens between `start` and `limit` of a prompt that chunks of `contents` hold; ascending, disjoint.
 
-    `start`: where the exact match ends, `shared`: its chunks. `place`: the namespace of a chunk and the position
-    of its first token (`catalogue.origin`, where all chunks stand in the tree). Of several chunks with the same
-    tokens that is taken which was computed behind the fewest tokens that this prompt does not have (KL to full
-    prefill .211 behind others, .101 directly behind the shared system prompt), while a passage is not patched
-    together for little: see `FOREIGN`. Ties go to the chunk that goes on where the last one stopped, then to the
-    one stored last.
+    `start`: where the exact match ends, `shared`: its chunks. Of several chunks with the same tokens that is taken
+    which was computed behind the fewest tokens that this prompt does not have (KL to full prefill .211 behind
+    others, .101 directly behind the shared system prompt), while a passage is not patched together for little: see
+    `FOREIGN`. Ties go to the chunk that goes on where the last one stopped, then to the one stored last.
     """
-    search = _Search(contents, place, namespace, chain, start, limit, frozenset(shared))
+    search = _Search(contents, namespace, chain, start, limit, shared)
     return search.grown(search.whole())
 
 
@@ -98,33 +99,34 @@ class _Search:
     def __init__(
         self,
         contents: Contents,
-        place: Place,
         namespace: bytes,
         chain: TokenChain,
         start: int,
         limit: int,
-        shared: frozenset[Chunk],
+        shared: Sequence[Chunk],
     ) -> None:
-        self._contents, self._place, self._namespace = contents, place, namespace
+        self._contents, self._namespace = contents, namespace
         self._raw = chain.tokens.tobytes()
-        self._ends = [*chain.ends, len(chain.tokens)]
-        self._start, self._limit, self._shared = start, min(limit, len(chain.tokens)), shared
-        self._contexts: dict[Chunk, _Context] = {}
+        self._ends = [*chain.ends, len(chain.tokens)][: bisect.bisect_right(chain.ends, start) + MOST_CUTS]
+        self._start, self._limit, self._shared = start, min(limit, self._ends[-1]), frozenset(shared)
+        several = [chunk for chunk in shared if isinstance(chunk.children, list)]
+        self._forks = [*(chunk.root for chunk in shared[:1]), *several][:FORKS]
+        self._commons: dict[Chunk, int] = {}
+        self._looked: dict[bytes, list[_Fresh]] = {}
+        self._climbed = 0
 
     def whole(self) -> list[Piece]:
         """Pieces of the prompt's own cuts, each from the best of its holders."""
         pieces: list[Piece] = []
-        before: list[_Holder] = []
-        last: _Holder | None = None
+        before: list[_Holder] = []  # the best first
         begin = 0
         for end in self._ends:
             start, upto = max(begin, self._start), min(end, self._limit)
             if start < upto:
                 before = self._holders(begin, end, before)
-                last = _best(before, last)
-                if last is not None:
+                if before:
                     first = start - begin
-                    pieces.append(Piece(start, upto, last.chunk, first, last.position + first))
+                    pieces.append(Piece(start, upto, before[0].chunk, first, before[0].chunk.position + first))
             begin = end
         return pieces
 
@@ -143,52 +145,69 @@ class _Search:
         return found
 
     def _holders(self, begin: int, end: int, before: list[_Holder]) -> list[_Holder]:
-        """Who holds just the tokens from `begin` to `end`. `before`: who holds the ones before them."""
+        """The best of those that hold just the tokens from `begin` to `end`, the very best first. `before`: the
+        same of the tokens before them."""
         tokens = self._slice(begin, end)
-        ahead = {holder.chunk: holder for holder in before}
-        size = len(before[0].chunk) if before else 0
         found: list[_Holder] = []
-        fresh: list[Chunk] = []
-        for chunk in self._contents.holders(tokens) if tokens else []:
-            holder = ahead.get(chunk.parent) if chunk.parent is not None else None
-            if holder is None:
-                fresh.append(chunk)
-            else:  # it goes on where another stopped, so that nothing foreign is added
-                found.append(_Holder(chunk, holder.position + size, holder.own + size, holder.foreign))
-        if len(fresh) > LOOKED_AT:
-            fresh = sorted(fresh, key=lambda chunk: chunk.parent in self._shared)[-LOOKED_AT:]
-        ends = {holder.position + size: holder.own + size for holder in before} if fresh else {}
-        for chunk in fresh:
-            namespace, position, common = self._context(chunk)
-            if namespace == self._namespace:
-                own = self._own(chunk, position, begin, ends)
-                found.append(_Holder(chunk, position, own, max(0, position - common - own)))
-        return found
+        for holder in before:  # what goes on where one stopped adds nothing foreign: their order stays
+            chunk = child_of(holder.chunk, tokens)
+            if chunk is not None:
+                found.append(_Holder(chunk, holder.own + len(holder.chunk), holder.foreign))
+        goes_on = found[0].chunk if found and found[0].chunk.parent is before[0].chunk else None
+        known = len(found)
+        for floor, chunk, common in self._fresh(tokens):
+            if found and floor > min(_cost(found[0]), _cost(found[-1])):
+                break  # nor can those that follow be better
+            if not any(chunk is holder.chunk for holder in found[:known]):
+                own = self._own(chunk, begin, before)
+                found.append(_Holder(chunk, own, max(0, chunk.position - common - own)))
+        if len(found) > known or goes_on is None:
+            found.sort(key=lambda holder: (_cost(holder), holder.chunk is not goes_on))
+        return found[:FOLLOWED]
 
-    def _own(self, chunk: Chunk, position: int, begin: int, ends: dict[int, int]) -> int:
+    def _fresh(self, tokens: bytes) -> list[_Fresh]:
+        """Some of those that hold just these tokens, anywhere, by what they cost at least."""
+        if tokens not in self._looked:
+            held = self._contents.holders(self._namespace, tokens, PASSED) if tokens else []
+            likely = [found for fork in self._forks if (found := child_of(fork, tokens)) is not None]
+            held.reverse()  # the latest first, and before all those directly behind the exact match
+            held.sort(key=lambda chunk: chunk.parent not in self._shared)
+            fresh: list[_Fresh] = []
+            for chunk in list(dict.fromkeys([*likely, *held]))[:LOOKED_AT]:
+                parent, common = chunk.parent, self._common(chunk)
+                most = len(parent) if parent is not None and parent.tokens else chunk.position
+                floor = FOREIGN * max(0, chunk.position - common - most) - most
+                fresh.append(_Fresh(floor, chunk, common))
+            self._looked[tokens] = sorted(fresh, key=lambda each: each.floor)
+        return self._looked[tokens]
+
+    def _own(self, chunk: Chunk, begin: int, before: list[_Holder]) -> int:
         """Tokens directly before a chunk that stand directly before `begin` too, as far as is quickly seen.
-        `ends`: where those stop that hold what is before `begin`, and how much they own up to there."""
+        `before`: who holds what is before `begin`, and how much they own up to there."""
         parent = chunk.parent
         if parent is not None and parent.tokens:
             return _shared_last(parent.tokens, self._slice(max(0, begin - len(parent)), begin))
-        return ends.get(position, 0)  # it stands for itself: what stops just there is taken for its own
+        # It stands for itself: what stops just there is taken for its own.
+        ends = (e.own + len(e.chunk) for e in before if e.chunk.position + len(e.chunk) == chunk.position)
+        return max(ends, default=0)
 
-    def _context(self, chunk: Chunk) -> _Context:
-        """What a chunk was computed behind: its nearest known ancestor's context, and what lies between."""
+    def _common(self, chunk: Chunk) -> int:
+        """How many of the first tokens that a chunk was computed behind are the first of this prompt too, as far
+        as it matches exactly: what is known of its nearest known ancestor, and what lies between."""
         path = [chunk]
-        while path[-1] not in self._contexts and (above := path[-1].parent) is not None and above.tokens:
+        while path[-1] not in self._commons and (above := path[-1].parent) is not None and above.tokens:
+            if self._climbed >= CLIMBED:
+                return 0
+            self._climbed += 1
             path.append(above)
-        if path[-1] not in self._contexts:
-            namespace, position = self._place(path[-1])
-            self._contexts[path[-1]] = _Context(namespace, position, 0)
+        common = self._commons.setdefault(path[-1], 0)
         while len(path) > 1:
             parent = path.pop()
-            namespace, position, common = self._contexts[parent]
-            after = position + len(parent)
-            if common == position:
-                common += shared_tokens(parent.tokens, self._slice(position, min(after, self._start)))
-            self._contexts[path[-1]] = _Context(namespace, after, common)
-        return self._contexts[chunk]
+            if common == parent.position:
+                end = min(common + len(parent), self._start)
+                common += shared_tokens(parent.tokens, self._slice(common, end))
+            self._commons[path[-1]] = common
+        return common
 
     def _rightwards(self, piece: Piece, limit: int) -> Iterator[Piece]:
         """What goes on behind a piece in its tree, up to `limit`."""
@@ -217,22 +236,13 @@ class _Search:
         return self._raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
 
 
-def _best(holders: list[_Holder], last: _Holder | None) -> _Holder | None:
-    """The holder to take; `last`: the one taken for the tokens before."""
-    most = max((holder.own for holder in holders), default=0)
-    best, least = None, (0, False)
-    for holder in reversed(holders):
-        goes_on = last is not None and holder.chunk.parent is last.chunk
-        cost = FOREIGN * holder.foreign + most - holder.own, not goes_on
-        if best is None or cost < least:
-            best, least = holder, cost
-    return best
+def _cost(holder: _Holder) -> int:
+    """What it costs to take it: the least is best."""
+    return FOREIGN * holder.foreign - holder.own
 
 
 def _shared_last(a: bytes, b: bytes) -> int:
     """How many last tokens two token strings share."""
-    size = min(len(a), len(b)) // TOKEN_BYTES
-    if not size or a.endswith(b) or b.endswith(a):
-        return size
-    differ = np.frombuffer(a, dtype="<i4")[-size:] != np.frombuffer(b, dtype="<i4")[-size:]
-    return int(differ[::-1].argmax())
+    size = min(len(a), len(b))
+    differ = int.from_bytes(a[len(a) - size :], "little") ^ int.from_bytes(b[len(b) - size :], "little")
+    return (size - (differ.bit_length() + 7) // 8) // TOKEN_BYTES

@@ -6,11 +6,11 @@ is one of these. A plan that would take longer than plain prefill is declined, w
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.gate import Gate
@@ -18,6 +18,7 @@ from ragkv.kvstore.gate import Gate
 REUSED, MOVED, MISSING = "reused", "moved", "missing"
 TOO_SHORT, DECLINED, UNSUPPORTED = "too_short", "declined", "unsupported"
 KINDS = (REUSED, MOVED, MISSING, TOO_SHORT, DECLINED, UNSUPPORTED)
+MOST_RUNS = 64  # are told of, and of a document looked at
 
 Span = tuple[int, int]
 Run = tuple[Piece, ...]  # without a gap, and of one shift
@@ -146,39 +147,77 @@ class Decision:
         return entry | ({"reason": self.reason} if self.reason else {})
 
 
+class Cover:
+    """Ascending, disjoint pieces, to be asked how many of their tokens lie in a span: two bisections each time."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._starts, self._ends = [piece.start for piece in pieces], [piece.end for piece in pieces]
+        self._sums = list(accumulate(map(len, pieces), initial=0))
+
+    def tokens(self, start: int, end: int) -> int:
+        """Tokens of the pieces from `start` to `end`."""
+        return max(0, self._upto(end) - self._upto(start))
+
+    def _upto(self, position: int) -> int:
+        index = bisect.bisect_right(self._ends, position)
+        begun = max(0, position - self._starts[index]) if index < len(self._starts) else 0
+        return self._sums[index] + begun
+
+
 def decisions(
     documents: Sequence[tuple[str, int, int]], exact: int, pieces: Sequence[Piece], outcome: Plan | Declined
 ) -> list[Decision]:
-    """One decision for each document (id, start, end); without documents, one for each run found, with no id.
+    """One decision for each document (id, start, end); without documents, one for each of the first `MOST_RUNS`
+    runs found, with no id.
 
     `exact`, `pieces`: what was found; `outcome`: what was made of it. A document that is had in part exactly and
     in part moved is called by the larger part; less than a tenth of it is a neighbour's blank line, or chance.
     """
-    spans = documents or [("", start, end) for start, end in runs_of(pieces)]
-    return [_decide(name, start, end, exact, pieces, outcome) for name, start, end in spans]
+    spans = documents or [("", start, end) for start, end in runs_of(pieces)[:MOST_RUNS]]
+    moved = outcome.pieces if isinstance(outcome, Plan) else ()
+    told = _Told(exact, Cover(pieces), Cover(moved), Cover(outcome.short), _runs(moved), outcome)
+    return [_decide(name, start, end, told) for name, start, end in spans]
 
 
-def _decide(
-    name: str, start: int, end: int, exact: int, found: Sequence[Piece], outcome: Plan | Declined
-) -> Decision:
-    moved: dict[int, int] = {}
-    for piece, common in within(outcome.pieces if isinstance(outcome, Plan) else (), start, end):
-        moved[piece.shift] = moved.get(piece.shift, 0) + common
-    had, total = max(0, min(end, exact) - start), sum(moved.values())
+class _Told(NamedTuple):
+    """What decisions are made of. `runs`: of what is moved."""
+
+    exact: int
+    found: Cover
+    moved: Cover
+    short: Cover
+    runs: list[Run]
+    outcome: Plan | Declined
+
+
+def _decide(name: str, start: int, end: int, told: _Told) -> Decision:
+    outcome = told.outcome
+    had, total = max(0, min(end, told.exact) - start), told.moved.tokens(start, end)
     little = (end - start) // 10
     if had + total > little:
         kind = MOVED if total > had else REUSED
-        by = max(moved, key=lambda shift: moved[shift]) if kind == MOVED else 0
-        return Decision(name, start, end, kind, by, had + total)
+        return Decision(name, start, end, kind, _shift(told.runs, start, end) if kind == MOVED else 0, had + total)
     if isinstance(outcome, Declined) and outcome.kind == UNSUPPORTED:
         return Decision(name, start, end, UNSUPPORTED, reason=outcome.reason)
-    there = sum(common for _, common in within(found, start, end))
+    there = told.found.tokens(start, end)
     if there <= little:
         return Decision(name, start, end, MISSING)
-    if there - sum(common for _, common in within(outcome.short, start, end)) <= little:
+    if there - told.short.tokens(start, end) <= little:
         return Decision(name, start, end, TOO_SHORT)
     behind = f"nothing behind token {outcome.end} pays" if isinstance(outcome, Plan) else outcome.reason
     return Decision(name, start, end, DECLINED, reason=behind)
+
+
+def _shift(runs: Sequence[Run], start: int, end: int) -> int:
+    """By how much most tokens of a span are moved, as far as its first `MOST_RUNS` runs tell."""
+    moved: dict[int, int] = {}
+    first = bisect.bisect_right(runs, start, key=lambda run: run[-1].end)
+    for run in runs[first : first + MOST_RUNS]:
+        common = min(end, run[-1].end) - max(start, run[0].start)
+        if common <= 0:
+            break
+        moved[run[0].shift] = moved.get(run[0].shift, 0) + common
+    return max(moved, key=lambda shift: moved[shift])
 
 
 def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
@@ -204,12 +243,3 @@ def _runs(pieces: Sequence[Piece]) -> list[Run]:
 
 def _size(run: Run) -> int:
     return run[-1].end - run[0].start
-
-
-def within(pieces: Sequence[Piece], start: int, end: int) -> Iterator[tuple[Piece, int]]:
-    """Of ascending, disjoint pieces those with tokens from `start` to `end`, and how many."""
-    for index in range(bisect.bisect_right(pieces, start, key=lambda piece: piece.end), len(pieces)):
-        piece = pieces[index]
-        if piece.start >= end:
-            return
-        yield piece, min(end, piece.end) - max(start, piece.start)

@@ -48,15 +48,17 @@ def stall(
     run(tokens, rounds, filings, json_file)
 
 
-@app.command(epilog="Example: ragkv bench hints --output hints.json")
+@app.command(epilog="Example: ragkv bench hints --tokens 6000 --output hints.json")
 def hints(
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Prompts of each kind, asked without and with.")] = 5,
+    tokens: Annotated[int, typer.Option(min=400, max=7000, help="Tokens of the prompt that brings hints.")] = 6000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Pairs of each kind of hints.")] = 9,
+    filings: FilingsOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """How much longer others wait where a request comes with the worst hints, against the same without hints."""
+    """The longest gap in a running answer while the worst hints come, against the same prompt without them."""
     from ragkv.benchmarks.hints import run
 
-    run(rounds, json_file)
+    run(tokens, rounds, filings, json_file)
 
 
 @app.command(epilog="Example: ragkv bench soak --minutes 30 --output soak.json")

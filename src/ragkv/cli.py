@@ -17,6 +17,7 @@ from ragkv.ingest_command import ingest
 from ragkv.serve_command import CONTEXT as SERVE_CONTEXT
 from ragkv.serve_command import EPILOG as SERVE_EXAMPLES
 from ragkv.serve_command import serve
+from ragkv.shown import printable
 from ragkv.top_command import EPILOG as TOP_EXAMPLES
 from ragkv.top_command import top
 
@@ -124,5 +125,6 @@ def main() -> None:
     try:
         app()
     except (RagKVError, ValueError, OSError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        text = printable(str(error), keep="\n")
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ragkv.errors import RagKVError
 
@@ -32,6 +33,7 @@ def check(
     Example: ragkv config check ragkv.yaml
     """
     from ragkv.config.sources import FILE_VARIABLE, PREFIX
+    from ragkv.shown import printable
 
     named = _one_file(file, config) or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
     variables = sorted(name for name in os.environ if name.startswith(PREFIX) and name != FILE_VARIABLE)
@@ -50,12 +52,13 @@ def check(
         _print_json({**shown, "findings": told})
     else:
         if variables:
-            typer.echo(f"variables, stronger than a file: {', '.join(variables)}")
+            typer.echo(printable(f"variables, stronger than a file: {', '.join(variables)}"))
         for each in findings:
             if each.status != "ok":
-                typer.echo(f"{each.check}: {each.said}; {each.todo}", err=each.status == "fail")
+                typer.echo(printable(f"{each.check}: {each.said}; {each.todo}"), err=each.status == "fail")
         warned = ", with warnings" if any(each.status == "warn" for each in findings) else ""
-        typer.echo(f"{named or 'defaults and variables'}: {'does not hold here' if failed else f'good{warned}'}")
+        place = printable(str(named or "defaults and variables"))
+        typer.echo(f"{place}: {'does not hold here' if failed else f'good{warned}'}")
     if failed:
         raise typer.Exit(1)
 
@@ -83,7 +86,7 @@ def show(
         return
     table = Table("setting", "value", "from")
     for row in loaded.rows():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
@@ -101,6 +104,7 @@ def import_(
     """
     from ragkv.config.sources import hide_password
     from ragkv.lmcache_import import read
+    from ragkv.shown import printable
 
     found = read(file)
     if output is not None:
@@ -116,9 +120,10 @@ def import_(
         if shown != found.text(file.name, passwords=True):
             typer.echo("redis.url is shown without its password; --output FILE keeps it", err=True)
     else:
-        typer.echo(f"{output}: {len(found.taken)} settings; next: ragkv config check {output}")
+        typer.echo(printable(f"{output}: {len(found.taken)} settings; next: ragkv config check {output}"))
     for each in found.left:
-        typer.echo(f"not taken over: {each.key} = {each.value}: {hide_password(each.reason)}", err=True)
+        line = f"not taken over: {each.key} = {each.value}: {hide_password(each.reason)}"
+        typer.echo(printable(line), err=True)
 
 
 def _one_file(file: Path | None, config: Path | None) -> Path | None:
@@ -163,7 +168,7 @@ def _print_json(value: dict[str, Any]) -> None:
     """JSON on stdout, with no password in it."""
     from ragkv.config.sources import hide_password
 
-    typer.echo(json.dumps(_hidden(value, hide_password), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(_hidden(value, hide_password), indent=2))
 
 
 def _hidden(value: Any, hide: Any) -> Any:

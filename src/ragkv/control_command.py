@@ -12,6 +12,7 @@ import typer
 
 from ragkv import completion
 from ragkv.errors import RagKVError
+from ragkv.shown import printable
 
 ACTIONS = ("off", "on", "flush", "drain", "stats")
 EPILOG = """Examples:\n
@@ -20,6 +21,8 @@ EPILOG = """Examples:\n
 Exit status: 1 when the engine does not answer, or a flush has not ended in time."""
 SECONDS = 5.0
 POLL_SECONDS = 0.2
+MOST_BYTES = 1 << 20  # of an answer
+LONGEST_TOKEN = 4096
 
 
 def control(
@@ -37,7 +40,8 @@ def control(
     nothing more is stored, and all is written; stats."""
     if action not in ACTIONS:
         raise RagKVError(f"ragkv control: ACTION = {action!r}; allowed: {', '.join(ACTIONS)}")
-    token = token_file.read_text(encoding="ascii").strip()
+    with token_file.open("rb") as file:
+        token = file.read(LONGEST_TOKEN).decode("ascii").strip()
     told = ask(url, token, action)
     end = time.monotonic() + timeout
     while action in ("flush", "drain") and told.get("flushing") and time.monotonic() < end:
@@ -47,7 +51,7 @@ def control(
         typer.echo(json.dumps(told, indent=2))
     else:
         for name, value in told.items():
-            typer.echo(f"{name}: {json.dumps(value)}")
+            typer.echo(f"{printable(name)}: {json.dumps(value)}")
     if action in ("flush", "drain") and told.get("flushing"):
         raise RagKVError(
             f"{url}: not all is written after {timeout:g} s; an idle engine begins with its next request"
@@ -61,11 +65,11 @@ def ask(url: str, token: str, action: str) -> dict[str, Any]:
     try:
         request = urllib.request.Request(where, method=method, headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=SECONDS) as response:
-            told = json.loads(response.read(1 << 20))
+            told = json.loads(response.read(MOST_BYTES))
     except urllib.error.HTTPError as error:
         with error:
             raise RagKVError(f"{where}: {error.code}: {error.read(1000).decode(errors='replace')}") from None
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError, RecursionError) as error:
         raise RagKVError(f"{where}: {getattr(error, 'reason', error)}") from None
     if not isinstance(told, dict):
         raise RagKVError(f"{where}: the answer is no JSON object")

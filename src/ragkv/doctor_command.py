@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ragkv.shown import printable
+
 if TYPE_CHECKING:
     from ragkv.checks import Finding
 
@@ -47,9 +49,9 @@ def show(findings: "list[Finding]", console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     for each in findings:
         mark, style = MARKS[each.status]
-        table.add_row(Text(mark, style), each.check, Text(each.said))
+        table.add_row(Text(mark, style), each.check, Text(printable(each.said)))
     console.print(table)
     todo = [each for each in findings if each.status != "ok" and each.todo]
     console.print("\nTo do:" if todo else "\nNothing to do.")
     for each in todo:
-        console.print(Text(f"{each.check}: {each.todo}", MARKS[each.status][1]), soft_wrap=True)
+        console.print(Text(printable(f"{each.check}: {each.todo}"), MARKS[each.status][1]), soft_wrap=True)

@@ -1,8 +1,9 @@
 """Prefill passages ahead of time, each behind the system prompt, so that a server has their KV when asked.
 
 One request a passage, of one token, never fused: its KV is then exact, and was computed in the context in which
-it fuses best (CacheBlend's chunks behind a shared prefix). What a server reports to have kept goes into a
-journal, and is passed over the next time.
+it fuses best (CacheBlend's chunks behind a shared prefix). A passage that the server says is stored as a whole
+goes into a journal, and is passed over the next time. A server may not know yet when it answers: then it is asked
+again.
 """
 
 import hashlib
@@ -18,6 +19,9 @@ from typing import Any
 from ragkv.errors import RagKVError
 from ragkv.rag import Server, closed, prompt
 
+ASKED = 3  # times, until a server says that it has stored a passage
+LONGEST_LINE, LONGEST_KEY, MOST_KEYS = 4096, 128, 4_000_000  # of a journal
+LARGEST_TEXT = 256 << 20  # bytes of a file
 SMALLEST_ROOM = 16  # tokens for a passage, behind the system prompt
 
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -27,8 +31,8 @@ _CUTS = (re.compile(r"\n"), re.compile(r"(?<=[.!?;:])\s+"), re.compile(r"\s+"))
 @dataclass(slots=True)
 class FileReport:
     """What became of a file. `known`: passages the journal had; `answered`: passages that were sent; `tokens`:
-    of all its passages, without the system prompt; `stored_tokens`, `hit_tokens`: what the server says it
-    stored, and had, of the requests, with the system prompt; `error`: why not all of the file is done.
+    of all its passages, without the system prompt; `stored_tokens`, `hit_tokens`: what the server says is stored
+    now, and was there before, of the requests, with the system prompt; `error`: why not all of the file is done.
     """
 
     file: str
@@ -53,7 +57,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server said of one passage; `kept`: some of the passage itself is stored there."""
+    """What a server said of one passage; `kept`: all of it is stored there."""
 
     stored_tokens: int
     hit_tokens: int
@@ -67,13 +71,20 @@ class Journal:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file
         self._keys: set[str] = set()
-        text = file.read_bytes().decode(errors="replace") if file.exists() else ""
-        self._mend = "" if text.endswith("\n") or not text else "\n"
-        for line in text.splitlines():
-            try:
-                self._keys.add(json.loads(line)["key"])
-            except (ValueError, TypeError, KeyError):
-                continue
+        line = b""
+        if file.exists():
+            with file.open("rb") as lines:
+                for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
+                    self._note(line)
+        self._mend = "" if line.endswith(b"\n") or not line else "\n"
+
+    def _note(self, line: bytes) -> None:
+        try:
+            key = json.loads(line)["key"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        if isinstance(key, str) and len(key) <= LONGEST_KEY and len(self._keys) < MOST_KEYS:
+            self._keys.add(key)
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
@@ -127,17 +138,23 @@ class Ingest:
         return found
 
     def prefill(self, passage: Passage) -> Answer:
-        """Have the server compute and keep a passage. RagKVError where it does not."""
+        """Have the server compute and keep a passage, and say so. RagKVError where it does not answer."""
         asked = prompt(self._server, self._system, [(passage.id, passage.text)], fuse=False)
         hints = {"ragkv": asked.hints | {"turn": 0}}  # what follows it is no second turn
-        answer = self._server.complete(asked, max_tokens=1, temperature=0, kv_transfer_params=hints)
-        params = answer.get("kv_transfer_params")
-        report = params.get("ragkv") if isinstance(params, dict) else None
-        if not isinstance(report, dict):
-            return Answer(0, 0, False)
-        self.reported = True
-        stored, hit = (_whole(report.get(name)) for name in ("stored_tokens", "hit_tokens"))
-        return Answer(stored, hit, stored > 0 or hit > asked.documents[0]["start"])
+        had: int | None = None  # of the first answer: later ones have what it stored
+        stored = 0
+        for _ in range(ASKED):
+            answer = self._server.complete(asked, max_tokens=1, temperature=0, kv_transfer_params=hints)
+            params = answer.get("kv_transfer_params")
+            report = params.get("ragkv") if isinstance(params, dict) else None
+            if not isinstance(report, dict):
+                return Answer(0, 0, False)
+            self.reported = True
+            stored, hit = (_whole(report.get(name)) for name in ("stored_tokens", "hit_tokens"))
+            had = hit if had is None else had
+            if stored >= asked.documents[0]["end"]:
+                return Answer(stored, had, True)
+        return Answer(stored, had or 0, False)
 
     def split(self, passages: Sequence[Passage]) -> tuple[list[Passage], int]:
         """Those to prefill, and how many are known."""
@@ -256,7 +273,16 @@ def _near(text: str, middle: int, reach: int, end: int) -> list[re.Match[str]]:
 
 
 def _read(ingest: Ingest, label: str, file: Path) -> list[Passage]:
-    return ingest.passages(label, file.read_text(encoding="utf-8-sig"))
+    return ingest.passages(label, read_text(file))
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. OSError: not to be read; UnicodeDecodeError; RagKVError: beyond `LARGEST_TEXT` bytes."""
+    with file.open("rb") as stream:
+        raw = stream.read(LARGEST_TEXT + 1)
+    if len(raw) > LARGEST_TEXT:
+        raise RagKVError(f"it has more than {LARGEST_TEXT >> 20} MiB; allowed: fewer")
+    return raw.decode("utf-8-sig")
 
 
 def _send(ingest: Ingest, report: FileReport, passage: Passage) -> Answer | None:

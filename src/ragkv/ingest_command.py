@@ -12,8 +12,9 @@ from rich.table import Table
 
 from ragkv.benchmarks.report import write_json
 from ragkv.config import cache_folder
-from ragkv.ingest import FileReport, Ingest, Journal, run
+from ragkv.ingest import FileReport, Ingest, Journal, read_text, run
 from ragkv.rag import Server
+from ragkv.shown import printable
 
 
 def ingest(
@@ -75,7 +76,7 @@ def _text(given: str) -> str:
     except OSError:  # too long for a name
         is_file = False
     try:
-        return Path(given).read_text(encoding="utf-8-sig") if is_file else given
+        return read_text(Path(given)) if is_file else given
     except UnicodeDecodeError as error:
         raise ValueError(f"--system-prompt = {given}: byte {error.start} is not UTF-8") from None
 
@@ -94,12 +95,12 @@ def _show(reports: list[FileReport], work: Ingest) -> None:
         lines.append((f"{work.url} does not say what it stores: does it run with ragkv?", "yellow"))
     lines += [(f"{report.file}: {report.error}", "red") for report in reports if report.error]
     for line, style in lines:
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _row(report: FileReport) -> list[str]:
     figures = (report.passages, report.known, report.tokens, report.stored_tokens, report.hit_tokens)
-    return [escape(report.file), *(f"{figure:,}" for figure in figures)]
+    return [escape(printable(report.file)), *(f"{figure:,}" for figure in figures)]
 
 
 def _total(reports: list[FileReport]) -> FileReport:

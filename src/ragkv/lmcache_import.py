@@ -18,9 +18,11 @@ import yaml
 from ragkv.config import load
 from ragkv.config.settings import format_size, keys
 from ragkv.config.sources import hide_password, show_value
+from ragkv.config.yaml_files import read_yaml
 from ragkv.errors import ConfigError
 from ragkv.kvstore.stores.redis_url import parse_location
 from ragkv.lmcache_keys import EXTRA, UNKNOWN, reason
+from ragkv.shown import printable
 
 GIB = 2**30  # LMCache says GB and means this
 POLICIES = {"LRU": "lru", "LFU": "lfu", "FIFO": "fifo", "ARC": "arc"}
@@ -71,7 +73,7 @@ class Import:
         if self.left:
             lines += ["", "# Not taken over:"]
             lines += [f"#   {each.key}: {each.value}: {each.reason}" for each in self.left]
-        return "\n".join(lines) + "\n"
+        return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def read(path: Path) -> Import:
@@ -100,7 +102,7 @@ GIGABYTES = "a number of GB, from 0 on"
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"ragkv: {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:

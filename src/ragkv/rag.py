@@ -41,6 +41,7 @@ SEPARATOR = "\n\n"
 SHORTEST_TRIMMED = 8  # tokens; a shorter rest of a passage could stand anywhere
 CACHED_TEXTS = 1024
 SHOWN = 300  # characters of a server's complaint
+MOST_BYTES = 64 << 20  # of one answer
 
 Passage: TypeAlias = str | tuple[str, str]
 
@@ -122,7 +123,8 @@ class Server:
         request = urllib.request.Request(self.url + path, data, self._headers)
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                answer = json.loads(response.read())
+                raw = response.read(MOST_BYTES + 1)
+                answer = json.loads(raw) if len(raw) <= MOST_BYTES else None
         except urllib.error.HTTPError as error:
             with error:
                 raise RagKVError(f"{self.url}{path}: {error.code}: {_complaint(error)}") from None
@@ -130,7 +132,7 @@ class Server:
             raise RagKVError(f"{self.url}{path}: {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             raise RagKVError(f"{self.url}{path}: {error or type(error).__name__}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise RagKVError(f"{self.url}{path}: the answer is no JSON object")
@@ -312,11 +314,11 @@ def _short(value: Any) -> str:
 def _complaint(error: urllib.error.HTTPError) -> str:
     """What a server says is wrong, on one line."""
     try:
-        text = error.read().decode(errors="replace")
+        text = error.read(MOST_BYTES).decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     try:
         text = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = text or error.reason
     return " ".join(str(text).split())[:SHOWN]

@@ -10,8 +10,10 @@ from http.client import HTTPException
 from prometheus_client.parser import text_string_to_metric_families
 
 from ragkv.errors import RagKVError
+from ragkv.shown import printable
 
 SECONDS = 5.0
+MOST_BYTES = 64 << 20  # of one answer
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -91,7 +93,7 @@ def parse(text: str, taken: float) -> Snapshot:
         for family in text_string_to_metric_families(text):
             names.add(family.name)
             for sample in family.samples:
-                key = tuple(sorted(sample.labels.items()))
+                key = tuple(sorted((name, printable(value)) for name, value in sample.labels.items()))
                 values.setdefault(sample.name, {})[key] = sample.value
     except (ValueError, KeyError, IndexError) as error:
         raise ScrapeError(f"not metrics in Prometheus' format: {error}") from None
@@ -106,10 +108,12 @@ def scrape(url: str, seconds: float = SECONDS) -> Snapshot:
     address = address if address.endswith("/metrics") else f"{address}/metrics"
     try:
         with urllib.request.urlopen(address, timeout=seconds) as answer:
-            text = answer.read().decode("utf-8", "replace")
+            raw = answer.read(MOST_BYTES + 1)
     except urllib.error.HTTPError as error:
         raise ScrapeError(f"{address}: status {error.code}") from None
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise ScrapeError(f"{address} does not answer: {getattr(reason, 'strerror', None) or reason}") from None
-    return parse(text, time.monotonic())
+    if len(raw) > MOST_BYTES:
+        raise ScrapeError(f"{address}: more than {MOST_BYTES} bytes of metrics")
+    return parse(raw.decode("utf-8", "replace"), time.monotonic())

@@ -188,9 +188,11 @@ def _keys(file: str) -> set[str]:
     """The options that a file of vLLM's sets; none where it cannot be read, which vLLM will say."""
     import yaml
 
+    from ragkv.config.yaml_files import read_yaml
+
     try:
-        found = yaml.safe_load(Path(file).read_text("utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError):
+        found = read_yaml(Path(file))
+    except (OSError, ValueError, yaml.YAMLError):
         return set()
     return {str(key).replace("_", "-") for key in found} if isinstance(found, dict) else set()
 

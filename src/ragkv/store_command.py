@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from ragkv.kvstore.stores.inventory import Inventory, Value
+from ragkv.shown import printable
 
 app = typer.Typer(no_args_is_help=True, help="Look into the folder of the disk tier.")
 
@@ -43,10 +45,10 @@ def list_values(
         more = bool(limit) and table.row_count == limit
         if more:
             break
-        tokens, space = f"bad: {value.fault}", ""
+        tokens, space = f"bad: {printable(str(value.fault))}", ""
         if value.header:
             tokens, space = str(value.header.token_count), value.header.namespace.hex()[:SHORT]
-        table.add_row(value.key.hex()[: 2 * SHORT], tokens, _size(value.size), _date(value.used), space)
+        table.add_row(value.key.hex()[: 2 * SHORT], Text(tokens), _size(value.size), _date(value.used), space)
     console = Console()
     console.print(table)
     if more:
@@ -107,7 +109,7 @@ def verify(
         if quarantine:
             inventory.quarantine(value.key, value.fault or "")
         if not as_json:
-            console.print(f"{value.key.hex()}: {value.fault}")
+            console.print(Text(printable(f"{value.key.hex()}: {value.fault}")))
     if as_json:
         faults = {value.key.hex(): value.fault for value in bad}
         typer.echo(

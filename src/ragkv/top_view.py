@@ -90,7 +90,7 @@ def _tiers(frame: Frame) -> RenderableType:
     for name, tier in frame.tiers.items():
         fill = tier.used_bytes / tier.capacity_bytes if tier.capacity_bytes else 0.0
         table.add_row(
-            name,
+            Text(name),
             Bar(1.0, 0, fill, width=10, color="yellow" if fill > 0.95 else "green"),
             _size(tier.used_bytes),
             _size(tier.capacity_bytes),
@@ -105,7 +105,7 @@ def _turns(frame: Frame) -> RenderableType:
     table = _table("turn of a conversation", "requests>", "prompt tokens>", "reused>")
     for name, turn in frame.turns.items():
         share = turn.reused_tokens / turn.prompt_tokens if turn.prompt_tokens else None
-        table.add_row(name, f"{turn.requests:,}", f"{turn.prompt_tokens:,}", _share(share))
+        table.add_row(Text(name), f"{turn.requests:,}", f"{turn.prompt_tokens:,}", _share(share))
     if not frame.turns:
         table.add_row("none yet", "", "", "")
     return table

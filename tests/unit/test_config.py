@@ -43,6 +43,7 @@ OTHERS = {
     "fusion.min_tokens": ("100", 100),
     "fusion.keep": ("1", True),
     "fusion.documents": ("0", 0),
+    "hints.allow": ("pin, documents", "documents, pin"),
     "trace.file": ("/tmp/trace", "/tmp/trace"),
     "control.listen": ("8900", "8900"),
     "control.token_file": ("/etc/token", "/etc/token"),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from ragkv.config.settings import HINT_NAMES as ALLOWED
 from ragkv.config.settings import keys
-from ragkv.connectors.vllm.hints import ALLOWED
 from ragkv.kvstore.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]

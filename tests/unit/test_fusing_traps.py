@@ -94,18 +94,21 @@ def test_a_lookup_that_fails_leaves_nothing_fused_behind_for_the_store():
         lookup, match = made.side.lookup, made.hierarchy.match
 
         def guarded(request, computed):  # as the connector
+            made.hierarchy.match = fails
             try:
                 return lookup(request, computed)
             except OSError:
                 return 0
+            finally:
+                made.hierarchy.match = match
 
         def fails(*_):
             raise OSError("no match")
 
-        made.side.lookup, made.hierarchy.match = guarded, fails
+        made.side.lookup = guarded
         longer = [*WHOLE, *text(8, 40)]
         made.run(longer, local=len(names) * BLOCK, block_hashes=list(names), kv_transfer_params=NO)
-        made.side.lookup, made.hierarchy.match, made.wrong = lookup, match, None
+        made.side.lookup, made.wrong = lookup, None
         assert made.run(longer, kv_transfer_params=NO) <= start, "the toy checks what this loads"
 
 

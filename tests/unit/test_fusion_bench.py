@@ -21,8 +21,8 @@ def test_the_hints_are_read_by_the_connector():
     assert asked["documents"] == [{"id": "t#0", "start": 2, "end": 4}, {"id": "t#1", "start": 4, "end": 5}]
     assert (asked["fuse"], asked["selection"], asked["recompute_ratio"]) == (True, "deviation", 0.3)
     assert hints(trial, "none", 0.3)["recompute_ratio"] == 0
-    read, problem = read_hints({"ragkv": asked})
-    assert problem is None and read.boundaries == (2, 4, 5)
+    read = read_hints({"ragkv": asked})
+    assert not read.problems and read.boundaries == (2, 4, 5)
     for wrong in ("full", "best"):
         with pytest.raises(ValueError, match=f"selection = '{wrong}'; allowed: none, "):
             hints(trial, wrong, 0.3)

@@ -151,24 +151,26 @@ def gauge(hierarchy, gauges, name, tier=None):
 
 def test_what_an_owner_pins_stays_and_is_counted(hierarchy, tier):
     gauges = {}
-    chain = stored(hierarchy, [1] * 12)
-    (chunk,) = hierarchy.match(SPACE, chain, 12).chunks
+    chain = stored(hierarchy, [1] * 8)
+    (chunk,) = hierarchy.match(SPACE, chain, 8).chunks
     assert hierarchy.holds.hold("desk", chunk, 10.0)
-    assert gauge(hierarchy, gauges, m.PINNED_BYTES) == 3 * PAGE_BYTES
+    assert gauge(hierarchy, gauges, m.PINNED_BYTES) == 2 * PAGE_BYTES
     stored(hierarchy, [2] * 20)
     stored(hierarchy, [3] * 20)
-    assert hierarchy.match(SPACE, chain, 12).length == 12
+    assert hierarchy.match(SPACE, chain, 8).length == 8
     hierarchy.tick(10.0)
     assert gauge(hierarchy, gauges, m.PINNED_BYTES) == 0
     stored(hierarchy, [4] * 32)
-    assert not hierarchy.match(SPACE, chain, 12) and tier.used == 8
+    assert not hierarchy.match(SPACE, chain, 8) and tier.used == 8
 
 
 def test_owners_leave_half_of_memory_to_everyone(hierarchy):
-    one, two = stored(hierarchy, [1] * 12), stored(hierarchy, [2] * 12)
-    first, second = (hierarchy.match(SPACE, chain, 12).chunks[0] for chain in (one, two))
-    assert hierarchy.holds.hold("a", first, 10.0)
-    assert not hierarchy.holds.hold("b", second, 10.0)
+    chains = [stored(hierarchy, [number] * 8) for number in range(1, 4)]
+    first, second, third = (hierarchy.match(SPACE, chain, 8).chunks[0] for chain in chains)
+    assert hierarchy.holds.hold("a", first, 10.0, b"1")
+    assert not hierarchy.holds.hold("b", second, 10.0, b"1"), "that is a quarter"
+    assert hierarchy.holds.hold("b", second, 10.0, b"2")
+    assert not hierarchy.holds.hold("c", third, 10.0, b"3")
 
 
 def test_a_chunk_goes_in_time_with_all_behind_it(hierarchy, tier):

@@ -28,6 +28,7 @@ from hierarchy_tools import (
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import rows
 from ragkv.kvstore.hierarchy import Hierarchy
+from ragkv.kvstore.holds import NEVER
 from ragkv.kvstore.keys import as_tokens, chain_key
 from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.metrics import Metrics
@@ -166,15 +167,16 @@ class Machine(RuleBasedStateMachine):
         named=names,
         less=st.integers(0, 9),
         door=st.sampled_from([True, True, False]),
+        seconds=st.sampled_from([NEVER, NEVER, 1, 7]),
     )
-    def reserve(self, space, tokens, named, less, door):
+    def reserve(self, space, tokens, named, less, door, seconds):
         self.door.open = door
         chain, upto = chain_of(space, tokens, named), max(1, len(tokens) - less)
         held, used = self.held(), self.tier.used
         before = dict(self.alive)
         rewritten = {chunk for chunk in before if chunk not in self.ready and chunk not in self.pinned()}
         self.demoted.clear()
-        new = self.hierarchy.reserve(space, chain, upto)
+        new = self.hierarchy.reserve(space, chain, upto, until=self.now + seconds)
         for start, chunk in new:
             end = start + len(chunk)
             assert end <= upto and not chunk.ready
@@ -185,6 +187,7 @@ class Machine(RuleBasedStateMachine):
             self.memory[rows([chunk], PAGE_TOKENS)] = 0
             self.alive[chunk] = self.paths[chunk] = (space, tuple(tokens[:end]))
         self.writing += [chunk for _, chunk in new]
+        self.wanted(space, chain, upto, self.now + seconds, before)
         gone = [chunk for chunk in before if chunk not in self.hierarchy._catalogue]
         assert not held & set(gone), "what is held was evicted"
         assert self.demoted == [chunk for chunk in self.demoted if chunk in gone and chunk in self.ready]
@@ -196,11 +199,20 @@ class Machine(RuleBasedStateMachine):
         if self.door.open:
             self.check_refusal(space, chain, upto)
 
+    def wanted(self, space, chain, upto, until, before):
+        """What is new goes at that time, what was there before no earlier."""
+        for end in [*(end for end in chain.ends if end < upto), upto]:
+            chunk = self.stored(space, chain, end)
+            if chunk is None or chunk not in self.hierarchy:
+                return
+            if chunk in self.expiries or (chunk not in before and until < NEVER):
+                self.expiries[chunk] = max(until, self.expiries.get(chunk, 0.0))
+
     @rule(space=spaces, tokens=prompts, named=names)
     def store(self, space, tokens, named):
         """A prompt that is computed and stored without trouble."""
         before = set(self.writing)
-        self.reserve(space, tokens, named, 0, True)
+        self.reserve(space, tokens, named, 0, True, NEVER)
         for chunk in [chunk for chunk in self.writing if chunk not in before]:
             self.finish(chunk)
 
@@ -305,7 +317,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), owner=st.sampled_from(OWNERS), seconds=st.integers(1, 9))
     def hold(self, data, owner, seconds):
         chunk = data.draw(st.sampled_from([chunk for chunk in self.alive if chunk in self.ready]))
-        fits = self.pages_of({chunk, *(chunk for _, chunk in self.until)}) <= PAGES // 2
+        fits = self.pages_of({chunk, *(chunk for _, chunk in self.until)}) <= PAGES // 4
         assert self.hierarchy.holds.hold(owner, chunk, self.now + seconds) == fits
         if fits:
             self.until[owner, chunk] = self.now + seconds

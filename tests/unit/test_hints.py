@@ -1,4 +1,4 @@
-"""Hints of requests: what is read, and the one thing that is said of what is wrong."""
+"""Hints of requests: what is read, and what is said of what is wrong."""
 
 import json
 
@@ -6,10 +6,28 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from ragkv.config.settings import HINT_NAMES as ALLOWED
 from ragkv.config.settings import SELECTION_NAMES
-from ragkv.connectors.vllm.hints import ALLOWED, LONGEST, NO_HINTS, Document, Hints, Pin, read_hints
+from ragkv.connectors.vllm.hints import (
+    LAST,
+    LONGEST,
+    LONGEST_PIN,
+    MOST_DOCUMENTS,
+    NO_HINTS,
+    Document,
+    Hints,
+    Pin,
+)
+from ragkv.connectors.vllm.hints import read_hints as read_all
 
 DOCUMENTS = [{"id": "a", "start": 0, "end": 40}, {"id": "b", "start": 40, "end": 90}, {"start": 90, "end": 100}]
+
+
+def read_hints(params, **more):
+    """The hints, and the only problem, if any."""
+    hints = read_all(params, **more)
+    assert len(hints.problems) <= 1
+    return hints, hints.problems[0] if hints.problems else None
 
 
 def read(**hints):
@@ -68,6 +86,7 @@ def test_a_pin_without_documents_is_of_the_whole_prompt():
     assert read(pin={"owner": "x", "seconds": 2.5}) == (Hints(pin=Pin("x", 2.5, None)), None)
 
 
+BAD_PINS = [LONGEST_PIN + 1, 3e9]
 BAD_TIMES = [0, -1, True, "60", float("nan"), float("inf"), LONGEST + 1, 10**400, [1], {}]
 BAD_OWNERS = [None, "", 7, True, "x" * 201, ["x"]]
 
@@ -90,11 +109,12 @@ BAD_OWNERS = [None, "", 7, True, "x" * 201, ["x"]]
                 [{"start": 1.0, "end": 5}],
                 [{"start": "1", "end": "5"}],
                 [{"start": False, "end": True}],
+                [{"start": 1, "end": LAST + 1}],
                 [{"start": 1, "end": 5}, {"start": 9, "end": 2}],
             )
         ),
         *(("pin", value) for value in (7, "x", [], {}, {"owner": "x"}, {"seconds": 1})),
-        *(("pin", {"owner": "x", "seconds": value}) for value in BAD_TIMES),
+        *(("pin", {"owner": "x", "seconds": value}) for value in BAD_TIMES + BAD_PINS),
         *(("pin", {"owner": value, "seconds": 1}) for value in BAD_OWNERS),
         *(("pin", {"owner": "x", "seconds": 1, "documents": value}) for value in (None, "a", ["a"], [7], [["a"]])),
         ("pin", {"owner": "x", "seconds": 1, "until": 7}),
@@ -102,7 +122,7 @@ BAD_OWNERS = [None, "", 7, True, "x" * 201, ["x"]]
         *(("unpin", {"owner": value}) for value in BAD_OWNERS),
         *(("ttl", value) for value in BAD_TIMES),
         *(("priority", value) for value in (-1, 10, 1.0, True, "1", [1], 10**400)),
-        *(("fuse", value) for value in (0, 1, "yes", [True])),
+        *((name, value) for name in ("fuse", "store") for value in (0, 1, "yes", [True])),
         *(("recompute_ratio", value) for value in (-0.1, 1.1, True, "1", float("nan"), 10**400)),
         *(("selection", value) for value in ("best", "", 1, ["query"])),
     ],
@@ -115,6 +135,7 @@ def test_a_malformed_hint_counts_for_nothing_and_is_told(name, value):
         "documents": {"documents": ()},
         "ttl": {"ttl": None},
         "priority": {"priority": 0},
+        "store": {"store": False},
     }.get(name, {})
     assert hints == Hints(**expected)
     assert problem.startswith(f"ragkv.{name} = ") and "; allowed: " in problem and len(problem) < 300
@@ -131,7 +152,7 @@ def test_hints_are_a_mapping(hints):
 def test_an_unknown_hint_is_told_and_the_known_ones_hold(unknown):
     hints, problem = read_hints({"ragkv": {unknown: 1, "documents": [{"start": 2, "end": 5}]}})
     assert hints == Hints((Document("", 2, 5),))
-    assert problem.startswith("ragkv.") and problem.endswith(f"is unknown; allowed: {', '.join(ALLOWED)}")
+    assert problem.startswith("ragkv.") and problem.endswith(f": unknown; allowed: {', '.join(ALLOWED)}")
     assert str(unknown)[:4] in problem
 
 
@@ -140,14 +161,68 @@ def test_numbers_that_python_would_not_print_are_told():
     huge = 10**5000
     assert read_hints({"ragkv": huge})[1].startswith("ragkv = <int>; allowed: ")
     assert read(ttl=huge)[1].startswith("ragkv.ttl = <int>; allowed: seconds")
-    assert "is unknown" in read_hints({"ragkv": {huge: 1}})[1]
-    assert read(documents=[{"start": 1, "end": huge}]) == (Hints((Document("", 1, huge),)), None)
+    assert "unknown" in read_hints({"ragkv": {huge: 1}})[1]
+    assert "ragkv.documents = " in read(documents=[{"start": 1, "end": huge}])[1]
 
 
-def test_only_the_first_problem_is_told():
-    hints, problem = read(fuze=1, ttl=-1, priority=77)
-    assert hints == NO_HINTS and "fuze" in problem and "ttl" not in problem.partition("allowed")[0]
-    assert "ttl = -1" in read(ttl=-1, priority=77)[1]
+def test_all_problems_are_told():
+    hints = read_all({"ragkv": {"fuze": 1, "ttl": -1, "priority": 77, "fuse": "yes", "turn": 2}})
+    assert hints == Hints(turn=2)
+    named = [problem.partition(";")[0] for problem in hints.problems]
+    assert named == ["ragkv.'fuze': unknown", "ragkv.fuse = 'yes'", "ragkv.ttl = -1", "ragkv.priority = 77"]
+
+
+def test_of_many_unknown_hints_some_are_named():
+    names = [f"hint {number}" for number in range(9)]
+    problem = read_hints({"ragkv": dict.fromkeys(names[:5], 1)})[1]
+    assert all(name in problem for name in names[:5]) and "..." not in problem
+    problem = read_hints({"ragkv": dict.fromkeys(names, 1)})[1]
+    assert "hint 4" in problem and "hint 5" not in problem and ", ...: unknown" in problem
+
+
+def test_kinds_that_are_not_allowed_do_not_count():
+    given = {"fuse": True, "store": False, "pin": {"owner": "x", "seconds": 1}, "turn": 2, "ttl": "bad"}
+    hints = read_all({"ragkv": given}, allow={"turn", "pin"})
+    assert hints == Hints(pin=Pin("x", 1.0), turn=2)
+    said = "not allowed here; hints.allow = pin, turn"
+    assert hints.problems == tuple(f"ragkv.{name}: {said}" for name in ("fuse", "store", "ttl"))
+    assert read_all({"ragkv": given}, allow=()).problems[0].endswith("hints.allow = none")
+
+
+def test_the_first_documents_count():
+    spans = [{"id": str(number), "start": number, "end": number + 1} for number in range(3400)]
+    hints, problem = read(documents=spans, ttl=5)
+    assert hints.documents == tuple(Document(str(n), n, n + 1) for n in range(MOST_DOCUMENTS)) and hints.ttl == 5
+    assert problem == f"ragkv.documents: 3400 of them; the first {MOST_DOCUMENTS} count"
+    hints, problem = read(documents=spans[:MOST_DOCUMENTS])
+    assert len(hints.documents) == MOST_DOCUMENTS and problem is None
+
+
+class Endless(list):
+    """A list of very many values, of which only some may be looked at."""
+
+    def __init__(self, value):
+        super().__init__([value])
+        self._left = 1000
+
+    def __len__(self):
+        return 10**9
+
+    def __iter__(self):
+        for _ in range(self._left):
+            yield super().__getitem__(0)
+        raise AssertionError("it looks at all")
+
+    def __getitem__(self, place):
+        assert place.stop <= 1000
+        return [super().__getitem__(0)] * place.stop
+
+
+@pytest.mark.parametrize("name", ["documents", "ttl", "fuse"])
+def test_of_endless_lists_only_the_beginning_is_looked_at(name):
+    assert "ragkv." in read(**{name: Endless({"start": 1, "end": 2})})[1]
+    pin = {"owner": "x", "seconds": 1, "documents": Endless("a")}
+    assert "ragkv.pin = " in read(documents=DOCUMENTS, pin=pin)[1]
 
 
 def test_what_is_said_of_a_huge_hint_is_short():
@@ -190,6 +265,7 @@ near_hints = st.fixed_dictionaries(
         "ttl": st.floats() | json_like,
         "priority": st.integers(-2, 12) | json_like,
         "fuse": st.booleans() | json_like,
+        "store": st.booleans() | json_like,
         "recompute_ratio": st.floats(-1, 2) | json_like,
         "selection": st.sampled_from(["query", "deviation"]) | json_like,
         "other": json_like,
@@ -200,19 +276,20 @@ near_hints = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(json_like | st.fixed_dictionaries({"ragkv": json_like | near_hints}))
 def test_whatever_comes_is_read(params):
-    hints, problem = read_hints(params)
+    hints = read_all(params)
     assert isinstance(hints, Hints)
     assert list(hints.boundaries) == sorted(set(hints.boundaries)) and 0 not in hints.boundaries
-    assert hints.pin is None or (0 < hints.pin.seconds <= LONGEST and 0 < len(hints.pin.owner) <= 200)
+    assert hints.pin is None or (0 < hints.pin.seconds <= LONGEST_PIN and 0 < len(hints.pin.owner) <= 200)
     assert hints.ttl is None or 0 < hints.ttl <= LONGEST
     assert 0 <= hints.priority <= 9
     assert hints.fuse in (None, True, False) and hints.selection in (None, *SELECTION_NAMES)
     assert hints.recompute_ratio is None or 0 <= hints.recompute_ratio <= 1
-    if problem is None:
+    if not hints.problems:
         given_names = {name for name, value in (given_hints(params)).items() if value is not None}
         assert given_names <= set(ALLOWED)
-    else:
-        assert problem.startswith("ragkv") and "allowed: " in problem and len(problem) < 300
+    for problem in hints.problems:
+        assert problem.startswith("ragkv") and "allowed: " in problem and len(problem) < 1000
+        assert problem.isprintable()
 
 
 def given_hints(params):

@@ -5,12 +5,13 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from ragkv.kvstore import holds as module
 from ragkv.kvstore.catalogue import Chunk
-from ragkv.kvstore.holds import SHARE, Holds
+from ragkv.kvstore.holds import NEVER, SHARE, TENANT_SHARE, Holds
 
-PAGES = 20
-OWNERS = ["desk 1", "desk 2", "desk 3"]
-owners = st.sampled_from(OWNERS)
+PAGES, ENTRIES = 20, 5
+PLACES = [(b"a", "desk 1"), (b"a", "desk 2"), (b"b", "desk 1"), (b"c", "desk 3")]
+owners = st.sampled_from(PLACES)
 seconds = st.integers(1, 20)
 
 
@@ -44,8 +45,8 @@ class Machine(RuleBasedStateMachine):
         self.chunks = [chunk_of(1 + number % 4, number) for number in range(6)]
         self.now, self.until, self.expiries = 100.0, {}, {}
 
-    def held(self):
-        return {chunk for _, chunk in self.until}
+    def held(self, *tenants):
+        return {chunk for owner, chunk in self.until if not tenants or owner[0] in tenants}
 
     def pages(self, chunks):
         return sum(len(chunk.pages) // 4 for chunk in chunks)
@@ -53,16 +54,19 @@ class Machine(RuleBasedStateMachine):
     @rule(owner=owners, number=st.integers(0, 5), seconds=seconds)
     def hold(self, owner, number, seconds):
         chunk = self.chunks[number]
+        known = (owner, chunk) in self.until
         fits = self.pages(self.held() | {chunk}) <= SHARE * PAGES
-        assert self.holds.hold(owner, chunk, self.now + seconds) == fits
+        fits &= self.pages(self.held(owner[0]) | {chunk}) <= TENANT_SHARE * PAGES
+        fits &= len(self.until) < ENTRIES and len([1 for each, _ in self.until if each[0] == owner[0]]) < ENTRIES
+        fits |= known
+        assert self.holds.hold(owner[1], chunk, self.now + seconds, owner[0]) == fits
         if fits:
             self.until[owner, chunk] = self.now + seconds
 
-    @rule(owner=owners, numbers=st.none() | st.sets(st.integers(0, 5)))
-    def release(self, owner, numbers):
-        chunks = None if numbers is None else [self.chunks[number] for number in numbers]
-        gone = [key for key in self.until if key[0] == owner and (chunks is None or key[1] in chunks)]
-        assert self.holds.release(owner, chunks) == len(gone)
+    @rule(owner=owners)
+    def release(self, owner):
+        gone = [key for key in self.until if key[0] == owner]
+        assert self.holds.release(owner[1], owner[0]) == len(gone)
         for key in gone:
             del self.until[key]
 
@@ -71,6 +75,14 @@ class Machine(RuleBasedStateMachine):
         chunk = self.chunks[number]
         self.holds.expire(chunk, self.now + seconds)
         self.expiries[chunk] = max(self.expiries.get(chunk, 0.0), self.now + seconds)
+
+    @rule(number=st.integers(0, 5), seconds=st.one_of(seconds, st.just(NEVER)))
+    def outlive(self, number, seconds):
+        chunk, at = self.chunks[number], self.now + seconds
+        changes = chunk in self.expiries and at > self.expiries[chunk]
+        assert self.holds.outlive(chunk, at) == changes
+        if changes:
+            self.expiries[chunk] = at
 
     @rule(number=st.integers(0, 5))
     def left(self, number):
@@ -97,10 +109,13 @@ class Machine(RuleBasedStateMachine):
         assert {chunk for chunk, pins in self.tier.pins.items() if pins} == self.held()
         assert all(pins <= 1 for pins in self.tier.pins.values()), "several owners pin a chunk once"
         assert self.holds.pages == self.pages(self.held()) <= SHARE * PAGES
-        assert all(self.holds.expiry(chunk) == self.expiries.get(chunk, 0.0) for chunk in self.chunks)
+        told = {chunk: 0.0 if at == NEVER else at for chunk, at in self.expiries.items()}
+        assert all(self.holds.expiry(chunk) == told.get(chunk, 0.0) for chunk in self.chunks)
 
 
-def test_state_machine():
+def test_state_machine(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ENTRIES", ENTRIES)
+    monkeypatch.setattr(module, "ENTRIES", 0)
     run_state_machine_as_test(Machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None))
 
 
@@ -135,22 +150,42 @@ def test_a_renewal_counts_even_where_it_is_shorter(holds, tier):
 
 
 def test_a_chunk_of_several_owners_counts_once_and_stays_for_the_last(holds, tier):
-    chunk = chunk_of(8)
+    chunk = chunk_of(4)
     assert holds.hold("a", chunk, 10.0) and holds.hold("b", chunk, 20.0)
-    assert holds.pages == 8
+    assert holds.pages == 4
     assert holds.release("a") == 1 and tier.pins[chunk] == 1
     assert holds.release("a") == 0
     holds.due(20.0)
     assert tier.pins[chunk] == 0 and holds.pages == 0
 
 
-def test_the_share_is_never_exceeded(holds):
-    first, second, third = chunk_of(6, 1), chunk_of(5, 2), chunk_of(4, 3)
-    assert holds.hold("a", first, 10.0)
-    assert not holds.hold("b", second, 10.0)
-    assert holds.hold("b", third, 10.0) and holds.pages == 10
-    assert not holds.hold("c", chunk_of(1, 4), 10.0)
-    assert holds.hold("c", first, 10.0), "it is pinned already: that costs nothing"
+def test_the_shares_are_never_exceeded(holds):
+    first, second, third, fourth = chunk_of(4, 1), chunk_of(2, 2), chunk_of(4, 3), chunk_of(2, 4)
+    assert holds.hold("x", first, 10.0, b"a")
+    assert not holds.hold("y", second, 10.0, b"a"), "a tenant has a quarter, whatever it calls its owners"
+    assert holds.hold("y", first, 10.0, b"a"), "it is pinned already: that costs nothing"
+    assert holds.hold("x", third, 10.0, b"b") and holds.hold("x", second, 10.0, b"c") and holds.pages == 10
+    assert not holds.hold("x", fourth, 10.0, b"d"), "all together have half"
+    holds.release("x", b"c")
+    assert holds.hold("x", fourth, 10.0, b"d")
+
+
+def test_an_owner_of_the_same_name_is_another_tenants_own(holds, tier):
+    first, second = chunk_of(2, 1), chunk_of(2, 2)
+    assert holds.hold("desk", first, 10.0, b"a") and holds.hold("desk", second, 10.0, b"b")
+    assert holds.release("desk") == holds.release("desk", b"c") == 0
+    assert holds.release("desk", b"b") == 1
+    assert (tier.pins[first], tier.pins[second]) == (1, 0)
+
+
+def test_the_books_of_very_many_owners_are_bounded(holds):
+    chunk = chunk_of(1)
+    held = [holds.hold(f"desk {number}", chunk, 10.0) for number in range(3000)]
+    assert sum(held) == 1024 and all(held[:1024])
+    assert holds.release("desk 1500") == 0 and holds.release("desk 7") == 1
+    assert holds.hold("desk 1500", chunk, 10.0)
+    while holds.pages:
+        assert holds.due(10.0) == []
 
 
 def test_renewals_take_no_memory(holds):

@@ -12,7 +12,7 @@ from fake_vllm import BOS, ToyTokenizer, serving
 from ragkv import rag
 from ragkv.cli import app
 from ragkv.errors import RagKVError
-from ragkv.ingest import Ingest, Journal, Passage, cut, served
+from ragkv.ingest import ASKED, Ingest, Journal, Passage, cut, served
 from ragkv.ingest_command import default_journal
 
 SYSTEM = "Answer from the passages."
@@ -79,7 +79,7 @@ def test_every_passage_is_prefilled_alone_behind_the_system_prompt(fake, run, fi
     tokens = sum(len(body["prompt"]) - len(behind) for body in fake.prompts())
     assert sum(each["tokens"] for each in figures["files"]) == tokens
     sent = sum(len(body["prompt"]) for body in fake.prompts())
-    assert sum(each["stored_tokens"] + each["hit_tokens"] for each in figures["files"]) == sent
+    assert sum(each["stored_tokens"] for each in figures["files"]) == sent
     assert "one.txt" in shown and "all" in shown and "toy, behind a system prompt of" in shown
 
 
@@ -190,9 +190,9 @@ def test_a_server_without_ragkv_is_noted_and_nothing_goes_into_the_journal(fake,
 @pytest.mark.parametrize(
     ("report", "is_kept"),
     [
-        ({"stored_tokens": 5, "hit_tokens": 0}, True),
-        ({"stored_tokens": 0, "hit_tokens": 8}, True),
-        ({"stored_tokens": 0, "hit_tokens": 7}, False),  # just the system prompt
+        ({"stored_tokens": 64, "hit_tokens": 0}, True),
+        ({"stored_tokens": 63, "hit_tokens": 99}, False),  # not all of it
+        ({"stored_tokens": 7, "hit_tokens": 7}, False),  # just the system prompt
         ({"stored_tokens": -1, "hit_tokens": "8"}, False),
         ({}, False),
     ],
@@ -201,7 +201,29 @@ def test_only_what_the_server_kept_is_known_the_next_time(fake, run, files, jour
     fake.answers["/v1/completions"] = lambda body: (200, {"kv_transfer_params": {"ragkv": report}})
     status, _, figures = run(files[0], "--system-prompt", SYSTEM, "--whole")
     assert status == 0 and figures["reported"] and figures["system_tokens"] == 7
+    assert {len(body["prompt"]) for body in fake.prompts()} == {64}
     assert journal.exists() == is_kept
+
+
+def test_a_server_that_does_not_know_yet_is_asked_again(fake, run, files):
+    """Stores end behind the answer: what it tells then is what it had before."""
+    fake.late = True
+    status, _, figures = run(*files, "--passage-tokens", 40, "--concurrency", 1)
+    assert status == 0 and len(fake.prompts()) == 2 * 5
+    assert sum(each["hit_tokens"] for each in figures["files"]) < sum(
+        each["stored_tokens"] for each in figures["files"]
+    )
+    run(*files, "--passage-tokens", 40)
+    assert len(fake.prompts()) == 2 * 5, "all are known now"
+
+
+def test_what_a_server_does_not_keep_is_sent_again_the_next_time(fake, run, files, journal):
+    fake.keeps = False
+    status, _, figures = run(files[0], "--whole")
+    assert status == 0 and figures["files"][0]["stored_tokens"] == 0
+    assert len(fake.prompts()) == ASKED and not journal.exists()
+    fake.keeps = True
+    assert run(files[0], "--whole")[2]["files"][0]["known"] == 0 and journal.exists()
 
 
 def test_a_server_that_is_not_there_is_one_error(files, journal, monkeypatch):

@@ -103,8 +103,8 @@ def test_hints_hold_for_the_server():
         ToyTokenizer(), SYSTEM, PASSAGES, recompute_ratio=0.25, selection="query", hints={"ttl": 60, "priority": 2}
     )
     params = made.extra_body["kv_transfer_params"]
-    read, problem = read_hints(params)
-    assert problem is None
+    read = read_hints(params)
+    assert not read.problems
     assert (read.fuse, read.recompute_ratio, read.selection, read.ttl) == (True, 0.25, "query", 60)
     assert [(each.id, each.start, each.end) for each in read.documents] == [
         (each["id"], each["start"], each["end"]) for each in made.documents

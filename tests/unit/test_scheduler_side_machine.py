@@ -38,6 +38,8 @@ HINTS = st.sampled_from(
         {"ttl": 50, "priority": 3},
         {"documents": [{"start": 0, "end": 19}, {"start": 19, "end": 70}], "priority": 9},
         {"ttl": "soon"},
+        {"store": False},
+        {"store": False, "pin": {"owner": "a", "seconds": 30}, "ttl": 2},
     ]
 )
 TIERS = {

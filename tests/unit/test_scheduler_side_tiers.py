@@ -262,23 +262,23 @@ def hinted(**hints):
 
 
 def test_pinned_is_not_evicted_until_its_time():
-    engine = Engine(pages=60)
+    engine = Engine(pages=120)
     engine.run(PROMPT, **hinted(pin={"owner": "desk", "seconds": 60}))
-    for seed in range(2, 6):
+    for seed in range(2, 9):
         engine.run(text(seed, 100))
     assert engine.run(PROMPT) == 99
     engine.pass_time(61)
-    for seed in range(2, 6):
+    for seed in range(2, 9):
         engine.run(text(seed, 100))
     assert engine.run(PROMPT) == 0
     engine.check()
 
 
 def test_unpinned_by_its_owner():
-    engine = Engine(pages=60)
+    engine = Engine(pages=120)
     engine.run(PROMPT, **hinted(pin={"owner": "desk", "seconds": 60}))
     engine.run(text(9, 20), **hinted(unpin={"owner": "desk"}))
-    for seed in range(2, 6):
+    for seed in range(2, 9):
         engine.run(text(seed, 100))
     assert engine.run(PROMPT) == 0
     assert engine.hierarchy._pins == 0
@@ -307,7 +307,7 @@ def test_what_has_less_priority_goes_first():
 def test_a_time_to_live_holds_in_all_tiers(engine):
     engine.run(PROMPT, **hinted(ttl=100))
     engine.restart(5.0)
-    assert engine.run(PROMPT) == 99
+    assert engine.run(PROMPT, **hinted(ttl=50)) == 99, "it has less time, and does not make it more"
     engine.pass_time(101)
     assert engine.run(PROMPT) == 0
     found = [engine.metrics.get(m.REJECTED_PAYLOADS, lower.name, "expired") for lower in engine.lowers]

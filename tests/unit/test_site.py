@@ -43,7 +43,7 @@ ELSEWHERE = {
     r"ragkv bench plan\b": "tests/unit/test_bench_commands.py::test_bench_plan",
     r"ragkv bench tiers\b": "tests/unit/test_store_benchmarks.py::test_the_tiers_benchmark_writes_its_figures",
     r"ragkv bench stall\b": "tests/unit/test_stall.py::test_bench_stall",
-    r"ragkv bench hints\b": "tests/unit/test_hints_bench.py::test_bench_hints",
+    r"ragkv bench hints\b": "tests/unit/test_bench_hints.py::test_bench_hints",
     r"ragkv bench soak\b": "tests/unit/test_soak.py::test_bench_soak",
     r"ragkv bench fuzz --engine": "tests/engine/test_fuzz.py::"
     "test_an_engine_under_pressure_answers_as_plain_vllm_does",

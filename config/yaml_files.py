@@ -1,0 +1,46 @@
+"""YAML files, whoever wrote them: what is read of one is bounded, however much its aliases stand for."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_BYTES = 1 << 16
+MOST_VALUES = 10_000  # with those behind aliases, each time
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. OSError: it cannot be read; yaml.YAMLError or ValueError: it is none, or beyond the
+    bounds of this module."""
+    with path.open("rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES} bytes")
+    loader = yaml.SafeLoader(raw.decode("utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _check(root: yaml.Node) -> None:
+    """ValueError where there are too many nodes; an alias is the very node that it stands for."""
+    left, waiting = MOST_VALUES, [root]
+    while waiting:
+        node = waiting.pop()
+        left -= 1
+        if isinstance(node, yaml.SequenceNode):
+            below = node.value
+        elif isinstance(node, yaml.MappingNode):
+            below = [each for pair in node.value for each in pair]
+        else:
+            continue
+        if len(below) + len(waiting) > left:
+            raise ValueError(f"more than {MOST_VALUES} values, with what its aliases stand for")
+        waiting += below
