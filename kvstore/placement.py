@@ -6,6 +6,7 @@ what is written down can be found by its tokens too (`ragkv.kvstore.aliases`, `r
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ragkv.kvstore.aliases import Aliases
@@ -15,11 +16,12 @@ from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.gathering import Gather, Gathering
 from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.keys import content_key
-from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.metrics import RESET, Metrics
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.payloads import Payloads, address
 from ragkv.kvstore.promotion import Fetch, Promotion
 from ragkv.kvstore.tier import StoreTier, Write
+from ragkv.kvstore.unconfirmed import Unconfirmed
 from ragkv.kvstore.work import Completions
 
 
@@ -45,6 +47,7 @@ class Placement:
         self._up = Promotion(hierarchy, self._payloads, self._tiers, gate, metrics, clock, deadline)
         self._loose = Gathering(hierarchy, self._payloads, self._tiers, gate, metrics, clock, deadline)
         self.aliases: Aliases | None = None  # from `index_contents` on
+        self._unconfirmed = Unconfirmed()
         hierarchy.evicting = self._demote
         for number, tier in enumerate(self._tiers):
             tier.bit = 1 << number
@@ -100,9 +103,28 @@ class Placement:
             elif lift is not None:
                 self._up.let_go(lift)
 
-    def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]]) -> None:
-        """Chunks, each with its position, have been computed and stored: write them through. So is what stands
-        before them, where a tier lacks it: it was a tail until now, or could not be written."""
+    @property
+    def unconfirmed(self) -> int:
+        """Chunks in memory that wait to be confirmed."""
+        return len(self._unconfirmed)
+
+    def confirm(self, number: int) -> None:
+        """What was stored to be written `after` this number, or less, is what its namespace says."""
+        for namespace, chunks in self._unconfirmed.confirm(number):
+            self.stored(namespace, chunks)
+
+    def outdate(self) -> None:
+        """Nothing that is unconfirmed is what its namespace says: drop it, with all behind it."""
+        for chunk in self._unconfirmed.drop():
+            self.hierarchy.forget(chunk, RESET)
+
+    def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]], after: int = 0) -> None:
+        """Chunks, each with its position, have been computed and stored: write them through, once `after` is
+        confirmed; until then no lower tier gets them. So is what stands before them, where a tier lacks it: it
+        was a tail until now, or could not be written."""
+        chunks = [(position, chunk) for position, chunk in chunks if chunk.ready and chunk in self.hierarchy]
+        if self._unconfirmed.hold(after, namespace, chunks):
+            return
         through = [tier for tier in self._tiers if tier.through]
         wanted: list[tuple[int, Chunk]] = []
         for position, chunk in chunks if through else ():
@@ -129,14 +151,15 @@ class Placement:
         if self.aliases is not None:
             self.aliases.order(compare=False)  # what an index does not know may be there: kept, and then known
 
-    def write_down(self, chunks: Iterator[Chunk], most: int = 256) -> bool:
-        """Order to be written what no lower tier has of the next `most` chunks, as far as the tiers have room.
-        Whether `chunks` is at its end."""
+    def write_down(self, chunks: deque[Chunk], most: int = 256) -> bool:
+        """Order to be written what no lower tier has of the first `most` chunks, as far as the tiers have room and
+        chunks are confirmed, and take them out. Whether `chunks` is at its end."""
         for _ in range(most):
-            if any(tier.busy for tier in self._tiers):
-                return False
-            if (chunk := next(chunks, None)) is None:
+            if not chunks:
                 return True
+            if any(tier.busy for tier in self._tiers) or chunks[0] in self._unconfirmed:
+                return False
+            chunk = chunks.popleft()
             for tier in self._tiers if chunk in self.hierarchy and chunk.ready and not is_loose(chunk) else ():
                 lacks = not chunk.below & tier.bit if tier.through else not chunk.below
                 if lacks and _may_take(tier, chunk):
@@ -175,10 +198,12 @@ class Placement:
                 lost = lost and not written
 
     def _write(self, chunk: Chunk, tier: StoreTier, namespace: bytes, position: int, *, copy: bool) -> bool:
-        """Order a chunk to be written; its bytes are copied now, or it is pinned until it is done. (An open
-        tail is copied: it may have to make room for a longer one.)"""
+        """Order a chunk to be written, unless it is unconfirmed; its bytes are copied now, or it is pinned until
+        it is done. (An open tail is copied: it may have to make room for a longer one.)"""
         parent = chunk.parent
         assert parent is not None
+        if chunk in self._unconfirmed:
+            return False
         tail, renewed = chunk.open, self.hierarchy.holds.renewed(chunk)
         if not tail and not renewed and tier.knows(chunk.key):
             chunk.below |= tier.bit

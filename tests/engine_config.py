@@ -27,6 +27,7 @@ def config(**change):
         "quantization": None,
         "dtype": torch.bfloat16,
         "is_prefix_caching_supported": True,
+        "max_model_len": 2048,
     }
     model |= {name: change.pop(name) for name in list(change) if name in model}
     return SimpleNamespace(
@@ -34,6 +35,7 @@ def config(**change):
         model_config=SimpleNamespace(**model),
         cache_config=SimpleNamespace(
             cache_dtype=change.pop("cache_dtype", "auto"),
+            sliding_window=change.pop("sliding_window", None),
             calculate_kv_scales=change.pop("calculate_kv_scales", False),
         ),
         load_config=SimpleNamespace(load_format=change.pop("load_format", "auto")),

@@ -237,3 +237,32 @@ def set_turning(worker, on):
         mover.turn = worker.ragkv_turn
     else:
         worker.ragkv_turn, mover.turn = mover.turn, lambda shifts: lambda layers, raw: raw
+
+
+# --- run in a worker ---
+
+
+def scale_weights(worker, factor, after):
+    """Scale every parameter, as a training step changes all: now, or behind vLLM's back after so many steps."""
+    model = worker.model_runner.get_model()
+
+    @torch.no_grad()
+    def change():
+        for parameter in model.parameters():
+            if parameter.numel():
+                parameter.mul_(factor)
+
+    if not after:
+        return change()
+    left = [after]
+    execute = worker.execute_model
+
+    def counted(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            worker.execute_model = execute
+            change()
+        return execute(*args, **kwargs)
+
+    worker.execute_model = counted
+    return None

@@ -17,7 +17,7 @@ from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.faults import Faults, gives, guarded, in_words, logger
 from ragkv.connectors.vllm.fusing import Fusing
-from ragkv.connectors.vllm.identity import Namespaces, engine_identity, examine, load_structure
+from ragkv.connectors.vllm.identity import engine_identity, examine, load_structure
 from ragkv.connectors.vllm.lifecycle import watch_stop
 from ragkv.connectors.vllm.multi import among_others, told_late
 from ragkv.connectors.vllm.plugin import check_settings
@@ -26,7 +26,7 @@ from ragkv.connectors.vllm.roles import duties_of
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
-from ragkv.connectors.vllm.weights import Look, WeightsWatch
+from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
 from ragkv.kvstore import metrics as m
@@ -53,7 +53,6 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
         self._proposed: SchedulerSide | None = None
         self._workers = 0
-        self._weights = WeightsWatch({})
         self._worker: WorkerSide | None = None
         self._segment: Segment | None = None
         try:
@@ -65,7 +64,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             logger.debug("ragkv: why", exc_info=error)
 
     def _open(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        transfer = vllm_config.kv_transfer_config
+        self._trust, transfer = Trust(b""), vllm_config.kv_transfer_config
         self._told_late, self._among_others = told_late(transfer), among_others(transfer)
         transfer.kv_load_failure_policy = "recompute"  # a failed load is a miss
         self._settings = check_settings(transfer).settings
@@ -84,7 +83,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         size = memory_pages(settings, page) * page.page_bytes
         reads = settings.disk.path is not None or settings.redis.url is not None  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
-        self._namespaces = Namespaces(engine_identity(config, shape, page.page_tokens))
+        self._trust = Trust(engine_identity(config, shape, page.page_tokens))
         hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
         chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
         recorder = make_recorder(settings, self.faults)
@@ -103,7 +102,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._metrics,
             self.faults,
             chunker=chunker,
-            namespace_of=self._namespaces.of,
+            namespace_of=self._trust.namespaces.of,
             recorder=recorder,
             fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
@@ -111,6 +110,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             loads=duties.loads,
             allow=settings.hints.kinds,
             control=open_control(settings),
+            confirmed_by=self._trust.round,
         )
 
     def _stand_aside(self, why: str) -> None:
@@ -147,7 +147,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._stand_aside(refusals[0])
         else:
             self._scheduler, self._proposed = self._proposed, None
-            self._weights = WeightsWatch({hand.rank: hand.weights for hand in hands})
+            self._trust.begin(hands, self._vllm_config)
             self._segment.unlink()
             refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
             if self._scheduler.fusing is not None:
@@ -157,7 +157,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(gives(None))
     def _announce(self, no_fusion: str | None) -> None:
         if self._announcer is not None:
-            self._announcer.started(self._namespaces.engine, self._workers, no_fusion)
+            self._announcer.started(self._trust.namespaces.engine, self._workers, no_fusion)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         """The same, as newer versions of vLLM call it."""
@@ -173,9 +173,11 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Tokens that can be loaded while the request waits; None: ask again in the next step."""
         if self._scheduler is None:
             return NO_TOKENS
-        if not self._weights.settled:
-            self._weights.want()
+        if not self._trust.ready():
             return None, False
+        if not self._trust.own_blocks_hold(num_computed_tokens):
+            self._scheduler.disown(request)
+            return NO_TOKENS
         tokens = self._scheduler.lookup(request, num_computed_tokens)
         return tokens, bool(tokens)
 
@@ -198,6 +200,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return StepOrders()
         self._scheduler.distrust()
+        self._trust.unasked()
         return self._scheduler.take_orders()
 
     @guarded(_orders_so_far)
@@ -207,10 +210,11 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             return self._write_down_now(self._scheduler)
         if self._scheduler is None:
             return StepOrders()
+        look, sample = self._trust.question(scheduler_output.total_num_scheduled_tokens, self._scheduler)
         orders = self._scheduler.orders(scheduler_output)
+        orders.look, orders.sample = look, sample
         if self._announcer is not None:
             self._announcer.look()
-        orders.look = self._weights.question()
         return orders
 
     @guarded(gives(None))
@@ -233,8 +237,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             waiting = self._scheduler.lost(*told)
         if waiting:
             received -= waiting
-        for look in report.looks if report is not None else ():
-            self._hear(look)
+        if report is not None:
+            self._trust.hear(report, self._scheduler)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """vLLM's own blocks, which it gives newer connectors."""
+        if self._proposed is not None or self._scheduler is not None:
+            self._trust.bind(gpu_block_pool)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
@@ -253,6 +262,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """The request ended; True keeps its blocks until its last tokens are stored; and what its answer tells."""
         if self._scheduler is None:
             return False, None
+        self._trust.over(request.request_id)
         return self._scheduler.finished(request, list(block_ids[0]))
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
@@ -272,8 +282,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         return sources
 
     def has_pending_push_work(self) -> bool:
-        """Whether vLLM must go on stepping, though no request runs or waits: stores are under way."""
-        return self._scheduler is not None and self._scheduler.has_pending_work
+        """Whether vLLM must go on stepping, though no request runs or waits: for stores that are not over, or not
+        confirmed."""
+        side = self._scheduler
+        return side is not None and (side.has_pending_work or side.unconfirmed)
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks will be free soon, so that nobody need be preempted."""
@@ -284,18 +296,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Forget all KV."""
         if self._scheduler is not None:
             self._scheduler.reset()
-            self._weights.doubt()
+            self._trust.doubt()
         return True
-
-    def _hear(self, look: Look) -> None:
-        """A worker has looked at its weights."""
-        verdict = self._weights.hear(look)
-        if verdict == "unknown":  # what was kept may be of other weights
-            self._namespaces.renew()
-        elif verdict is not None:
-            self._namespaces.set_weights(self._weights.changed)
-        if verdict == "changed":
-            logger.info("ragkv: the weights have changed: what is kept of others is not used")
 
     # --- worker side ---
 

@@ -21,6 +21,7 @@ BATCH = {"cpu": 1}  # chunks at once, by kind of device; a launch costs more tha
 ELSEWHERE = 128
 REMOVED = "_ragkv_removed"  # a module's: the fingerprint of a weight that was taken out of it
 PACKED = "weight"
+WRAPPED = ".base_layer."  # in names, where vLLM may run adapters
 LOW = 0xFFFFFFFF
 ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
@@ -39,7 +40,7 @@ def fingerprint_model(model: Any) -> bytes:
             continue
         if removed is None:
             raise RagKVError(f"the weight of {name} was packed away, and cannot be looked at")
-        digest.update(repr((name, removed)).encode())
+        digest.update(repr((f"{name}.".replace(WRAPPED, "."), removed)).encode())
     return digest.digest()
 
 
@@ -84,8 +85,11 @@ def fingerprint_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        yield name.replace(WRAPPED, "."), tensor
 
 
 def _on_host(sums: list[Sums]) -> list[tuple[int, int]]:

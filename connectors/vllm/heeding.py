@@ -1,6 +1,7 @@
 """The scheduler side's part of run-time control: what `Control` wants is done here, on the scheduler's thread."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ragkv.connectors.vllm.control import Control
@@ -15,7 +16,7 @@ class Heed:
 
     def __init__(self, control: Control, placement: Placement, clock: Callable[[], float]) -> None:
         self.control, self._placement, self._clock = control, placement, clock
-        self._left: Iterator[Chunk] | None = None  # what the flush under way has still to look at
+        self._left: deque[Chunk] | None = None  # what the flush under way has still to look at
         self._number, self._until = 0, 0.0
         control.numbers = self.numbers
 
@@ -30,7 +31,7 @@ class Heed:
             return
         if self._left is None:
             self._number, self._until = self.control.asked, self._clock() + FLUSH_SECONDS
-            self._left = iter(self._placement.hierarchy.everything())
+            self._left = deque(self._placement.hierarchy.everything())
         over = self._placement.write_down(self._left) and not any(t.queued for t in self._placement.tiers)
         if over or self._clock() > self._until:
             self._left, self.control.answered = None, self._number

@@ -1,24 +1,21 @@
 """What an engine is: the shape of its KV, and the namespace in which its KV may be shared."""
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.files import Files, Stamp, adapter_files, model_files, random_name, stamp
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
 from ragkv.kvstore.keys import namespace
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-SAMPLE_BYTES = 1 << 16
-NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version"})
+VERSION = 2  # of what a namespace is made of
+NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
 MOST_TOKENS = 1 << 24  # that a vocabulary may number
 _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁": " "})
 
@@ -69,17 +66,15 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
 
 
 def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
-    """16 bytes that name all that an engine's KV depends on beside the request, and how its bytes are laid out.
-
-    The same for one model in two folders, or on two machines: weights are known by their bytes.
-    """
+    """16 bytes that name what an engine's KV depends on beside its weights and the request, and how its bytes are
+    laid out. Names, paths, revisions, seeds and load formats do not count: the weights tell."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config = {key: value for key, value in model.hf_config.to_dict().items() if key not in NOT_THE_MODEL}
+    text = json.dumps(config, sort_keys=True, default=str)
     return namespace(
         {
-            "model": json.dumps(config, sort_keys=True, default=str),
-            "weights": weights_fingerprint(model.model, str(model.revision), model.seed),
-            "load_format": str(vllm_config.load_config.load_format),
+            "version": VERSION,
+            "model": text,
             "quantization": str(model.quantization),
             "dtype": str(model.dtype),
             "cache_dtype": str(cache.cache_dtype),
@@ -89,41 +84,24 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
             "layers": shape.geometry.layers,
             "ranks": shape.ranks,
             "page_tokens": page_tokens,
+            # vLLM chooses long or short factors by it, and holds both in one buffer:
+            "longest": getattr(model, "max_model_len", None) if "longrope" in text or '"su"' in text else None,
+            # None where the model's configuration says it, or there is none:
+            "window": getattr(cache, "sliding_window", None),
         }
     )
 
 
-def weights_fingerprint(model: str, revision: str, seed: int) -> str:
-    """Fingerprint of a model folder's weight files: names, sizes, and samples of their bytes.
-
-    A model that is no folder here is named by itself, its revision and the seed (of dummy weights).
-    """
-    folder = Path(model)
-    files = [folder] if folder.is_file() else sorted(f for p in WEIGHT_FILES for f in folder.glob(p))
-    if not files:
-        return f"{model}@{revision}#{seed}"
-    return f"{files_fingerprint(files)}#{seed}"
-
-
-def files_fingerprint(files: Iterable[Path]) -> str:
-    """Hex digest over names, sizes and three samples (start, middle, end) of the bytes of files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            for place in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                stream.seek(place, os.SEEK_SET)
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 class Namespaces:
-    """The namespace of each request: the engine's identity, and the request's adapter, tenant and media."""
+    """The namespace of each request: the engine's identity and weights, and the request's adapter, tenant, media.
+
+    `engine`: all but the weights. Until they are known (`set_weights`) it stands for them too.
+    """
 
     def __init__(self, engine: bytes) -> None:
-        self._first = self._engine = engine
-        self._adapters: dict[tuple[Any, ...], tuple[object, str]] = {}
+        self._without, self._engine = engine, engine
+        self._files = Files()
+        self._adapters: dict[tuple[int, str], tuple[str, list[Stamp]] | None] = {}
 
     @property
     def engine(self) -> bytes:
@@ -131,18 +109,29 @@ class Namespaces:
         return self._engine
 
     def renew(self) -> None:
-        """From now on nothing is equal to what was: weights may have changed in place, and then whatever lower
-        tiers hold is of others."""
-        self._engine = namespace({"engine": self._engine, "renewed": os.urandom(16)})
+        """From now on nothing is equal to what was, in any engine: nobody knows the weights."""
+        self.set_weights(random_name())
 
-    def set_weights(self, changed: bytes | None) -> None:
-        """From now on requests are computed by weights of that fingerprint, or None: by those of the start.
-        Weights that come back find what was kept of them."""
-        self._engine = self._first if changed is None else namespace({"engine": self._first, "weights": changed})
+    def set_weights(self, weights: str) -> None:
+        """From now on requests are computed by weights of that fingerprint. Weights that come back find what was
+        kept of them."""
+        self._engine = namespace({"engine": self._without, "weights": weights})
+
+    def set_weights_of_files(self, model_config: Any, load_format: str) -> bool:
+        """The same by the files of the model, where it cannot be looked at itself; whether they are known."""
+        try:
+            found = self._files.fingerprint(model_files(model_config, load_format))
+        except OSError:
+            found = None
+        if found is None:
+            return False
+        longest = getattr(model_config, "max_model_len", None)  # may have chosen among rotary tables
+        self.set_weights(f"files {found[0]}, {longest}")
+        return True
 
     def of(self, request: Any) -> bytes | None:
         """16 bytes, equal for two requests only if equal tokens give them equal KV; None where that cannot be
-        known: tokens that are not all of the prompt, or an adapter whose weights may change under its name.
+        known: tokens that are not all of the prompt, or an adapter whose weights are not known.
         """
         if request.prompt_embeds is not None or getattr(request, "resumable", False):
             return None
@@ -163,20 +152,30 @@ class Namespaces:
             }
         )
 
+    def note_adapter(self, lora: Any) -> None:
+        """An adapter is about to be loaded: it will be known by what its files hold now. Does not raise."""
+        try:
+            self._adapter(lora)
+        except Exception:  # whatever it is: then it is looked at with its first request
+            logger.debug("ragkv: an adapter could not be looked at", exc_info=True)
+
     def _adapter(self, lora: Any) -> str | None:
-        """Name and fingerprint of an adapter; None once its files have changed, since nobody says whether the
-        engine runs the old weights or the new."""
+        """Fingerprint of an adapter's files. None: they are not in a local folder, or have changed since the
+        adapter was loaded, or first asked for: nobody says whether the engine runs the old weights or the new."""
+        known = int(lora.lora_int_id), str(lora.lora_path)
         if getattr(lora, "load_inplace", False):
-            return None
-        folder = Path(str(lora.lora_path))
-        files = sorted(file for file in folder.glob("adapter_*") if file.is_file())
-        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        known = (lora.lora_name, lora.lora_int_id, str(folder))
-        if known not in self._adapters:
-            content = files_fingerprint(files) if files else f"{folder}#{lora.lora_int_id}"
-            self._adapters[known] = stamps, f"{lora.lora_name}:{content}"
-        first_stamps, name = self._adapters[known]
-        return name if stamps == first_stamps else None
+            self._adapters[known] = None  # whatever is loaded under that number from now on
+        try:
+            files = adapter_files(known[1])
+            if known not in self._adapters:
+                self._adapters[known] = self._files.fingerprint(files)
+            found = self._adapters[known]
+            if found is not None and [stamp(file) for file in files] == found[1]:
+                return found[0]
+        except OSError:
+            pass
+        self._adapters[known] = None
+        return None
 
 
 def token_structure(vocabulary: dict[Any, int]) -> TokenStructure:

@@ -19,7 +19,8 @@ from ragkv.kvstore.placement import Placement
 
 
 class Jobs:
-    """Orders in the making, and jobs under way. `workers`: that must do each."""
+    """Orders in the making, and jobs under way. `workers`: that must do each; `confirmed_by`: the number that will
+    confirm what has been computed until now (`Placement.confirm`)."""
 
     def __init__(
         self,
@@ -30,11 +31,12 @@ class Jobs:
         faults: Faults,
         clock: Callable[[], float] = time.monotonic,
         fusing: Fusing | None = None,
+        confirmed_by: Callable[[], int] = lambda: 0,
     ) -> None:
         self._placement, self._hierarchy = placement, placement.hierarchy
         self._block_tokens, self._workers = block_tokens, workers
         self._metrics, self._faults, self._clock = metrics, faults, clock
-        self.fusing = fusing
+        self.fusing, self._confirmed_by = fusing, confirmed_by
         self._tracked: dict[str, Tracked | None] = {}
         self._under_way: dict[int, UnderWay] = {}
         self._loads = Loads()
@@ -106,9 +108,30 @@ class Jobs:
     def reset(self) -> None:
         """Forget all KV. What requests under way still compute is not stored (their prefix may be outdated), and
         what is being loaded for them is not used."""
+        self._placement.outdate()
         self._hierarchy.reset()
         self._forget_requests()
         self._loads.outdate(self._orders)
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Whether some KV that is kept, or being stored, waits to be confirmed."""
+        return self._placement.unconfirmed > 0 or bool(self._storing)
+
+    def confirm(self, number: int) -> None:
+        """As `Placement.confirm`."""
+        self._placement.confirm(number)
+
+    def outdate(self) -> None:
+        """Drop all KV that is not confirmed, and what requests under way still load and store."""
+        self._placement.outdate()
+        self.distrust()
+        self._loads.outdate(self._orders)
+
+    @property
+    def requests(self) -> set[str]:
+        """All that were looked up and have not ended."""
+        return set(self._tracked)
 
     def _forget_requests(self) -> None:
         for tracked in self._tracked.values():
@@ -208,6 +231,7 @@ class Jobs:
             starts=[at for at, _ in new],
             namespace=tracked.namespace,
             tenant=tracked.tenant,
+            confirmed_by=self._confirmed_by(),
         )
         self._give_out(job, under_way)
         self._orders.stores.append(job)
@@ -268,7 +292,7 @@ class Jobs:
             if done.hints.ttl is not None and chunk in self._hierarchy:
                 self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
         self._keep(done.hints, done.tenant, done.chunks, done.starts)
-        self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True))
+        self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True), after=done.confirmed_by)
         if done.superseded is not None:
             self._hierarchy.discard(done.superseded)
 

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from ragkv.connectors.vllm.sampling import Sample
 from ragkv.connectors.vllm.weights import Look
 
 Indices = npt.NDArray[np.int64]
@@ -74,7 +75,8 @@ class StepOrders(KVConnectorMetadata):
     `finishing`: requests that ended, whose blocks vLLM keeps until their stores are done. `preempted`: requests
     whose blocks are given to others in this step. `tokens`: that the forward computes, `work`: what they cost, in
     tokens at the beginning of a prompt; `alone`: the only request in it, or None. `look`: the number under which
-    workers shall look at the weights, before the forward; 0: not.
+    workers shall look at the weights, before the forward; 0: not. `sample`: the number of the round of samples of
+    the weights that begins; 0: none does.
     """
 
     loads: list[Job] = field(default_factory=list)
@@ -89,6 +91,7 @@ class StepOrders(KVConnectorMetadata):
     work: float = 0.0
     alone: str | None = None
     look: int = 0
+    sample: int = 0
 
     @property
     def pending(self) -> bool:
@@ -102,7 +105,8 @@ class StepReport(KVConnectorWorkerMetadata):
 
     `prefills`, `copies`, `fusions`: (work, seconds) of forwards, (tokens, seconds) of loads, (work, seconds) of
     fusions, for the gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number.
-    `handshakes`: of workers whose handshake could not be told at start. `looks`: at the weights.
+    `handshakes`: of workers whose handshake could not be told at start. `looks`: at the weights. `samples`: of the
+    weights, of rounds that are over.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -114,6 +118,7 @@ class StepReport(KVConnectorWorkerMetadata):
     times: dict[int, Times] = field(default_factory=dict)
     handshakes: list["Handshake"] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""
@@ -131,6 +136,7 @@ class StepReport(KVConnectorWorkerMetadata):
             merge_times(dict(self.times), other.times),
             self.handshakes + other.handshakes,
             self.looks + other.looks,
+            self.samples + other.samples,
         )
 
 

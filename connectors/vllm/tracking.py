@@ -88,7 +88,7 @@ class Tracked:
 class UnderWay:
     """A job given out, of a request: what it fills (stores, copies) or reads (loads), what it makes superfluous,
     who still works. `starts`: where the chunks of a store begin. `pages`: of a copy to the device tier. `copies`:
-    chunks whose copies there are read."""
+    chunks whose copies there are read. `confirmed_by`: the number that confirms what a store reads."""
 
     request: str
     chunks: list[Chunk]
@@ -102,6 +102,7 @@ class UnderWay:
     copies: list[Chunk] = field(default_factory=list)
     namespace: bytes = b""
     tenant: bytes = b""
+    confirmed_by: int = 0
 
 
 def tenant_of(request: Any) -> bytes:

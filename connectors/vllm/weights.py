@@ -1,4 +1,4 @@
-"""Whether an engine's weights are still those of its start.
+"""Which weights an engine has: those of its start, and whether they are still the same.
 
 vLLM resets a connector when it sleeps, pauses or is told to reset its caches, and says neither why nor whether
 weights change: they may, after the reset and before the next request (`update_weights`, `reload_weights`,
@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from ragkv.connectors.vllm.sampling import Sample
 
 Verdict = Literal["same", "changed", "unknown"]
 
@@ -28,11 +30,12 @@ class WeightsWatch:
     known: then weights can never be told apart, and every doubt ends in "unknown"."""
 
     def __init__(self, first: Mapping[int, bytes | None]) -> None:
-        self._ranks, self._first = len(first), combine(first)
+        self._ranks = len(first)
+        self._known = combine(first) is not None
         self._number = self._asked = 0
         self._answers: dict[int, bytes | None] = {}
         self._settled, self._wanted = True, False
-        self.changed: bytes | None = None  # the fingerprint of all ranks, where it is not the first
+        self.current: bytes | None = combine(first)  # the fingerprint of all ranks
 
     @property
     def settled(self) -> bool:
@@ -67,10 +70,56 @@ class WeightsWatch:
             return None
         self._settled = True
         now = combine(self._answers)
-        if now is None or self._first is None:
+        if now is None or not self._known:
             return "unknown"
-        before, self.changed = self.changed, None if now == self._first else now
-        return "same" if before == self.changed else "changed"
+        before, self.current = self.current, now
+        return "same" if before == now else "changed"
+
+
+class Rounds:
+    """The scheduler side's books of samples. A round that finds nothing confirms all KV that was computed before
+    it began. `ranks`: workers that take part."""
+
+    ENOUGH = 1024  # tokens computed, after which KV that waits to be confirmed is worth a round
+    EVERY = 64  # steps after which a round begins in any case
+    LOST = 1024  # steps after which an answer will not come any more
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks, self._asked, self._open = ranks, 0, False
+        self._answered: set[int] = set()
+        self._steps = self._tokens = 0  # since the last round began
+
+    @property
+    def next(self) -> int:
+        """The round that will confirm what has been computed until now, or is computed in this step."""
+        return self._asked + 1
+
+    def question(self, tokens: int, *, waiting: bool) -> int:
+        """The number of the round that begins in this step, before its `tokens` are computed; 0: none does.
+        `waiting`: some KV waits to be confirmed."""
+        due = waiting and (not tokens or self._tokens >= self.ENOUGH)
+        begin = self._steps >= self.LOST if self._open else due or self._steps >= self.EVERY
+        if begin:
+            self._asked += 1
+            self._open, self._answered = True, set()
+            self._steps = self._tokens = 0
+        self._steps += 1
+        self._tokens += tokens
+        return self._asked if begin else 0
+
+    def abandon(self) -> None:
+        """A round under way confirms nothing."""
+        self._open = False
+
+    def hear(self, sample: Sample) -> bool | None:
+        """An answer. False: something differs; True: all ranks have found nothing in this round; None: neither."""
+        if not self._open or sample.number != self._asked:
+            return None
+        self._answered.add(sample.rank)
+        if sample.same and len(self._answered) < self._ranks:
+            return None
+        self._open = False
+        return sample.same
 
 
 def combine(fingerprints: Mapping[int, bytes | None]) -> bytes | None:

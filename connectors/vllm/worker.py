@@ -20,6 +20,8 @@ from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_tu
 from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.recompute import Fuser
+from ragkv.connectors.vllm.sampling import LONG_STEP, Sample, Sampler
+from ragkv.connectors.vllm.streams import make_streams
 from ragkv.connectors.vllm.timing import Stopwatch, Timing
 from ragkv.connectors.vllm.transfer import Prepare
 from ragkv.connectors.vllm.weights import Look
@@ -44,6 +46,8 @@ class WorkerSide:
         self._copier = Copier({}, 1, 1, 1, faults)
         self._turn: Prepare | None = None  # rotates keys that move
         self._model: Any = None
+        self._sampler: Sampler | None = None
+        self._round = 0  # of samples, under way
         self._stopwatch: Stopwatch | None = None
         self._forward: tuple[float, Any] | None = None  # work and beginning of the step under way
         self._timings: list[tuple[Literal["prefills", "fusions"], float, Timing]] = []
@@ -108,6 +112,8 @@ class WorkerSide:
         if orders.look:  # before the forward: what it computes is of the weights that are seen here
             rank = 0 if self._equipment is None else self._equipment.rank
             self._report.looks.append(Look(orders.look, rank, self._look()))
+        else:
+            self._take_samples(orders)
         self._orders = orders
         self._steps += 1
         self._forward = None
@@ -267,9 +273,41 @@ class WorkerSide:
             self._no_fusion = None
 
     def _look(self) -> bytes | None:
-        """A fingerprint of the model's weights as they are now; None where that cannot be had."""
+        """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
+        where that cannot be had."""
+        self._sampler, self._round = None, 0
+        if self._model is None:
+            return None
         try:
-            return None if self._model is None else fingerprint_model(self._model)
+            found = fingerprint_model(self._model)
         except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
             logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
             return None
+        if self._equipment is not None:
+            try:
+                device = self._equipment.device
+                stream = None if device.type == "cpu" else make_streams(device).compute
+                self._sampler = Sampler(self._model, device, stream)
+            except Exception as error:  # then changes are seen only where vLLM tells of them
+                self._faults.note("weights", error)
+        return found
+
+    def _take_samples(self, orders: StepOrders) -> None:
+        """Go on with a round of samples. Without a sampler nothing can be found."""
+        if orders.sample:
+            self._round = orders.sample
+            if self._sampler is not None:
+                self._sampler.begin()
+        if not self._round:
+            return
+        same: bool | None = True
+        if self._sampler is not None:
+            try:
+                same = self._sampler.go_on(whole=not 0 < orders.tokens < LONG_STEP)
+            except Exception as error:  # a tensor that is gone, or freed: not what it was
+                self._faults.note("weights", error)
+                same = False
+        if same is not None:
+            rank = 0 if self._equipment is None else self._equipment.rank
+            self._report.samples.append(Sample(self._round, rank, same))
+            self._round = 0

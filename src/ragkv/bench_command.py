@@ -91,6 +91,17 @@ def restart(
     run(tier, tokens, rounds, filings, redis, json_file)
 
 
+@app.command(epilog="Example: ragkv bench fingerprint --model ~/models/SmolLM2-135M-Instruct")
+def fingerprint(
+    model: Annotated[Path | None, typer.Option(help="A folder with *.safetensors; the demo's model.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """What it costs to know a model's weights: a full look at them, and the samples of a running engine."""
+    from ragkv.benchmarks.fingerprint import run
+
+    run(None if model is None else model.expanduser(), json_file)
+
+
 @app.command(epilog="Example: ragkv bench plan --tokens 100000 --chunks 1000000")
 def plan(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the prompt.")] = 100_000,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner
 
@@ -115,6 +116,16 @@ def test_bench_restart(run):
     report = run("bench", "restart", "--tier", "disk", "--tokens", "200", "--rounds", "2")
     assert report["hit_fraction"] == 1 and report["below_over_memory"] == pytest.approx(1)
     assert min(report["seconds"]["cold"]) > 100 * max(report["seconds"]["below"])
+
+
+def test_bench_fingerprint(run, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.ones(300, 200), "b.weight": torch.ones(200)}, tmp_path / "m.safetensors")
+    report = run("bench", "fingerprint", "--model", str(tmp_path))
+    assert report["tensors"] == 2 and report["weight_bytes"] == 4 * 60_200
+    assert 0 < report["round_bytes"] <= 2 * 4 * 128
+    assert all(report[f"{what}_seconds"] > 0 for what in ("look", "step", "part", "round"))
 
 
 def test_bench_plan(run):

@@ -15,6 +15,7 @@ from ragkv.connectors.vllm import NAME, plugin
 from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
 from ragkv.kvstore import metrics as m
@@ -177,7 +178,7 @@ def newborn(tmp_path):
     side = SimpleNamespace(closed=[], fusing=None)
     side.close = lambda seconds: side.closed.append(seconds) or True
     made._scheduler, made._proposed, made._workers = None, side, 2
-    made._segment = Segment("engine", 4096, tmp_path)
+    made._segment, made._trust, made._vllm_config = Segment("engine", 4096, tmp_path), Trust(b"e"), config()
     yield made
     made._close_segment()
 
@@ -185,7 +186,8 @@ def newborn(tmp_path):
 def test_reuse_begins_when_all_workers_map_the_same_memory(newborn):
     segment, side = newborn._segment, newborn._proposed
     assert newborn.get_num_new_matched_tokens(None, 0) == (0, False)
-    newborn.set_xfer_handshake_metadata_pp_aware({(0, rank): Handshake(None, segment.identity) for rank in (0, 1)})
+    hands = {(0, rank): Handshake(None, segment.identity, rank=rank, weights=b"w") for rank in (0, 1)}
+    newborn.set_xfer_handshake_metadata_pp_aware(hands)
     assert newborn._scheduler is side and newborn._segment is segment
     assert not segment.path.exists(), "nobody needs the name any more"
 

@@ -1,4 +1,4 @@
-"""What an engine is: its weights, its tokenizer's structure, its shape, and the namespaces of its requests."""
+"""What an engine is: its tokenizer's structure, its shape, and the namespaces of its requests."""
 
 from types import SimpleNamespace
 
@@ -14,53 +14,8 @@ from ragkv.connectors.vllm.identity import (
     examine,
     load_structure,
     token_structure,
-    weights_fingerprint,
 )
 from ragkv.errors import LayoutError
-
-
-def weights(folder, name="model.safetensors", size=300_000, change=None):
-    content = bytearray(np.random.default_rng(1).bytes(size))
-    if change is not None:
-        content[change] ^= 1
-    (folder / name).write_bytes(content)
-
-
-@pytest.mark.parametrize("change", [0, 150_001, 299_999])
-def test_the_fingerprint_of_weights_changes_with_their_bytes(tmp_path, change):
-    weights(tmp_path)
-    before = weights_fingerprint(str(tmp_path), "main", 0)
-    assert weights_fingerprint(str(tmp_path), "other name of the same", 0) == before
-    weights(tmp_path, change=change)
-    assert weights_fingerprint(str(tmp_path), "main", 0) != before
-
-
-def test_the_fingerprint_of_weights_changes_with_files_sizes_names_and_seed(tmp_path):
-    seen = set()
-
-    def look(seed=0):
-        seen.add(weights_fingerprint(str(tmp_path), "main", seed))
-        return len(seen)
-
-    weights(tmp_path)
-    assert look() == 1
-    assert look(seed=1) == 2
-    weights(tmp_path, "more.bin", 10)
-    assert look() == 3
-    weights(tmp_path, "more.bin", 11)
-    assert look() == 4
-    (tmp_path / "more.bin").rename(tmp_path / "less.bin")
-    assert look() == 5
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert look() == 5, "only weights count"
-
-
-def test_a_single_file_and_a_name_are_told_apart(tmp_path):
-    weights(tmp_path, "model.gguf")
-    file = str(tmp_path / "model.gguf")
-    assert weights_fingerprint(file, "None", 0) == weights_fingerprint(str(tmp_path), "None", 0)
-    assert weights_fingerprint("org/model", "a", 0) != weights_fingerprint("org/model", "b", 0)
-    assert weights_fingerprint("org/model", "a", 0) != weights_fingerprint("org/other", "a", 0)
 
 
 def breaks(vocabulary, *tokens):
@@ -142,67 +97,67 @@ def test_what_may_look_odd_and_is_served(change, group):
     assert examine(config(**change), caches(group)).geometry.itemsize == group.dtype.itemsize
 
 
-def test_an_engine_is_named_by_all_that_its_kv_depends_on():
-    variants = [
-        {},
-        {"hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1e6})},
+def identity(tokens=16, group=None, layers=("layer.0", "layer.1", "layer.2"), **change):
+    given = config(**change)
+    return engine_identity(given, examine(given, caches(group or spec(), layers=layers)), tokens)
+
+
+def longrope(length):
+    details = {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 1024}}
+    return identity(hf_config=SimpleNamespace(to_dict=lambda: details), max_model_len=length)
+
+
+def test_an_engine_is_named_by_all_that_its_kv_depends_on_beside_its_weights():
+    names = [
+        identity(),
+        identity(hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e6})),
+        identity(hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4, "attn_logit_softcapping": 30.0})),
+        identity(hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4, "sliding_window": 64})),
+        identity(quantization="awq"),
+        identity(dtype=torch.float16),
+        identity(cache_dtype="fp8"),
+        identity(sliding_window=64),
+        identity(tensor_parallel_size=4),
+        identity(8),
+        identity(32),
+        identity(group=spec(dtype=torch.float32)),
+        identity(layers=("layer.0",)),
+        longrope(1024),
+        longrope(2048),
+    ]
+    assert len(set(names)) == len(names)
+    assert names[0] == identity() and all(len(name) == 16 for name in names)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"model": "org/other"},
+        {"model": "/some/folder"},
         {"revision": "abc"},
         {"seed": 1},
-        {"quantization": "awq"},
-        {"dtype": torch.float16},
-        {"cache_dtype": "fp8"},
         {"load_format": "dummy"},
-        {"tensor_parallel_size": 4},
-    ]
-    names = [engine_identity(config(**each), examine(config(**each), caches(spec())), 16) for each in variants]
-    names += [engine_identity(config(), examine(config(), caches(spec())), tokens) for tokens in (8, 32)]
-    names.append(engine_identity(config(), examine(config(), caches(spec(dtype=torch.float32))), 16))
-    names.append(engine_identity(config(), examine(config(), caches(spec(), layers=("layer.0",))), 16))
-    assert len(set(names)) == len(variants) + 4
-    assert names[0] == engine_identity(config(), examine(config(), caches(spec())), 16)
-    assert all(len(name) == 16 for name in names)
-
-
-def test_a_model_has_one_name_wherever_it_lies(tmp_path):
-    """Lower tiers are shared between machines."""
-    found = set()
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-        weights(tmp_path / folder)
-        details = {"rope_theta": 1e4, "_name_or_path": folder, "transformers_version": folder}
-        hf_config = SimpleNamespace(to_dict=lambda details=details: details)
-        given = {"model": str(tmp_path / folder), "hf_config": hf_config}
-        found.add(engine_identity(config(**given), examine(config(**given), caches(spec())), 16))
-    assert len(found) == 1
+        {"max_model_len": 4096},
+        {
+            "hf_config": SimpleNamespace(
+                to_dict=lambda: {
+                    "rope_theta": 1e4,
+                    "_name_or_path": "here",
+                    "transformers_version": "9",
+                    "_commit_hash": "c",
+                }
+            )
+        },
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_names_paths_revisions_seeds_and_load_formats_do_not_count(change):
+    assert identity(**change) == identity()
 
 
 def request(**features):
     given = {"prompt_embeds": None, "lora_request": None, "mm_features": [], "cache_salt": None}
     return SimpleNamespace(**given | features)
-
-
-def test_a_changed_adapter_is_left_alone_until_it_has_a_new_name(tmp_path):
-    weights(tmp_path, "adapter_model.safetensors", 100)
-    lora = SimpleNamespace(lora_name="a", lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
-    names = Namespaces(b"e" * 16)
-    first = names.of(request(lora_request=lora))
-    assert first is not None and first == names.of(request(lora_request=lora))
-    assert first != names.of(request())
-    weights(tmp_path, "adapter_model.safetensors", 101)
-    assert names.of(request(lora_request=lora)) is None
-    renewed = SimpleNamespace(**vars(lora) | {"lora_int_id": 2})
-    assert names.of(request(lora_request=renewed)) not in (None, first)
-    assert names.of(request(lora_request=lora)) is None
-
-
-def test_the_same_adapter_under_another_id_shares(tmp_path):
-    weights(tmp_path, "adapter_model.safetensors", 100)
-    loras = [
-        SimpleNamespace(lora_name="a", lora_int_id=n, lora_path=str(tmp_path), load_inplace=False) for n in (1, 2)
-    ]
-    names = Namespaces(b"e" * 16)
-    assert len({names.of(request(lora_request=lora)) for lora in loras}) == 1
 
 
 def test_a_renewal_leaves_all_names_behind():

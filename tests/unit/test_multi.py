@@ -9,12 +9,14 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from engine_config import config
 from ragkv import preflight
 from ragkv.connectors.vllm import NAME, model, plugin
 from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.multi import MULTI, ROOM_CHECKED, TOLD_LATE, told_late
 from ragkv.connectors.vllm.protocol import Handshake, StepReport
+from ragkv.connectors.vllm.trust import Trust
 from ragkv.errors import ConfigError
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
@@ -131,7 +133,8 @@ def late(tmp_path):
     made._told_late, made._worker, made._workers, made._among_others = True, None, 2, True
     made.faults = Faults(Metrics())
     made.distrusted, made.reports = [], []
-    side = SimpleNamespace(fusing=None, close=lambda seconds: True)
+    made._trust, made._vllm_config = Trust(b""), config()
+    side = SimpleNamespace(fusing=None, close=lambda seconds: True, requests=set())
     side.distrust = lambda: made.distrusted.append(True)
     side.report = lambda report, sent, received: made.reports.append(report)
     made._scheduler, made._proposed = None, side

@@ -135,6 +135,15 @@ LORA = SimpleNamespace(lora_name="a", lora_int_id=1, lora_path="/nowhere/a", loa
 OTHER = SimpleNamespace(lora_name="b", lora_int_id=2, lora_path="/nowhere/b", load_inplace=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def adapters(tmp_path_factory):
+    """An adapter is known by its files."""
+    for adapter in (LORA, OTHER):
+        folder = tmp_path_factory.mktemp(adapter.lora_name)
+        (folder / "adapter_model.safetensors").write_text(f"weights of {adapter.lora_name}")
+        adapter.lora_path = str(folder)
+
+
 def image(identifier, offset=4):
     return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=9))
 

@@ -40,6 +40,7 @@ ELSEWHERE = {
     r"ragkv demo\b": "tests/unit/test_bench_commands.py::test_demo",
     r"ragkv bench prefix\b": "tests/unit/test_bench_commands.py::test_bench_prefix",
     r"ragkv bench restart\b": "tests/unit/test_bench_commands.py::test_bench_restart",
+    r"ragkv bench fingerprint\b": "tests/unit/test_bench_commands.py::test_bench_fingerprint",
     r"ragkv bench plan\b": "tests/unit/test_bench_commands.py::test_bench_plan",
     r"ragkv bench tiers\b": "tests/unit/test_store_benchmarks.py::test_the_tiers_benchmark_writes_its_figures",
     r"ragkv bench stall\b": "tests/unit/test_stall.py::test_bench_stall",

@@ -33,14 +33,14 @@ def look(watch, first=A, second=B):
 
 def test_sleep_and_wake_keep_everything(watch):
     assert watch.settled and look(watch) == look(watch) == "same"
-    assert watch.settled and watch.changed is None
+    assert watch.settled and watch.current == combine({0: A, 1: B})
 
 
 @pytest.mark.parametrize("answers", [(A, C), (C, B), (B, A)])
 def test_other_weights_on_any_rank_are_others(watch, answers):
-    assert look(watch, *answers) == "changed" and watch.changed == combine(dict(enumerate(answers)))
+    assert look(watch, *answers) == "changed" and watch.current == combine(dict(enumerate(answers)))
     assert look(watch, *answers) == "same"
-    assert look(watch) == "changed" and watch.changed is None, "they came back"
+    assert look(watch) == "changed" and watch.current == combine({0: A, 1: B}), "they came back"
 
 
 def test_nothing_is_asked_until_a_request_waits(watch):
@@ -75,6 +75,11 @@ def test_a_rank_that_cannot_look_leaves_doubt(watch):
     assert look(watch, A, None) == "unknown" and watch.settled
 
 
+def test_ranks_count_in_their_order_and_not_in_that_of_their_answers():
+    assert combine({0: A, 1: B}) == combine({1: B, 0: A}) != combine({0: B, 1: A})
+    assert combine({0: A, 1: A}) != combine({0: A}) and combine({0: A, 1: None}) is combine({}) is None
+
+
 @given(st.lists(st.sampled_from(["doubt", "ask", "first", "second", "change"]), max_size=40))
 def test_what_is_settled_is_what_the_workers_had_last(events):
     """Weights change only after a doubt and before its question, as vLLM has it."""
@@ -90,19 +95,20 @@ def test_what_is_settled_is_what_the_workers_had_last(events):
         elif event in ("first", "second") and number:
             watch.hear(Look(number, 0, weights) if event == "first" else Look(number, 1, B))
         if watch.settled:
-            assert watch.changed == (None if weights == A else combine({0: C, 1: B}))
+            assert watch.current == combine({0: weights, 1: B})
 
 
 def test_weights_that_come_back_find_their_namespace():
     request = SimpleNamespace(prompt_embeds=None, lora_request=None, mm_features=[], cache_salt=None)
     spaces, again = Namespaces(b"engine"), Namespaces(b"engine")
+    spaces.set_weights("a")
     first = spaces.of(request)
-    spaces.set_weights(C)
+    spaces.set_weights("c")
     changed = spaces.of(request)
     assert changed != first
-    spaces.set_weights(B)
+    spaces.set_weights("b")
     assert spaces.of(request) not in (first, changed)
-    again.set_weights(C)
+    again.set_weights("c")
     assert again.of(request) == changed, "the same for another engine with these weights"
-    spaces.set_weights(None)
+    spaces.set_weights("a")
     assert spaces.of(request) == first

@@ -1,0 +1,377 @@
+"""Weights that change in a running engine: what is served and kept before and after it is noticed."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hand_lanes import Lower
+from ragkv.connectors.vllm import calls
+from ragkv.connectors.vllm.protocol import Handshake, StepReport
+from ragkv.connectors.vllm.sampling import Sample
+from ragkv.connectors.vllm.trust import OwnBlocks, Trust
+from ragkv.connectors.vllm.weights import Look, Rounds
+from toy_engine import Engine, closing, text
+
+PROMPTS = [text(seed, 96) for seed in range(3)] + [text(0, 60) + text(7, 50)]
+
+
+class Sampler:
+    """Compares the engine's weights with those of the last look."""
+
+    def __init__(self, engine):
+        self._engine, self._known = engine, engine.weights
+
+    def begin(self):
+        """A round begins."""
+
+    def go_on(self, *, whole):
+        return self._engine.weights == self._known
+
+
+class Watched(Engine):
+    """A toy engine with a connector's trust, whose workers see which weights it has."""
+
+    def start(self):
+        weights = getattr(self, "weights", 0)
+        super().start()
+        self.weights = self.trusted = weights
+        self.trust = Trust(b"engine")
+        self.side._namespace_of, self.side._confirmed_by = self.trust.namespaces.of, self.trust.round
+        for rank, worker in enumerate(self.workers):
+            worker._equipment = SimpleNamespace(rank=rank)
+            worker._look = lambda worker=worker: self._look(worker)
+        hands = [Handshake(None, rank=rank, weights=worker._look()) for rank, worker in enumerate(self.workers)]
+        self.trust.begin(hands, None)
+        self.trust.bind(SimpleNamespace(blocks=[], evict_blocks=lambda blocks: None))
+        side = self.side
+        orders, report, lookup = side.orders, side.report, side.lookup
+
+        def watched_orders(output):
+            look, sample = self.trust.question(output.total_num_scheduled_tokens, side)
+            made = orders(output)
+            made.look, made.sample = look, sample
+            return made
+
+        def watched_report(told, *ended):
+            waiting = report(told, *ended)
+            if told is not None:
+                self.trust.hear(told, side)
+            return waiting
+
+        side.orders, side.report = watched_orders, watched_report
+        side.lookup = lambda *of: lookup(*of) if self.trust.ready() else None
+
+    def _look(self, worker):
+        worker._sampler, worker._round = (
+            Sampler(
+                self,
+            ),
+            0,
+        )
+        self.trusted = self.weights
+        return bytes([self.weights]) * 16
+
+    def change(self, weights):
+        """Behind everybody's back. What is running goes on with KV of both."""
+        self.weights = weights
+        for request in self.waiting:
+            if request.request_id not in self.side._tracked:
+                request.weights = weights  # nobody has looked it up: it will be computed by them
+
+    def request(self, prompt, **features):
+        made = super().request(prompt, **features)
+        if self.weights != self.trusted:
+            self.fused.add(made.request_id)  # its KV may be wrong
+        return made
+
+    def finish(self, request):
+        super().finish(request)
+        self.trust.over(request.request_id)
+
+
+@pytest.fixture
+def disk():
+    return Lower()
+
+
+@pytest.fixture
+def engine(disk):
+    with closing(Watched(lowers=[disk])) as made:
+        yield made
+
+
+def idle(engine, steps=6):
+    for _ in range(steps):
+        engine.step()
+    engine.work()
+
+
+def test_what_is_computed_is_written_down_once_a_round_has_confirmed_it(engine, disk):
+    engine.request(PROMPTS[0])
+    engine.step()
+    engine.work()
+    assert engine.side.unconfirmed and not disk.stored(), "it runs, and no round began after"
+    engine.finish(engine.running[0])
+    engine.settle()
+    assert not engine.side.unconfirmed and disk.stored()
+    engine.restart()
+    assert engine.run(PROMPTS[0]) == 95
+
+
+def test_a_running_engine_confirms_now_and_then(engine, disk):
+    engine.request(PROMPTS[0])
+    for _ in range(Rounds.EVERY + 5):
+        engine.step(sample=[5] * 300)
+        engine.work()
+    assert disk.stored()
+
+
+def test_a_change_is_noticed_and_nothing_of_it_is_left(engine, disk):
+    engine.run(PROMPTS[0])
+    kept = disk.stored()
+    assert kept
+    engine.change(1)
+    wrong = engine.request(PROMPTS[1])
+    engine.step()
+    engine.work()
+    assert engine.side.unconfirmed and disk.stored() == kept
+    engine.finish(wrong)
+    engine.settle()
+    assert disk.stored() == kept, "computed by others than its namespace says"
+    assert engine.run(PROMPTS[0]) == engine.run(PROMPTS[1]) == 0, "and nothing of before is served"
+    assert engine.run(PROMPTS[0]) == engine.run(PROMPTS[1]) == 95
+    engine.change(0)
+    idle(engine, Rounds.EVERY + 5)
+    assert engine.run(PROMPTS[0]) == 95, "they came back to what is known to be theirs"
+    assert engine.run(PROMPTS[1]) == 0
+
+
+def test_an_engine_killed_before_it_notices_leaves_nothing_wrong(engine, disk):
+    engine.run(PROMPTS[0])
+    engine.change(1)
+    engine.request(PROMPTS[1])
+    for _ in range(5):
+        engine.step(sample=[5] * 99)
+        engine.work()
+    engine.weights = 0
+    engine.restart()
+    assert engine.run(PROMPTS[0]) == 95 and engine.run(PROMPTS[1]) == 0
+
+
+def test_an_orderly_stop_writes_nothing_unconfirmed(engine, disk):
+    engine.change(1)
+    engine.request(PROMPTS[1])
+    engine.step()
+    engine.weights = 0
+    engine.restart(5.0)
+    assert not disk.stored() and engine.run(PROMPTS[1]) == 0
+
+
+def test_what_memory_evicts_unconfirmed_is_lost(disk):
+    with closing(Watched(lowers=[disk], pages=40)) as engine:
+        engine.change(1)
+        for prompt in PROMPTS[:3]:
+            engine.finish(engine.request(prompt)) if engine.step(admit=False) else None
+            engine.request(prompt)
+            engine.step(budget=10**6)
+            engine.work()
+        assert not disk.stored()
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.sampled_from(range(len(PROMPTS)))),
+        st.tuples(st.just("begin"), st.sampled_from(range(len(PROMPTS)))),
+        st.tuples(st.just("end"), st.just(0)),
+        st.tuples(st.just("change"), st.sampled_from([0, 1, 2])),
+        st.tuples(st.just("steps"), st.sampled_from([1, 2, 80])),
+        st.tuples(st.just("kill"), st.sampled_from([0, 1])),
+        st.tuples(st.just("call"), st.sampled_from([0, 1])),
+        st.tuples(st.just("reset"), st.sampled_from([0, 1])),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@example([("change", 1), ("ask", 1)], 200, True)
+@example([("change", 1), ("begin", 1), ("steps", 2), ("kill", 0)], 200, False)
+@example([("ask", 0), ("change", 1), ("begin", 1), ("call", 1), ("end", 0)], 30, True)
+@given(EVENTS, st.sampled_from([30, 200]), st.booleans())
+def test_whatever_happens_nothing_wrong_is_served_once_it_was_noticed(events, pages, through):
+    """Requests that begin before it is noticed may be wrong; what they leave behind is asked for later."""
+    with closing(Watched(lowers=[Lower(through=through)], pages=pages)) as engine:
+        for event, value in events:
+            happen(engine, event, value)
+        idle(engine, Rounds.EVERY + 5)
+        for weights in (0, 1, 2):
+            engine.change(weights)
+            engine.trust.suspect()
+            idle(engine, 2)
+            assert engine.trusted == weights
+            for prompt in PROMPTS:
+                engine.run(prompt)
+            engine.restart()
+            for prompt in PROMPTS:
+                engine.run(prompt)
+
+
+def happen(engine, event, value):
+    if event == "ask":
+        engine.run(PROMPTS[value])
+    elif event == "begin":
+        engine.request(PROMPTS[value])
+        engine.step()
+    elif event == "end" and engine.running:
+        engine.finish(engine.running[0])
+    elif event == "steps":
+        idle(engine, value)
+    elif event == "change" and engine.weights == engine.trusted:  # what is undone unseen cannot be seen
+        for request in [*engine.running, *engine.waiting, *engine.loading.values()]:
+            engine.fused.add(request.request_id)
+        engine.change(value)
+    elif event == "call":
+        happen(engine, "change", value)
+        engine.trust.suspect()
+    elif event == "kill":
+        engine.weights = value
+        engine.restart()
+    elif event == "reset" and not engine.running and not engine.loading:
+        engine.side.reset()
+        engine.trust.doubt()
+        happen(engine, "change", value)
+
+
+# --- the parts ---
+
+
+class Side:
+    unconfirmed, requests = True, frozenset({"r"})
+
+    def __init__(self):
+        self.confirmed, self.outdated = [], 0
+
+    def confirm(self, number):
+        self.confirmed.append(number)
+
+    def outdate(self):
+        self.outdated += 1
+
+
+@pytest.fixture
+def trust():
+    made = Trust(b"e")
+    made.begin([Handshake(None, rank=rank, weights=b"w" * 16) for rank in (0, 1)], None)
+    return made
+
+
+def test_a_round_confirms_when_all_ranks_have_found_nothing(trust):
+    side = Side()
+    assert trust.round() == 1
+    assert trust.question(0, side) == (0, 1) and trust.round() == 2, "what this step computes waits for the next"
+    assert trust.question(0, side) == (0, 0), "one at a time"
+    trust.hear(StepReport(samples=[Sample(1, 0, True)]), side)
+    assert not side.confirmed
+    trust.hear(StepReport(samples=[Sample(1, 0, True), Sample(1, 1, True)]), side)
+    assert side.confirmed == [1] and not side.outdated
+    assert trust.question(0, side) == (0, 2)
+
+
+def test_one_rank_that_finds_something_is_enough(trust):
+    side, before = Side(), trust.namespaces.engine
+    trust.question(0, side)
+    trust.hear(StepReport(samples=[Sample(1, 1, False)]), side)
+    assert side.outdated == 1 and not side.confirmed and not trust.own_blocks_hold(1) and trust.own_blocks_hold(0)
+    (look, sample) = trust.question(1, side)
+    assert look and not sample and trust.ready() is False
+    trust.hear(StepReport(samples=[Sample(1, 0, True)], looks=[Look(look, 0, b"v" * 16)]), side)
+    assert not trust.ready()
+    trust.hear(StepReport(looks=[Look(look, 1, b"v" * 16)]), side)
+    assert trust.ready() and trust.namespaces.engine != before
+    trust.over("r")
+
+
+def test_a_round_waits_for_work_that_is_worth_it():
+    rounds = Rounds(1)
+    assert rounds.question(Rounds.ENOUGH, waiting=True) == 0, "nothing has been computed before this step"
+    assert rounds.question(5, waiting=False) == 0
+    assert rounds.question(5, waiting=True) == 1 and rounds.hear(Sample(1, 0, True)) is True
+    asked = [rounds.question(1, waiting=True) for _ in range(Rounds.EVERY + 1)]
+    assert asked == [0] * (Rounds.EVERY - 1) + [2, 0]
+
+
+def test_an_answer_that_never_comes_is_asked_for_again():
+    rounds = Rounds(1)
+    assert rounds.question(0, waiting=True) == 1
+    assert any(rounds.question(0, waiting=True) == 2 for _ in range(Rounds.LOST + 1))
+    assert rounds.hear(Sample(1, 0, True)) is None and rounds.hear(Sample(2, 0, True)) is True
+
+
+def test_a_fault_between_question_and_workers_loses_no_request(trust):
+    side = Side()
+    trust.suspect()
+    (first, _) = trust.question(1, side)
+    trust.unasked()
+    assert not trust.ready()
+    (second, _) = trust.question(1, side)
+    assert first and second and second != first
+
+
+def test_a_call_to_the_workers_is_followed_by_a_look(monkeypatch, trust):
+    class EngineCore:
+        def collective_rpc(self, method, *args):
+            if method is None:
+                raise OSError("half done")
+            return [method, *args]
+
+        def add_lora(self, lora_request):
+            return f"loaded {lora_request}"
+
+    module = SimpleNamespace(EngineCore=EngineCore)
+    monkeypatch.setitem(calls.sys.modules, "vllm.v1.engine.core", module)
+    adapters = []
+    other = calls.Calls(adapters.append)
+    other.listen(), other.listen()
+    trust.begin([Handshake(None, rank=0, weights=b"w" * 16)], None)
+    assert trust.ready() and EngineCore().collective_rpc("reload_weights", 1) == ["reload_weights", 1]
+    assert trust.ready() is False and trust.question(0, Side())[0]
+    assert other.new() and not other.new()
+    with pytest.raises(OSError):
+        EngineCore().collective_rpc(None)
+    assert other.new()
+    assert EngineCore().add_lora("one") == EngineCore().add_lora(lora_request="one") == "loaded one"
+    assert adapters == ["one", "one"] and not other.new()
+
+
+class Pool:
+    def __init__(self, blocks=4):
+        self.blocks, self.evicted = [None] * blocks, []
+
+    def evict_blocks(self, blocks):
+        self.evicted.append(blocks)
+
+
+def test_vllms_own_blocks_are_evicted_and_again_when_the_last_old_request_ends():
+    blocks, pool = OwnBlocks(), Pool()
+    blocks.bind(pool)
+    blocks.outdate({"a"})
+    assert pool.evicted == [{0, 1, 2, 3}] and not blocks.trusted
+    blocks.over("b")
+    assert len(pool.evicted) == 1
+    blocks.over("a")
+    assert len(pool.evicted) == 2 and blocks.trusted
+    blocks.outdate(())
+    assert blocks.trusted
+
+
+def test_where_vllm_does_not_show_its_blocks_they_are_trusted_once_it_has_emptied_them():
+    blocks = OwnBlocks()
+    blocks.outdate({"a"})
+    blocks.emptied()
+    assert not blocks.trusted, "an old request may still fill some"
+    blocks.over("a")
+    assert not blocks.trusted
+    blocks.emptied()
+    assert blocks.trusted
