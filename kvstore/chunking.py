@@ -2,8 +2,8 @@
 
 A chunk ends at the first paragraph break between `min_tokens` and `max_tokens` of its start; where there is
 none, at the first token in that range at which a hash of the last few tokens says so; at `max_tokens` at the
-latest. Boundaries that the caller names come first, where no chunk gets shorter than `min_tokens` by them. A
-decision looks at nothing before the chunk's start, so the same passage is cut alike wherever it stands:
+latest. Boundaries that the caller names come first, unless two chunks in a row got shorter than `min_tokens` by
+them. A decision looks at nothing before the chunk's start, so the same passage is cut alike wherever it stands:
 content-defined chunking (Muthitacharoen, Chen, Mazières: "A Low-bandwidth Network File System", SOSP 2001, section
 3.1), with paragraphs for anchors.
 """
@@ -81,19 +81,19 @@ class Chunker:
         """Ends, ascending, of all chunks from `start` on that later tokens cannot change.
 
         `start`: 0 or an end that an earlier call gave for a prefix of `tokens`. `named`: ascending boundaries.
-        Each is kept that is `min_tokens` or more behind the last that is kept, or behind the beginning (where two
-        chunks of `min_tokens` fit into one of `max_tokens`); no chunk is shorter for their sake. The tokens behind
-        the last end are an open tail, shorter than `max_tokens` + 1.
+        Those that are kept (`_kept`) make the only chunks that are shorter than `min_tokens`, and never two in a
+        row (where two chunks of `min_tokens` fit into one of `max_tokens`). The tokens behind the last end are an
+        open tail, shorter than `max_tokens` + 1.
         """
-        size = len(tokens)
-        if size - start < self.min_tokens:
+        size, named = len(tokens), self._kept(named)
+        if size - start < self.min_tokens and not named:
             return []
         paragraphs = self._structure.breaks(tokens).tolist()
         hashed: list[int] | None = None
         ends: list[int] = []
         while True:
             low, high = start + self.min_tokens, start + self.max_tokens
-            name, end = _next(named, low), _next(paragraphs, low)
+            name, end = _next(named, start + 1), _next(paragraphs, low)
             kept = name is not None and name <= high and (end is None or end > name - self.min_tokens)
             if name is not None and kept:  # a chunk that ended before it would leave too little for one up to it
                 if name > size:
@@ -110,6 +110,17 @@ class Chunker:
                 end = name - self.min_tokens
             ends.append(end)
             start = end
+
+    def _kept(self, named: Sequence[int]) -> list[int]:
+        """Of ascending boundaries those that stand `min_tokens` or more behind the last that is kept, or behind
+        the beginning; and those that stand nearer, if the last one did not."""
+        kept: list[int] = []
+        last, near = 0, False
+        for name in named:
+            if name - last >= self.min_tokens or not near:
+                last, near = name, name - last < self.min_tokens
+                kept.append(name)
+        return kept
 
 
 def rolling_hash(tokens: Tokens) -> npt.NDArray[np.uint64]:

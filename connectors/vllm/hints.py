@@ -6,7 +6,7 @@
                "fuse": true, "recompute_ratio": 0.15, "selection": "query", "turn": 2}}
 
 `documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
-that names it (where no chunk gets too short by it; the first `MOST_DOCUMENTS` count). `pin`: keep in memory, for
+that names it (unless chunks get too short by it; the first `MOST_DOCUMENTS` count). `pin`: keep in memory, for
 an owner and so many seconds, the prompt up to the end of the last of these documents, or all of it where none is
 named; `unpin` takes all of an owner's pins back. Owners are a tenant's own. `ttl`: serve what this request adds
 no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first. `store`: false keeps

@@ -111,14 +111,16 @@ def test_any_steps_cut_alike(tokens, named, splits):
 @given(token_lists, boundaries)
 def test_sizes(tokens, named):
     ends = SMALL.cut(as_tokens(tokens), named=named)
-    for start, end in pairwise([0, *ends]):
-        assert start + MIN <= end <= start + MAX
-    assert len(tokens) - max(ends, default=0) <= MAX
-    kept = 0
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    assert all(0 < size <= MAX for size in sizes) and len(tokens) - max(ends, default=0) <= MAX
+    assert all(end in named for end, size in zip(ends, sizes, strict=True) if size < MIN)
+    assert all(max(two) >= MIN for two in pairwise(sizes)), "no two in a row are short"
+    last = 0
     for name in named:
-        if kept + MIN <= name <= len(tokens):
-            kept = name
-            assert name in ends, "it is far enough behind the last that is kept"
+        if name in ends:
+            last = name
+        else:
+            assert name - last < MIN or name > len(tokens), "it is far enough behind the last that is kept"
 
 
 @QUICK
@@ -283,19 +285,26 @@ def test_nothing_comes_of_nothing():
 
 def test_named_boundaries_near_each_other_and_at_the_very_end():
     tokens = as_tokens([7] * 60)
-    assert SMALL.cut(tokens, named=[1, 3, 59, 60, 61]) == [43, 59]
-    assert SMALL.cut(tokens, start=43, named=[1, 3, 59, 60, 61]) == [59]
+    assert SMALL.cut(tokens, named=[1, 3, 59, 60, 61]) == [1, 43, 59, 60]
+    assert SMALL.cut(tokens, start=43, named=[1, 3, 59, 60, 61]) == [59, 60]
     assert SMALL.cut(tokens, named=[60]) == [44, 60]
-    assert SMALL.cut(tokens[:59], named=[1, 3, 60]) == [44]
-    assert SMALL.cut(tokens[:17], named=[1, 16]) == [16]
-    assert SMALL.cut(tokens[:15], named=[1, 15]) == []
+    assert SMALL.cut(tokens[:59], named=[1, 3, 60]) == [1, 44]
+    assert SMALL.cut(tokens[:17], named=[1, 16]) == [1]
+    assert SMALL.cut(tokens[:15], named=[1, 15]) == [1]
 
 
-def test_a_document_of_each_token_cuts_as_coarsely_as_none():
+def test_a_document_of_each_token_makes_at_most_two_chunks_where_one_may_be():
     """Such hints once made a chunk, a file and a key of every token."""
     tokens = generated(7000)
     ends = SMALL.cut(tokens, named=range(1, 7000))
-    assert all(end - start >= MIN for start, end in pairwise([0, *ends])) and len(ends) <= 7000 // MIN
+    assert len(ends) <= 2 * 7000 // MIN
+
+
+def test_a_document_behind_a_short_beginning_is_cut_as_anywhere():
+    """A system prompt of a few words must not become a part of the first passage."""
+    head, passage = as_tokens([7] * 9), generated(40)
+    alone, behind = SMALL.cut(passage, named=[40]), SMALL.cut(np.concatenate([head, passage]), named=[9, 49])
+    assert behind == [9, *(9 + end for end in alone)] and 40 in alone
 
 
 def test_a_paragraph_too_near_a_named_boundary_gives_way():
