@@ -147,7 +147,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._stand_aside(refusals[0])
         else:
             self._scheduler, self._proposed = self._proposed, None
-            self._trust.begin(hands, self._vllm_config)
+            self._trust.begin(hands, self._vllm_config, self._scheduler.memory_tokens)
             self._segment.unlink()
             refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
             if self._scheduler.fusing is not None:
@@ -210,9 +210,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             return self._write_down_now(self._scheduler)
         if self._scheduler is None:
             return StepOrders()
-        look, sample = self._trust.question(scheduler_output.total_num_scheduled_tokens, self._scheduler)
+        tokens, stopping = scheduler_output.total_num_scheduled_tokens, self._stop.asked
+        asked = self._trust.question(tokens, self._scheduler, stopping=stopping)
         orders = self._scheduler.orders(scheduler_output)
-        orders.look, orders.sample = look, sample
+        orders.asked = asked
         if self._announcer is not None:
             self._announcer.look()
         return orders

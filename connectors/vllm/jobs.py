@@ -114,6 +114,11 @@ class Jobs:
         self._loads.outdate(self._orders)
 
     @property
+    def memory_tokens(self) -> int:
+        """Tokens that memory has room for."""
+        return self._hierarchy.pages * self._hierarchy.page_tokens
+
+    @property
     def unconfirmed(self) -> bool:
         """Whether some KV that is kept, or being stored, waits to be confirmed."""
         return self._placement.unconfirmed > 0 or bool(self._storing)

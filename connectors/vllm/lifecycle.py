@@ -58,7 +58,7 @@ class StopNotice:
 
     def __init__(self, seconds: float, flush: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._wait, self._clock = max(0.0, seconds - flush - KILL_MARGIN), clock
-        self._asked: float | None = None
+        self._when: float | None = None
 
     def listen(self) -> None:
         """From now on note the signals, before whoever handles them now. Without effect where only Python does
@@ -73,12 +73,17 @@ class StopNotice:
 
     def note(self) -> None:
         """The process was asked to stop."""
-        if self._asked is None:
-            self._asked = self._clock()
+        if self._when is None:
+            self._when = self._clock()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the process was asked to stop."""
+        return self._when is not None
 
     def due(self) -> bool:
         """Whether writing down can wait no longer."""
-        return self._asked is not None and self._clock() >= self._asked + self._wait
+        return self._when is not None and self._clock() >= self._when + self._wait
 
     def _noting(self, handler: Callable[..., Any]) -> Callable[..., Any]:
         def noted(number: int, frame: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,19 @@ class Fusion:
     timed: int = 0
 
 
+class Question(NamedTuple):
+    """What workers shall see of their weights. `look`: the number under which they look at all of them; 0: not.
+    `sample`: the number of the round of samples that begins; 0: none does. `at_once`: KV waits for a round, which
+    is done in one step."""
+
+    look: int = 0
+    sample: int = 0
+    at_once: bool = False
+
+
+NOTHING_ASKED = Question()
+
+
 @dataclass
 class StepOrders(KVConnectorMetadata):
     """Scheduler side to workers, once a step. A load's request waits until every worker has named it as received;
@@ -74,9 +88,8 @@ class StepOrders(KVConnectorMetadata):
     (more), with the blocks that vLLM must compute itself. `cancelled`: requests whose loads shall end as failed.
     `finishing`: requests that ended, whose blocks vLLM keeps until their stores are done. `preempted`: requests
     whose blocks are given to others in this step. `tokens`: that the forward computes, `work`: what they cost, in
-    tokens at the beginning of a prompt; `alone`: the only request in it, or None. `look`: the number under which
-    workers shall look at the weights, before the forward; 0: not. `sample`: the number of the round of samples of
-    the weights that begins; 0: none does.
+    tokens at the beginning of a prompt; `alone`: the only request in it, or None. `asked`: what workers
+    shall look at before the forward.
     """
 
     loads: list[Job] = field(default_factory=list)
@@ -90,8 +103,7 @@ class StepOrders(KVConnectorMetadata):
     tokens: int = 0
     work: float = 0.0
     alone: str | None = None
-    look: int = 0
-    sample: int = 0
+    asked: Question = NOTHING_ASKED
 
     @property
     def pending(self) -> bool:

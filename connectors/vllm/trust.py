@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ragkv.connectors.vllm.calls import Calls
 from ragkv.connectors.vllm.faults import logger
 from ragkv.connectors.vllm.identity import Namespaces
-from ragkv.connectors.vllm.protocol import Handshake, StepReport
+from ragkv.connectors.vllm.protocol import Handshake, Question, StepReport
 from ragkv.connectors.vllm.weights import Look, Rounds, WeightsWatch
 
 UNKNOWN = "ragkv: the model's weights cannot be looked at: nothing is shared with other engines or later starts"
@@ -46,11 +46,11 @@ class Trust:
         self._blocks = OwnBlocks()
         self._calls = Calls(self.namespaces.note_adapter)
 
-    def begin(self, hands: Sequence[Handshake], vllm_config: Any) -> None:
-        """All workers have told what they have loaded."""
+    def begin(self, hands: Sequence[Handshake], vllm_config: Any, memory_tokens: float = float("inf")) -> None:
+        """All workers have told what they have loaded. `memory_tokens`: that memory has room for."""
         self._calls.listen()
         self._watch = WeightsWatch({hand.rank: hand.weights for hand in hands})
-        self._rounds = Rounds(len(hands))
+        self._rounds = Rounds(len(hands), memory_tokens)
         if self._watch.current is not None:
             self.namespaces.set_weights(self._watch.current.hex())
         elif not self.namespaces.set_weights_of_files(
@@ -74,14 +74,15 @@ class Trust:
         """The round that will confirm what has been computed until now."""
         return self._rounds.next
 
-    def question(self, tokens: int, side: Side) -> tuple[int, int]:
-        """What the workers shall look at in this step, before its `tokens` are computed: for `StepOrders.look` and
-        `StepOrders.sample`. To be asked before stores of this step are ordered."""
+    def question(self, tokens: int, side: Side, *, stopping: bool = False) -> Question:
+        """What the workers shall look at in this step, before its `tokens` are computed. To be asked before stores
+        of this step are ordered. `stopping`: the engine was asked to stop."""
         self._notice_calls()
         look = self._watch.question()
         if not self._watch.settled:
-            return look, 0
-        return 0, self._rounds.question(tokens, waiting=side.unconfirmed)
+            return Question(look)
+        waiting = side.unconfirmed
+        return Question(0, self._rounds.question(tokens, waiting=waiting, stopping=stopping), waiting)
 
     def doubt(self) -> None:
         """vLLM has emptied its caches, and the weights may change now."""

@@ -78,14 +78,16 @@ class WeightsWatch:
 
 class Rounds:
     """The scheduler side's books of samples. A round that finds nothing confirms all KV that was computed before
-    it began. `ranks`: workers that take part."""
+    it began. `ranks`: workers that take part; `memory_tokens`: that memory has room for."""
 
     ENOUGH = 1024  # tokens computed, after which KV that waits to be confirmed is worth a round
+    SHARE = 8  # or so large a part of memory, which may evict what waits
     EVERY = 64  # steps after which a round begins in any case
     LOST = 1024  # steps after which an answer will not come any more
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, memory_tokens: float = float("inf")) -> None:
         self._ranks, self._asked, self._open = ranks, 0, False
+        self._enough = min(self.ENOUGH, memory_tokens / self.SHARE)
         self._answered: set[int] = set()
         self._steps = self._tokens = 0  # since the last round began
 
@@ -94,10 +96,10 @@ class Rounds:
         """The round that will confirm what has been computed until now, or is computed in this step."""
         return self._asked + 1
 
-    def question(self, tokens: int, *, waiting: bool) -> int:
+    def question(self, tokens: int, *, waiting: bool, stopping: bool = False) -> int:
         """The number of the round that begins in this step, before its `tokens` are computed; 0: none does.
-        `waiting`: some KV waits to be confirmed."""
-        due = waiting and (not tokens or self._tokens >= self.ENOUGH)
+        `waiting`: some KV waits to be confirmed; `stopping`: the engine was asked to stop."""
+        due = waiting and (stopping or not tokens or self._tokens >= self._enough)
         begin = self._steps >= self.LOST if self._open else due or self._steps >= self.EVERY
         if begin:
             self._asked += 1

@@ -109,9 +109,9 @@ class WorkerSide:
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
         self.preempt(orders)
-        if orders.look:  # before the forward: what it computes is of the weights that are seen here
+        if orders.asked.look:  # before the forward: what it computes is of the weights that are seen here
             rank = 0 if self._equipment is None else self._equipment.rank
-            self._report.looks.append(Look(orders.look, rank, self._look()))
+            self._report.looks.append(Look(orders.asked.look, rank, self._look()))
         else:
             self._take_samples(orders)
         self._orders = orders
@@ -294,8 +294,8 @@ class WorkerSide:
 
     def _take_samples(self, orders: StepOrders) -> None:
         """Go on with a round of samples. Without a sampler nothing can be found."""
-        if orders.sample:
-            self._round = orders.sample
+        if orders.asked.sample:
+            self._round = orders.asked.sample
             if self._sampler is not None:
                 self._sampler.begin()
         if not self._round:
@@ -303,7 +303,7 @@ class WorkerSide:
         same: bool | None = True
         if self._sampler is not None:
             try:
-                same = self._sampler.go_on(whole=not 0 < orders.tokens < LONG_STEP)
+                same = self._sampler.go_on(whole=orders.asked.at_once or not 0 < orders.tokens < LONG_STEP)
             except Exception as error:  # a tensor that is gone, or freed: not what it was
                 self._faults.note("weights", error)
                 same = False

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hand_lanes import Lower
 from ragkv.connectors.vllm import calls
 from ragkv.connectors.vllm.protocol import Handshake, StepReport
-from ragkv.connectors.vllm.sampling import Sample
+from ragkv.connectors.vllm.sampling import PARTS, Sample
 from ragkv.connectors.vllm.trust import OwnBlocks, Trust
 from ragkv.connectors.vllm.weights import Look, Rounds
 from toy_engine import Engine, closing, text
@@ -21,13 +21,16 @@ class Sampler:
     """Compares the engine's weights with those of the last look."""
 
     def __init__(self, engine):
-        self._engine, self._known = engine, engine.weights
+        self._engine, self._known, self._due = engine, engine.weights, 0
 
     def begin(self):
-        """A round begins."""
+        self._due = PARTS
 
     def go_on(self, *, whole):
-        return self._engine.weights == self._known
+        self._due -= self._due if whole else 1
+        if self._engine.weights != self._known:
+            return False
+        return None if self._due else True
 
 
 class Watched(Engine):
@@ -37,6 +40,7 @@ class Watched(Engine):
         weights = getattr(self, "weights", 0)
         super().start()
         self.weights = self.trusted = weights
+        self.stopping = False
         self.trust = Trust(b"engine")
         self.side._namespace_of, self.side._confirmed_by = self.trust.namespaces.of, self.trust.round
         for rank, worker in enumerate(self.workers):
@@ -49,9 +53,9 @@ class Watched(Engine):
         orders, report, lookup = side.orders, side.report, side.lookup
 
         def watched_orders(output):
-            look, sample = self.trust.question(output.total_num_scheduled_tokens, side)
+            asked = self.trust.question(output.total_num_scheduled_tokens, side, stopping=self.stopping)
             made = orders(output)
-            made.look, made.sample = look, sample
+            made.asked = asked
             return made
 
         def watched_report(told, *ended):
@@ -126,6 +130,31 @@ def test_a_running_engine_confirms_now_and_then(engine, disk):
         engine.step(sample=[5] * 300)
         engine.work()
     assert disk.stored()
+
+
+def test_a_round_for_which_kv_waits_is_over_in_one_step(disk):
+    """Else a small memory would have lost it by then, and an engine that is stopped would have ended."""
+    with closing(Watched(lowers=[disk])) as engine:
+        engine.trust._rounds = Rounds(1, Rounds.SHARE * len(PROMPTS[0]))
+        engine.request(PROMPTS[0])
+        engine.step()
+        engine.work()
+        assert engine.side.unconfirmed and not disk.stored()
+        for _ in range(2):  # a round and its answer; what follows from it
+            engine.step(sample=[5] * 3)
+            engine.work()
+        assert engine.running and disk.stored()
+
+
+def test_an_engine_that_was_asked_to_stop_confirms_what_it_has(engine, disk):
+    engine.request(PROMPTS[0])
+    engine.step()
+    engine.work()
+    engine.stopping = True
+    for _ in range(2):
+        engine.step(sample=[5] * 3)
+        engine.work()
+    assert engine.running and disk.stored()
 
 
 def test_a_change_is_noticed_and_nothing_of_it_is_left(engine, disk):
@@ -270,13 +299,15 @@ def trust():
 def test_a_round_confirms_when_all_ranks_have_found_nothing(trust):
     side = Side()
     assert trust.round() == 1
-    assert trust.question(0, side) == (0, 1) and trust.round() == 2, "what this step computes waits for the next"
-    assert trust.question(0, side) == (0, 0), "one at a time"
+    assert trust.question(0, side)[:2] == (0, 1) and trust.round() == 2, (
+        "what this step computes waits for the next"
+    )
+    assert trust.question(0, side)[:2] == (0, 0), "one at a time"
     trust.hear(StepReport(samples=[Sample(1, 0, True)]), side)
     assert not side.confirmed
     trust.hear(StepReport(samples=[Sample(1, 0, True), Sample(1, 1, True)]), side)
     assert side.confirmed == [1] and not side.outdated
-    assert trust.question(0, side) == (0, 2)
+    assert trust.question(0, side)[:2] == (0, 2)
 
 
 def test_one_rank_that_finds_something_is_enough(trust):
@@ -284,7 +315,7 @@ def test_one_rank_that_finds_something_is_enough(trust):
     trust.question(0, side)
     trust.hear(StepReport(samples=[Sample(1, 1, False)]), side)
     assert side.outdated == 1 and not side.confirmed and not trust.own_blocks_hold(1) and trust.own_blocks_hold(0)
-    (look, sample) = trust.question(1, side)
+    look, sample, _ = trust.question(1, side)
     assert look and not sample and trust.ready() is False
     trust.hear(StepReport(samples=[Sample(1, 0, True)], looks=[Look(look, 0, b"v" * 16)]), side)
     assert not trust.ready()
@@ -302,6 +333,12 @@ def test_a_round_waits_for_work_that_is_worth_it():
     assert asked == [0] * (Rounds.EVERY - 1) + [2, 0]
 
 
+def test_a_small_memory_does_not_wait_until_it_is_full():
+    rounds = Rounds(1, memory_tokens=160)
+    assert rounds.question(19, waiting=False) == 0 and rounds.question(1, waiting=True) == 0
+    assert rounds.question(1, waiting=True) == 1
+
+
 def test_an_answer_that_never_comes_is_asked_for_again():
     rounds = Rounds(1)
     assert rounds.question(0, waiting=True) == 1
@@ -312,10 +349,10 @@ def test_an_answer_that_never_comes_is_asked_for_again():
 def test_a_fault_between_question_and_workers_loses_no_request(trust):
     side = Side()
     trust.suspect()
-    (first, _) = trust.question(1, side)
+    first = trust.question(1, side).look
     trust.unasked()
     assert not trust.ready()
-    (second, _) = trust.question(1, side)
+    second = trust.question(1, side).look
     assert first and second and second != first
 
 
@@ -336,7 +373,7 @@ def test_a_call_to_the_workers_is_followed_by_a_look(monkeypatch, trust):
     other.listen(), other.listen()
     trust.begin([Handshake(None, rank=0, weights=b"w" * 16)], None)
     assert trust.ready() and EngineCore().collective_rpc("reload_weights", 1) == ["reload_weights", 1]
-    assert trust.ready() is False and trust.question(0, Side())[0]
+    assert trust.ready() is False and trust.question(0, Side()).look
     assert other.new() and not other.new()
     with pytest.raises(OSError):
         EngineCore().collective_rpc(None)
