@@ -98,7 +98,19 @@ def run(minutes: float, turn_s: float, model: Path | None, json_file: Path | Non
     """Play both for so many minutes each, in turns; print a table, write the report. Exit status 1 where something
     is not flat or failed."""
     console = Console()
-    model = model or ensure_model(progress=console.print)
+    readings, report = play(minutes, turn_s, model or ensure_model(progress=console.print), console)
+    console.print(table(readings))
+    console.print("\n".join(report["findings"]) or "Flat.", highlight=False)
+    write_json(json_file, report)
+    if report["findings"]:
+        raise typer.Exit(1)
+    return report
+
+
+def play(
+    minutes: float, turn_s: float, model: Path, console: Console
+) -> tuple[dict[str, list[Reading]], dict[str, Any]]:
+    """The readings, by server, and the report."""
     turns = max(6, round(minutes * 60 / turn_s))
     with terminated_kindly(), ExitStack() as stack:
         players = _start(stack, model, console)
@@ -108,20 +120,14 @@ def run(minutes: float, turn_s: float, model: Path | None, json_file: Path | Non
                 player.play(turn_s)
             if (number + 1) % max(1, turns // 6) == 0:
                 console.print(f"{players[RAGKV].readings[-1]}", highlight=False)
-        report: dict[str, Any] = {
+        readings = {name: player.readings for name, player in players.items()}
+        return readings, {
             "model": model.name,
             "turn_s": turn_s,
-            "readings": {name: [asdict(each) for each in player.readings] for name, player in players.items()},
+            "readings": {name: [asdict(each) for each in readings[name]] for name in readings},
             "failed": {name: player.complaints for name, player in players.items()},
+            "findings": judge(readings),
         }
-        found = judge({name: player.readings for name, player in players.items()})
-    report["findings"] = found
-    console.print(table({name: player.readings for name, player in players.items()}))
-    console.print("\n".join(found) or "Flat.", highlight=False)
-    write_json(json_file, report)
-    if found:
-        raise typer.Exit(1)
-    return report
 
 
 def judge(readings: Mapping[str, Sequence[Reading]]) -> list[str]:

@@ -15,7 +15,8 @@ from ragkv.kvstore.codec import AliasHeader, decode, encode
 from ragkv.kvstore.keys import chain_key, content_key
 from ragkv.kvstore.payloads import BLOCK_BYTES, HEADER_BYTES, Payloads
 from ragkv.kvstore.stores.contract import KEY_BYTES, Buffer
-from ragkv.kvstore.tier import StoreTier, Wanted, Write
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Wanted, Write
 
 
 def holder(alias: AliasHeader) -> bytes:

@@ -15,8 +15,8 @@ from ragkv.kvstore.codec import AliasHeader, Header
 from ragkv.kvstore.keys import TOKEN_BYTES, content_key
 from ragkv.kvstore.lifting import BATCH_BYTES, Lift, Lifts, Read
 from ragkv.kvstore.stores.contract import Buffer
-from ragkv.kvstore.tier import StoreTier, Wanted
-from ragkv.kvstore.tier_jobs import EXPIRED
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import EXPIRED, Wanted
 
 HELD = 2  # holders that are asked for, where one is enough
 

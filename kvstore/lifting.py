@@ -17,7 +17,8 @@ from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.payloads import Payloads
-from ragkv.kvstore.tier import StoreTier, Wanted
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Wanted
 
 BATCH_BYTES = 8 << 20  # read by one job: enough to be quick, and small enough for several threads to share
 

@@ -20,7 +20,8 @@ from ragkv.kvstore.metrics import RESET, Metrics
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.payloads import Payloads, address
 from ragkv.kvstore.promotion import Fetch, Promotion
-from ragkv.kvstore.tier import StoreTier, Write
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Write
 from ragkv.kvstore.unconfirmed import Unconfirmed
 from ragkv.kvstore.work import Completions
 

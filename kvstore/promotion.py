@@ -12,7 +12,8 @@ from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import Header
 from ragkv.kvstore.keys import TOKEN_BYTES, tail_key
 from ragkv.kvstore.lifting import BATCH_BYTES, Lift, Lifts, Read
-from ragkv.kvstore.tier import StoreTier, Wanted
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ their own; writes and deletions have one thread, so that they happen in the orde
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ragkv.errors import PayloadError, StoreError
@@ -16,7 +15,8 @@ from ragkv.kvstore.breaker import Breaker, State
 from ragkv.kvstore.budget import Budget
 from ragkv.kvstore.index import Index
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.stores.contract import Buffer, Room, Store
+from ragkv.kvstore.stores.contract import Room, Store
+from ragkv.kvstore.tier_jobs import Wanted, Write
 from ragkv.kvstore.work import Done, Outcome
 from ragkv.policies.admission import AdmissionPolicy, Always
 
@@ -33,28 +33,6 @@ class Jobs(Protocol):
     def close(self, seconds: float) -> bool: ...
 
     def abandon(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """A payload to be kept. `make` is called once the tier has taken it, and gives what makes the parts on the
-    writing thread. `size`, `cost`: for the budget. `replaces`: in the place of what is there under that key."""
-
-    key: bytes
-    parent: bytes | None
-    size: int
-    cost: float
-    make: Callable[[], Callable[[], Sequence[Buffer]]]
-    replaces: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A payload to be read: `accept` makes of it what the caller needs, on a reading thread, or raises
-    PayloadError: then the store shall never give it again."""
-
-    key: bytes
-    accept: Callable[[Buffer], Any]
 
 
 class StoreTier:

@@ -1,7 +1,9 @@
-"""What a tier has done on its threads: plain functions of a store, which touch none of the tier's books."""
+"""What a tier is given to do, and what it has done on its threads: plain functions of a store, which touch none of
+the tier's books."""
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ragkv.errors import PayloadError, StoreError
@@ -9,6 +11,28 @@ from ragkv.kvstore.stores.contract import Buffer, Entry, Room, Store
 
 EXPIRED = "expired"  # a payload that was good
 ROOM = 8  # values for which room is made at once, so that not each is sent twice
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A payload to be kept. `make` is called once the tier has taken it, and gives what makes the parts on the
+    writing thread. `size`, `cost`: for the budget. `replaces`: in the place of what is there under that key."""
+
+    key: bytes
+    parent: bytes | None
+    size: int
+    cost: float
+    make: Callable[[], Callable[[], Sequence[Buffer]]]
+    replaces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A payload to be read: `accept` makes of it what the caller needs, on a reading thread, or raises
+    PayloadError: then the store shall never give it again."""
+
+    key: bytes
+    accept: Callable[[Buffer], Any]
 
 
 def scan(store: Store) -> tuple[list[Entry], Room | None]:

@@ -19,7 +19,8 @@ from ragkv.kvstore.pages import Pages, PageShape
 from ragkv.kvstore.placement import Placement
 from ragkv.kvstore.stores.memory import MemoryStore
 from ragkv.kvstore.stores.wrappers import FaultyStore, Plan, WrapperStore
-from ragkv.kvstore.tier import StoreTier, Wanted, Write
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Wanted, Write
 from ragkv.kvstore.work import Completions, run
 from ragkv.policies import AdmissionPolicy, Always, make_policy
 

@@ -25,11 +25,10 @@ from ragkv.connectors.vllm.protocol import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.roles import duties_of
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
-from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
+from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats, hit_sources
 from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
-from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
@@ -268,19 +267,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """How many of the tokens came from where; what was brought up for this request counts as its source's."""
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource as Source
-
-        if not num_external_tokens:
-            return {}
-        names = {m.DEVICE: Source.DEVICE, m.DISK: Source.DISK, m.REDIS: Source.EXTERNAL_UNSPECIFIED}
         found = self._scheduler.sources(request) if self._scheduler is not None else {}
-        if sum(found.values()) != num_external_tokens:
-            return {Source.HOST: num_external_tokens}
-        sources: dict[Any, int] = {}
-        for tier, tokens in found.items():
-            source = names.get(tier, Source.HOST)
-            sources[source] = sources.get(source, 0) + tokens
-        return sources
+        return hit_sources(found, num_external_tokens)
 
     def has_pending_push_work(self) -> bool:
         """Whether vLLM must go on stepping, though no request runs or waits: for stores that are not over, or not

@@ -1,11 +1,13 @@
 """ragkv's metrics in vLLM's own /metrics: carried by vLLM's connector stats, exported in the API process."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from ragkv.connectors.vllm.faults import in_words, logger
+from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import METRICS, SECONDS, merge, split
 
 
@@ -85,3 +87,20 @@ class RagKVPromMetrics(KVConnectorPromMetrics):
     def _at(self, key: str, engine: int) -> Any:
         name, values = split(key)
         return self._metrics[name].labels(*self._engines[engine], *values)
+
+
+def hit_sources(found: Mapping[str, int], tokens: int) -> dict[Any, int]:
+    """Of so many tokens hit, how many are of which of vLLM's sources. `found`: tokens by tier; where these are not
+    as many, all are of the host."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource as Source
+
+    names = {m.DEVICE: Source.DEVICE, m.DISK: Source.DISK, m.REDIS: Source.EXTERNAL_UNSPECIFIED}
+    if not tokens:
+        return {}
+    if sum(found.values()) != tokens:
+        return {Source.HOST: tokens}
+    sources: dict[Any, int] = {}
+    for tier, count in found.items():
+        source = names.get(tier, Source.HOST)
+        sources[source] = sources.get(source, 0) + count
+    return sources

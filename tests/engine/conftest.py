@@ -21,12 +21,21 @@ from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
 
+SHARED = {"shared_ragkv", "small", "plain"}
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/tests/engine/" in str(item.path):
-            item.add_marker(pytest.mark.engine)
-            item.add_marker(pytest.mark.slow)
+    """Where files run beside one another (`pytest -m engine -n 2 --dist loadgroup`), those that share engines stay
+    in one process: memory has no room for two of each."""
+    mine = [item for item in items if "/tests/engine/" in str(item.path)]
+    sharing = {item.path: "engines" for item in mine if set(item.fixturenames) & SHARED}
+    served = {item.path: "server" for item in mine if "resting_server" in item.fixturenames}
+    for item in mine:
+        item.add_marker(pytest.mark.engine)
+        item.add_marker(pytest.mark.slow)
+        group = sharing.get(item.path) or served.get(item.path) or item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.memory import MemoryStore
-from ragkv.kvstore.tier import StoreTier, Write
+from ragkv.kvstore.tier import StoreTier
+from ragkv.kvstore.tier_jobs import Write
 from ragkv.kvstore.work import Completions, Lane
 from ragkv.policies import Always, make_policy
 

@@ -8,7 +8,7 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.wrappers import Fault, on_calls
-from ragkv.kvstore.tier import Wanted
+from ragkv.kvstore.tier_jobs import Wanted
 
 A, B, C, D = map(key, range(1, 5))
 

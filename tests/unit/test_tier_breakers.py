@@ -6,7 +6,8 @@ from hand_lanes import Bench, key, redis
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
-from ragkv.kvstore.tier import NOBODY, Wanted
+from ragkv.kvstore.tier import NOBODY
+from ragkv.kvstore.tier_jobs import Wanted
 
 A, B, C, D, E, F = map(key, range(1, 7))
 IO, FULL = StoreError("io", "no"), StoreError("full", "no space left")
