@@ -249,6 +249,7 @@ class Hierarchy:
                 gone.appendleft(each)
         if gone:
             self._doom(list(gone), reason)
+            self.holds.drop(set(gone))
 
     def reset(self) -> None:
         """Forget everything, as `forget` does."""

@@ -8,7 +8,7 @@ However many pins or chunks are due at the same time, no call lets go of more th
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from ragkv.kvstore.catalogue import Chunk
 
@@ -112,6 +112,18 @@ class Holds:
         self._leaving.extend((tenant, chunk) for chunk in chunks)
         self._leave()
         return len(chunks)
+
+    def drop(self, chunks: Set[Chunk]) -> None:
+        """Chunks never match again: no owner keeps them."""
+        if not self._all.owners.keys() & chunks:
+            return
+        for (tenant, owner), pins in list(self._pins.items()):
+            for chunk in pins.keys() & chunks:
+                del pins[chunk]
+                self._leaving.append((tenant, chunk))
+            if not pins:
+                del self._pins[tenant, owner]
+        self._leave()
 
     def expire(self, chunk: Chunk, at: float) -> None:
         """Let a chunk be kept no longer than until then (`NEVER`: as long as may be); of several times the latest

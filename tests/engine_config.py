@@ -17,6 +17,9 @@ def config(**change):
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
         "tensor_parallel_size": 2,
+        "data_parallel_size": 1,
+        "is_moe_model": False,
+        "enable_eplb": False,
     }
     parallel |= {name: change.pop(name) for name in list(change) if name in parallel}
     model = {

@@ -172,9 +172,9 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Tokens that can be loaded while the request waits; None: ask again in the next step."""
         if self._scheduler is None:
             return NO_TOKENS
-        if not self._trust.ready():
+        if not self._trust.ready(request, self._scheduler):
             return None, False
-        if not self._trust.own_blocks_hold(num_computed_tokens):
+        if not self._trust.serves(request.request_id, num_computed_tokens):
             self._scheduler.disown(request)
             return NO_TOKENS
         tokens = self._scheduler.lookup(request, num_computed_tokens)
@@ -274,7 +274,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether vLLM must go on stepping, though no request runs or waits: for stores that are not over, or not
         confirmed."""
         side = self._scheduler
-        return side is not None and (side.has_pending_work or side.unconfirmed)
+        return side is not None and (side.has_pending_work or (self._trust.settled and side.unconfirmed))
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks will be free soon, so that nobody need be preempted."""
@@ -284,8 +284,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool:
         """Forget all KV."""
         if self._scheduler is not None:
+            self._trust.doubt(running=bool(self._scheduler.requests))
             self._scheduler.reset()
-            self._trust.doubt()
         return True
 
     # --- worker side ---

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-Stamp = tuple[int, int, int, int]  # device, inode, size, mtime in ns
+Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime and ctime in ns
 ADAPTER_FILES = ("adapter_*", "new_embeddings*")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 LOADED_FROM_FILES = frozenset({"auto", "hf", "safetensors", "pt", "gguf", "mistral"})
@@ -48,7 +48,7 @@ def stamp(file: Path) -> Stamp:
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{file}: not a regular file")
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def adapter_files(path: str) -> list[Path]:

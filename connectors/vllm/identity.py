@@ -1,5 +1,6 @@
 """What an engine is: the shape of its KV, and the namespace in which its KV may be shared."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,10 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise LayoutError(f"{name} = {getattr(parallel, name)}; supported: 1")
+    if getattr(parallel, "is_moe_model", False) and (
+        getattr(parallel, "data_parallel_size", 1) > 1 or getattr(parallel, "enable_eplb", False)
+    ):
+        raise LayoutError("experts of one model in several engines, or that move: weights that nobody sees whole")
     speculative = vllm_config.speculative_config
     if speculative is not None and not str(speculative.method).startswith("ngram"):
         raise LayoutError(f"speculative decoding by {speculative.method}; supported: ngram")
@@ -101,7 +106,8 @@ class Namespaces:
     def __init__(self, engine: bytes) -> None:
         self._without, self._engine = engine, engine
         self._files = Files()
-        self._adapters: dict[tuple[int, str], tuple[str, list[Stamp]] | None] = {}
+        self._adapters: dict[int, tuple[str, tuple[str, list[Stamp]] | None]] = {}  # path and files, by number
+        self._replaced = False
 
     @property
     def engine(self) -> bytes:
@@ -152,6 +158,12 @@ class Namespaces:
             }
         )
 
+    def take_replaced(self) -> bool:
+        """Whether an adapter that was known has, or may have, other weights since the last call: what requests
+        under way compute by it is of no namespace."""
+        replaced, self._replaced = self._replaced, False
+        return replaced
+
     def note_adapter(self, lora: Any) -> None:
         """An adapter is about to be loaded: it will be known by what its files hold now. Does not raise."""
         try:
@@ -161,20 +173,25 @@ class Namespaces:
 
     def _adapter(self, lora: Any) -> str | None:
         """Fingerprint of an adapter's files. None: they are not in a local folder, or have changed since the
-        adapter was loaded, or first asked for: nobody says whether the engine runs the old weights or the new."""
-        known = int(lora.lora_int_id), str(lora.lora_path)
-        if getattr(lora, "load_inplace", False):
-            self._adapters[known] = None  # whatever is loaded under that number from now on
-        try:
-            files = adapter_files(known[1])
-            if known not in self._adapters:
-                self._adapters[known] = self._files.fingerprint(files)
-            found = self._adapters[known]
-            if found is not None and [stamp(file) for file in files] == found[1]:
+        adapter was loaded, or first asked for, or another was loaded under its number: nobody says whether the
+        engine runs the old weights or the new, now or later."""
+        number, path = int(lora.lora_int_id), str(lora.lora_path)
+        in_place = getattr(lora, "load_inplace", False)
+        same = False
+        with contextlib.suppress(OSError):
+            files = adapter_files(path)
+            if number not in self._adapters and not in_place:
+                self._adapters[number] = path, None
+                self._adapters[number] = path, self._files.fingerprint(files)
+            known, found = self._adapters.get(number, (path, None))
+            if found is None:
+                return None
+            same = not in_place and known == path and [stamp(file) for file in files] == found[1]
+            if same:
                 return found[0]
-        except OSError:
-            pass
-        self._adapters[known] = None
+        before = self._adapters.get(number)
+        self._replaced |= before is not None and before[1] is not None
+        self._adapters[number] = path, None
         return None
 
 

@@ -69,11 +69,12 @@ class Fusion:
 class Question(NamedTuple):
     """What workers shall see of their weights. `look`: the number under which they look at all of them; 0: not.
     `sample`: the number of the round of samples that begins; 0: none does. `at_once`: KV waits for a round, which
-    is done in one step."""
+    is done in one step. `give_up`: a round under way is over, and nothing of the weights is touched any more."""
 
     look: int = 0
     sample: int = 0
     at_once: bool = False
+    give_up: bool = False
 
 
 NOTHING_ASKED = Question()

@@ -45,6 +45,7 @@ class Trust:
         self._rounds = Rounds(0)
         self._blocks = OwnBlocks()
         self._calls = Calls(self.namespaces.note_adapter)
+        self._blind = False
 
     def begin(self, hands: Sequence[Handshake], vllm_config: Any, memory_tokens: float = float("inf")) -> None:
         """All workers have told what they have loaded. `memory_tokens`: that memory has room for."""
@@ -59,16 +60,24 @@ class Trust:
             logger.warning(UNKNOWN)
             self.namespaces.renew()
 
-    def ready(self) -> bool:
+    @property
+    def settled(self) -> bool:
+        """Whether it is known what computes."""
+        return self._watch.settled and not self._watch.blind
+
+    def ready(self, request: Any, side: Side) -> bool:
         """Whether it is known what will compute a request that asks now; else it waits, and the workers look."""
-        self._notice_calls()
+        self._notice(side)
         if not self._watch.settled:
             self._watch.want()
+            if getattr(request, "skip_reading_prefix_cache", False):
+                self._blocks.note(request.request_id)  # vLLM does not let it wait
         return self._watch.settled
 
-    def own_blocks_hold(self, computed: int) -> bool:
-        """Whether the first `computed` tokens of a request, that vLLM has itself, are of the weights of now."""
-        return not computed or self._blocks.trusted
+    def serves(self, request: str, computed: int) -> bool:
+        """Whether a request may be served and its KV kept: the first `computed` tokens, that vLLM has itself, and
+        what will be computed are of weights that are known."""
+        return self._blocks.hold(request, computed) and not self._watch.blind
 
     def round(self) -> int:
         """The round that will confirm what has been computed until now."""
@@ -77,29 +86,30 @@ class Trust:
     def question(self, tokens: int, side: Side, *, stopping: bool = False) -> Question:
         """What the workers shall look at in this step, before its `tokens` are computed. To be asked before stores
         of this step are ordered. `stopping`: the engine was asked to stop."""
-        self._notice_calls()
+        self._notice(side)
         look = self._watch.question()
-        if not self._watch.settled:
-            return Question(look)
+        if self._watch.blind and not self._blind:
+            self._lose_sight(side)
+        if not self.settled:
+            return Question(look, give_up=True)
         waiting = side.unconfirmed
         return Question(0, self._rounds.question(tokens, waiting=waiting, stopping=stopping), waiting)
 
-    def doubt(self) -> None:
-        """vLLM has emptied its caches, and the weights may change now."""
+    def doubt(self, *, running: bool) -> None:
+        """vLLM has emptied its caches, unless requests were `running`, and the weights may change now."""
         self._watch.doubt()
         self._rounds.abandon()
-        self._blocks.emptied()
+        if not running:
+            self._blocks.emptied()
 
     def unasked(self) -> None:
         """What was asked last may never have come to the workers."""
         self._rounds.abandon()
-        if not self._watch.settled:
-            self._watch.doubt()
+        self._watch.ask_again()
 
     def suspect(self) -> None:
         """The weights may have been changed already, and vLLM has emptied no cache."""
-        self._watch.doubt()
-        self._watch.want()
+        self._watch.suspect()
         self._rounds.abandon()
 
     def bind(self, pool: Any) -> None:
@@ -111,34 +121,47 @@ class Trust:
         self._blocks.over(request)
 
     def hear(self, report: StepReport, side: Side) -> None:
-        """What workers have seen."""
+        """What workers have seen. (What is known at last comes before what follows from it, which may fail.)"""
+        for look in report.looks:
+            self._hear(look, side)
         for sample in report.samples:
             same = self._rounds.hear(sample)
             if same:
                 side.confirm(sample.number)
             elif same is not None:
+                self.suspect()
                 logger.warning(
                     "ragkv: the weights were changed behind vLLM's back: KV of the last steps is dropped"
                 )
                 self._outdate(side)
-                self.suspect()
-        for look in report.looks:
-            self._hear(look, side)
 
     def _hear(self, look: Look, side: Side) -> None:
         verdict = self._watch.hear(look)
-        if verdict is None or verdict == "same":
-            return
-        self._outdate(side)
-        if verdict == "unknown" or self._watch.current is None:  # what was kept may be of other weights
-            self.namespaces.renew()
-        else:
-            logger.info("ragkv: the weights have changed: what is kept of others is not used")
+        if verdict == "unknown":
+            self._lose_sight(side)
+        elif verdict is not None:
+            self._blind = False
+        if verdict == "changed":
+            assert self._watch.current is not None
             self.namespaces.set_weights(self._watch.current.hex())
+            logger.info("ragkv: the weights have changed: what is kept of others is not used")
+            self._outdate(side)
 
-    def _notice_calls(self) -> None:
+    def _lose_sight(self, side: Side) -> None:
+        """Nobody knows the weights: what was kept may be of others."""
+        self._blind = self._watch.blind
+        self.namespaces.renew()
+        if self._blind:
+            logger.warning(
+                "ragkv: the weights could not be looked at: nothing is reused until they can, which is tried again"
+            )
+        self._outdate(side)
+
+    def _notice(self, side: Side) -> None:
         if self._calls.new():
             self.suspect()
+        if self.namespaces.take_replaced():
+            side.outdate()
 
     def _outdate(self, side: Side) -> None:
         side.outdate()
@@ -150,13 +173,21 @@ class OwnBlocks:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._old: set[str] = set()  # requests that began before
+        self._old: set[str] = set()  # requests that began before, or on blocks of such
+        self._early: set[str] = set()  # requests that nobody else knows
         self._outdated = False
 
-    @property
-    def trusted(self) -> bool:
-        """Whether all that the cache gives is of the weights of now."""
-        return not self._outdated
+    def hold(self, request: str, computed: int) -> bool:
+        """Whether the first `computed` tokens that the cache gives a request are of the weights of now; else what
+        it computes on them is not, either."""
+        if not computed or not self._outdated:
+            return True
+        self._old.add(request)
+        return False
+
+    def note(self, request: str) -> None:
+        """A request that runs while nobody knows by which weights."""
+        self._early.add(request)
 
     def bind(self, pool: Any) -> None:
         """The blocks of the engine."""
@@ -164,20 +195,23 @@ class OwnBlocks:
 
     def outdate(self, requests: Iterable[str]) -> None:
         """All blocks, and all that these requests will still compute, are of other weights."""
-        self._old |= set(requests)
+        self._old |= {*requests, *self._early}
+        self._early.clear()
         self._outdated = True
         self._evict()
 
     def over(self, request: str) -> None:
         """A request ended. With the last old one the cache is emptied again, and right from then on."""
+        self._early.discard(request)
         if request in self._old:
             self._old.discard(request)
-            self._evict()
+            if not self._old:
+                self._evict()
 
     def emptied(self) -> None:
-        """vLLM has emptied its cache; requests that began before may go on."""
-        if not self._old:
-            self._outdated = False
+        """vLLM has emptied its cache, and no request runs."""
+        self._old.clear()
+        self._outdated = False
 
     def _evict(self) -> None:
         if self._pool is not None:

@@ -29,51 +29,85 @@ class WeightsWatch:
     """The scheduler side's books. `first`: every rank's fingerprint at start; None or one of None, where it is not
     known: then weights can never be told apart, and every doubt ends in "unknown"."""
 
+    LOST = 1024  # steps after which an answer will not come any more, or a look that failed is tried again
+    TRIES = 3  # answers that did not come, after which nobody waits any more
+
     def __init__(self, first: Mapping[int, bytes | None]) -> None:
         self._ranks = len(first)
         self._known = combine(first) is not None
-        self._number = self._asked = 0
+        self._number = self._asked = self._steps = self._lost = 0
         self._answers: dict[int, bytes | None] = {}
-        self._settled, self._wanted = True, False
+        self._settled, self._wanted, self._suspected = True, False, False
+        self.blind = False  # weights that were known cannot be looked at now: nothing must be reused or kept
         self.current: bytes | None = combine(first)  # the fingerprint of all ranks
 
     @property
     def settled(self) -> bool:
-        """Whether the weights are known; else requests wait."""
+        """Whether no answer is awaited; else requests wait."""
         return self._settled
 
     def doubt(self) -> None:
         """vLLM has reset the connector: the weights may change until the next forward. What is under way to an
         earlier question counts no more."""
-        self._settled = self._wanted = False
-        self._number += 1
-        self._answers = {}
+        self._settled = self._wanted = self._suspected = False
+        self._lost = 0
+        self.ask_again()
+
+    def suspect(self) -> None:
+        """The weights may have changed already: they are looked at in the next step. (But not where vLLM has reset
+        the connector and no request came since: it may be asleep, and they have no memory.)"""
+        awake = self._settled or self._suspected or self._wanted
+        self.doubt()
+        self._suspected = awake
 
     def want(self) -> None:
         """A request waits for the answer."""
         self._wanted = True
 
+    def ask_again(self) -> None:
+        """What was asked last may never have come to the workers."""
+        self._number += 1
+        self._answers = {}
+
     def question(self) -> int:
-        """The number under which the workers shall look now; 0: they need not. (Where no request waits, the
-        weights may not have been changed yet.)"""
-        if self._settled or not self._wanted or self._asked == self._number:
+        """The number under which the workers shall look now; 0: they need not. (After a reset they may not have
+        been changed yet where no request waits.)"""
+        if self._settled and not self.blind:
             return 0
-        self._asked = self._number
+        self._steps += 1
+        if self._asked == self._number and self._steps > self.LOST:
+            self.ask_again()
+            self._lost += 1
+            if self._lost >= self.TRIES:
+                self._give_up()
+        due = self._steps > self.LOST if self._settled else self._wanted or self._suspected
+        if not due or self._asked == self._number:
+            return 0
+        self._asked, self._steps = self._number, 0
         return self._number
 
     def hear(self, look: Look) -> Verdict | None:
         """An answer; the verdict, once all ranks have given theirs to the last question."""
-        if self._settled or look.number != self._number:
+        if (self._settled and not self.blind) or look.number != self._number:
             return None
         self._answers[look.rank] = look.fingerprint
         if len(self._answers) < self._ranks:
             return None
-        self._settled = True
         now = combine(self._answers)
         if now is None or not self._known:
+            self._give_up()
+            self.blind = self._known  # else there is nothing to wait for
             return "unknown"
+        self._settled, self.blind = True, False
         before, self.current = self.current, now
         return "same" if before == now else "changed"
+
+    def _give_up(self) -> None:
+        """Nobody knows the weights: nothing is the same as they, and nobody waits."""
+        self._settled = self.blind = True
+        self.current = None
+        self._steps = 0
+        self.ask_again()
 
 
 class Rounds:

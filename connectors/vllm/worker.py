@@ -294,6 +294,8 @@ class WorkerSide:
 
     def _take_samples(self, orders: StepOrders) -> None:
         """Go on with a round of samples. Without a sampler nothing can be found."""
+        if orders.asked.give_up:
+            self._round = 0
         if orders.asked.sample:
             self._round = orders.asked.sample
             if self._sampler is not None:

@@ -21,21 +21,34 @@ from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
 
-SHARED = {"shared_ragkv", "small", "plain"}
+SHARING = {  # files that use the same engines, or the same server
+    **dict.fromkeys(["test_fusion.py", "test_reuse.py", "test_running.py", "test_tiers.py"], "engines"),
+    **dict.fromkeys(["test_observe.py", "test_server.py"], "server"),
+}
+SHARED = {"shared_ragkv": "engines", "small": "engines", "plain": "engines", "resting_server": "server"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where files run beside one another (`pytest tests/engine -n 2 --dist loadscope`), those that share engines
+    stay in one process: memory has no room for two of each."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0].rpartition("/")[2]
+            return SHARING.get(file, file)
+
+    return ByEngine(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
 def pytest_collection_modifyitems(items):
-    """Where files run beside one another (`pytest -m engine -n 2 --dist loadgroup`), those that share engines stay
-    in one process: memory has no room for two of each."""
-    mine = [item for item in items if "/tests/engine/" in str(item.path)]
-    sharing = {item.path: "engines" for item in mine if set(item.fixturenames) & SHARED}
-    served = {item.path: "server" for item in mine if "resting_server" in item.fixturenames}
-    for item in mine:
-        item.add_marker(pytest.mark.engine)
-        item.add_marker(pytest.mark.slow)
-        group = sharing.get(item.path) or served.get(item.path) or item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    for item in items:
+        if "/tests/engine/" in str(item.path):
+            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.slow)
+            used = {SHARED[name] for name in item.fixturenames if name in SHARED}
+            assert used <= {SHARING.get(item.path.name)}, f"{item.path.name} uses {used}: see SHARING"
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def test_install_is_safe_to_repeat_and_checks_what_vllm_asks_for(monkeypatch):
 def newborn(tmp_path):
     """A connector's scheduler side that has not heard of its two workers yet."""
     made = RagKVConnector.__new__(RagKVConnector)
-    side = SimpleNamespace(closed=[], fusing=None)
+    side = SimpleNamespace(closed=[], fusing=None, memory_tokens=4096)
     side.close = lambda seconds: side.closed.append(seconds) or True
     made._scheduler, made._proposed, made._workers = None, side, 2
     made._segment, made._trust, made._vllm_config = Segment("engine", 4096, tmp_path), Trust(b"e"), config()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ragkv.connectors.vllm.files import Files, adapter_files, model_files
+from ragkv.connectors.vllm.files import Files, adapter_files, model_files, stamp
 from ragkv.connectors.vllm.identity import Namespaces
 
 SIZE = 300_000
@@ -98,8 +98,21 @@ def test_an_adapter_loaded_in_place_is_left_alone_from_then_on(tmp_path):
     write(tmp_path / "a")
     spaces = Namespaces(b"e" * 16)
     assert name(lora(tmp_path / "a"), spaces) is not None
+    assert not spaces.take_replaced()
     assert name(lora(tmp_path / "a", load_inplace=True), spaces) is None
-    assert name(lora(tmp_path / "a"), spaces) is None
+    assert spaces.take_replaced() and not spaces.take_replaced(), "once"
+    assert name(lora(tmp_path / "a"), spaces) is None and not spaces.take_replaced()
+
+
+def test_an_adapter_loaded_in_place_of_another_leaves_both_alone(tmp_path):
+    """A request that waits still names the old one's folder, and is computed by the new."""
+    write(tmp_path / "old"), write(tmp_path / "new", change=5)
+    spaces = Namespaces(b"e" * 16)
+    spaces.note_adapter(lora(tmp_path / "old"))
+    assert name(lora(tmp_path / "old"), spaces) is not None
+    spaces.note_adapter(lora(tmp_path / "new", load_inplace=True))
+    assert spaces.take_replaced()
+    assert name(lora(tmp_path / "old"), spaces) is None is name(lora(tmp_path / "new"), spaces)
 
 
 def test_files_are_read_once_while_their_stamp_is_the_same(tmp_path):
@@ -111,9 +124,10 @@ def test_files_are_read_once_while_their_stamp_is_the_same(tmp_path):
     with model.open("r+b") as stream:
         stream.write(b"x")
     os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert files.fingerprint(found) == first, "not read again"
-    os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert files.fingerprint(found)[0] != first[0]
+    assert files.fingerprint(found)[0] != first[0], "though it has the time of before"
+    (known,) = {key for key in files._known if key == stamp(model)}
+    files._known[known] = b"known"
+    assert files._content(model, stamp(model)) == b"known", "not read again"
     assert files.fingerprint([]) is None
 
 

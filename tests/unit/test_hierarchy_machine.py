@@ -116,8 +116,11 @@ class Machine(RuleBasedStateMachine):
             self.dead.append(chunk)
 
     def doom(self, chunks):
-        """They match no more; what is held keeps its pages."""
-        self.doomed |= self.held() & set(chunks)
+        """They match no more; no owner keeps them; what is held otherwise keeps its pages."""
+        gone = set(chunks)
+        self.until = {key: until for key, until in self.until.items() if key[1] not in gone}
+        self.doomed |= gone
+        self.settle()
         self.forget(chunks)
 
     def evicting(self, chunk):

@@ -159,6 +159,16 @@ def test_a_chunk_of_several_owners_counts_once_and_stays_for_the_last(holds, tie
     assert tier.pins[chunk] == 0 and holds.pages == 0
 
 
+def test_chunks_that_never_match_again_are_nobodys(holds, tier):
+    gone, stays = chunk_of(2, 1), chunk_of(2, 2)
+    assert holds.hold("a", gone, 10.0) and holds.hold("b", gone, 10.0) and holds.hold("a", stays, 10.0)
+    holds.drop({gone, chunk_of(4, 3)})
+    assert (tier.pins[gone], tier.pins[stays], holds.pages) == (0, 1, 2)
+    holds.drop({gone})
+    holds.check_integrity()
+    assert holds.release("a") == 1 and holds.release("b") == 0
+
+
 def test_the_shares_are_never_exceeded(holds):
     first, second, third, fourth = chunk_of(4, 1), chunk_of(2, 2), chunk_of(4, 3), chunk_of(2, 4)
     assert holds.hold("x", first, 10.0, b"a")

@@ -77,6 +77,8 @@ def test_the_shape_of_an_engine():
         ({}, [spec(non_causal=True)], "not causal"),
         ({}, [spec(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)], "INT8_PER_TOKEN_HEAD"),
         ({}, [spec(kv_quant_mode=KVQuantMode.NVFP4)], "NVFP4"),
+        ({"is_moe_model": True, "data_parallel_size": 2}, [spec()], "experts of one model in several engines"),
+        ({"is_moe_model": True, "enable_eplb": True}, [spec()], "or that move"),
         ({"calculate_kv_scales": True}, [spec()], "^calculate_kv_scales: [^\\n]*; supported: False$"),
     ],
 )

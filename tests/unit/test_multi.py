@@ -134,7 +134,7 @@ def late(tmp_path):
     made.faults = Faults(Metrics())
     made.distrusted, made.reports = [], []
     made._trust, made._vllm_config = Trust(b""), config()
-    side = SimpleNamespace(fusing=None, close=lambda seconds: True, requests=set())
+    side = SimpleNamespace(fusing=None, memory_tokens=4096, close=lambda seconds: True, requests=set())
     side.distrust = lambda: made.distrusted.append(True)
     side.report = lambda report, sent, received: made.reports.append(report)
     made._scheduler, made._proposed = None, side
