@@ -248,9 +248,10 @@ def test_whatever_happens_nothing_wrong_is_served_once_it_was_noticed(events, pa
             engine.change(weights)
             engine.trust.suspect()
             idle(engine, 2)
-            assert engine.trusted == weights
+            assert engine.trusted == weights or not engine.trust.settled, "after a reset it waits for a request"
             for prompt in PROMPTS:
                 engine.run(prompt)
+            assert engine.trusted == weights
             engine.restart()
             for prompt in PROMPTS:
                 engine.run(prompt)
