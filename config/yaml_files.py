@@ -1,5 +1,6 @@
 """YAML files, whoever wrote them: what is read of one is bounded, however much its aliases stand for."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check(root: yaml.Node) -> None:
-    """ValueError where there are too many nodes; an alias is the very node that it stands for."""
+    """ValueError where there are too many nodes, or a key twice; an alias is the very node that it stands for."""
     left, waiting = MOST_VALUES, [root]
     while waiting:
         node = waiting.pop()
@@ -39,6 +40,9 @@ def _check(root: yaml.Node) -> None:
             below = node.value
         elif isinstance(node, yaml.MappingNode):
             below = [each for pair in node.value for each in pair]
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in keys.items() if count > 1]:
+                raise ValueError(f"{twice[0]}: given twice")
         else:
             continue
         if len(below) + len(waiting) > left:

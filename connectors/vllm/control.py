@@ -15,10 +15,9 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.faults import logger
+from ragkv.preflight import read_token
 
 SECONDS = 5.0  # that a client may keep the server waiting
-SHORTEST_TOKEN = 16
-MOST_TOKEN = 4096
 LOOPBACK = "127.0.0.1"
 ACTIONS = ("off", "on", "flush", "drain")
 
@@ -88,15 +87,6 @@ def open_control(settings: Settings) -> Control | None:
         return None
     logger.info("ragkv: control at %s, port %d", listen, control.port)
     return control
-
-
-def read_token(file: Path) -> str:
-    """The token in a file. OSError: it cannot be read; ValueError: it holds none, or too short a one."""
-    with file.expanduser().open(encoding="ascii") as stream:
-        token = stream.read(MOST_TOKEN).strip()
-    if len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token:
-        raise ValueError(f"{file}: allowed: a token of at least {SHORTEST_TOKEN} printable characters")
-    return token
 
 
 class _Server(HTTPServer):

@@ -19,7 +19,7 @@ A hint can cost others nothing: everything here is bounded, and so is what follo
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from reprlib import Repr
 from typing import Any
@@ -80,6 +80,11 @@ class Hints:
 
 
 NO_HINTS = Hints()
+
+
+def with_problem(hints: Hints, problem: str) -> Hints:
+    """The same hints, and one thing more that is wrong with them; told once."""
+    return hints if problem in hints.problems else replace(hints, problems=(*hints.problems, problem))
 
 
 def read_hints(params: Any, allow: Collection[str] = HINT_NAMES) -> Hints:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.fusing import Fusing
-from ragkv.connectors.vllm.hints import Hints
+from ragkv.connectors.vllm.hints import Hints, with_problem
 from ragkv.connectors.vllm.loading import Loads
 from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport, slots_between
 from ragkv.connectors.vllm.tracking import Tracked, UnderWay
@@ -16,6 +16,8 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.placement import Placement
+
+PINNED_ALL = "ragkv.pin: a tenant's owners, or all, have pinned all that they may of the memory tier"
 
 
 class Jobs:
@@ -261,7 +263,9 @@ class Jobs:
         under_way.failed = True
         self._job_over(job.id, under_way)
 
-    def _keep(self, hints: Hints, tenant: bytes, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
+    def _keep(
+        self, request: str, hints: Hints, tenant: bytes, chunks: Sequence[Chunk], starts: Sequence[int]
+    ) -> None:
         """Pin chunks as a request asks."""
         if hints.pin is None:
             return
@@ -270,9 +274,10 @@ class Jobs:
             if (hints.pin.end is not None and start >= hints.pin.end) or chunk not in self._hierarchy:
                 return
             if not self._hierarchy.holds.hold(hints.pin.owner, chunk, until, tenant):
-                self._faults.note(
-                    "pins", "a tenant's owners, or all, have pinned all that they may of the memory tier"
-                )
+                self._faults.note("pins", PINNED_ALL)
+                tracked = self._tracked.get(request)
+                if tracked is not None:
+                    tracked.hints = with_problem(tracked.hints, PINNED_ALL)
                 return
 
     def _settle(self, done: UnderWay) -> None:
@@ -296,7 +301,7 @@ class Jobs:
             self._metrics.count(m.STORED_TOKENS, len(chunk))
             if done.hints.ttl is not None and chunk in self._hierarchy:
                 self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
-        self._keep(done.hints, done.tenant, done.chunks, done.starts)
+        self._keep(done.request, done.hints, done.tenant, done.chunks, done.starts)
         self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True), after=done.confirmed_by)
         if done.superseded is not None:
             self._hierarchy.discard(done.superseded)

@@ -14,7 +14,7 @@ from ragkv.connectors.vllm.control import Control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.fusing import saved
 from ragkv.connectors.vllm.heeding import Heed
-from ragkv.connectors.vllm.hints import read_hints
+from ragkv.connectors.vllm.hints import read_hints, with_problem
 from ragkv.connectors.vllm.jobs import Jobs
 from ragkv.connectors.vllm.loading import Load
 from ragkv.connectors.vllm.protocol import Job, StepOrders, slots_between
@@ -133,6 +133,10 @@ class SchedulerSide(Jobs):
         tracked.stored = tracked.mended = 0
         if external:
             self._begin_load(tracked, start, end, blocks)
+        if tracked.hints.pin is not None:
+            self._look_up(tracked)  # vLLM may have had it all itself, or ragkv may only store
+            chunks = tracked.match.chunks
+            self._keep(request.request_id, tracked.hints, tracked.tenant, chunks, starts(chunks))
         self._turns.count(tracked, external)
         tracked.looked = False
         self._promised.pop(request.request_id, None)
@@ -167,7 +171,6 @@ class SchedulerSide(Jobs):
             else:  # the engine's blocks hold it, but not exactly
                 self._hierarchy.used(chunks, tracked.hints.priority)
             self._placement.used(chunks)
-            self._keep(tracked.hints, tracked.tenant, chunks, starts(chunks))
 
     def _exact_jobs(
         self, tracked: Tracked, start: int, end: int, blocks: list[int], *, fused: bool
@@ -302,12 +305,12 @@ class SchedulerSide(Jobs):
                 self._tracked[request_id] = None
                 return None
             hints = read_hints(request.kv_transfer_params, self._allow)
+            if hints.priority and self._hierarchy.classes == 1:
+                hints = with_problem(
+                    hints, f"ragkv.priority = {hints.priority}; memory.priorities = 1: no classes"
+                )
             if hints.problems:
                 self._faults.note("hints", "; ".join(hints.problems))
-            if hints.priority and self._hierarchy.classes == 1:
-                self._faults.note(
-                    "hints", f"priority = {hints.priority}; memory.priorities = 1: there are no classes"
-                )
             if hints.unpin is not None:
                 self._hierarchy.holds.release(hints.unpin, tenant_of(request))
             chain = TokenChain(namespace, self._chunker, hints.boundaries)

@@ -288,8 +288,8 @@ class WorkerSide:
                 device = self._equipment.device
                 stream = None if device.type == "cpu" else make_streams(device).compute
                 self._sampler = Sampler(self._model, device, stream)
-            except Exception as error:  # then changes are seen only where vLLM tells of them
-                self._faults.note("weights", error)
+            except Exception as error:  # of memory, or a model of an unknown kind
+                logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
         return found
 
     def _take_samples(self, orders: StepOrders) -> None:

@@ -165,14 +165,18 @@ class Folder:
         finally:
             os.close(there)
 
-    def quarantined(self) -> int:
-        """How many values lie in quarantine."""
+    def quarantined(self, *, remove: bool = False) -> int:
+        """How many values lie, or lay, in quarantine; `remove`: and are removed."""
         try:
             there = os.open(QUARANTINE, _FOLDER | os.O_NOFOLLOW, dir_fd=self.descriptor)
         except OSError:
             return 0
         try:
-            return sum(1 for _ in _list(there))
+            names = [name for name, _ in _list(there)]
+            for name in names if remove else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=there)
+            return len(names)
         finally:
             os.close(there)
 

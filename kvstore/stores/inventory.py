@@ -103,6 +103,11 @@ class Inventory:
         with self._errors(), contextlib.suppress(FileNotFoundError):
             self._folder.quarantine(key, reason)
 
+    def quarantined(self, *, remove: bool = False) -> int:
+        """How many values lie, or lay, in quarantine; `remove`: and are removed."""
+        with self._errors():
+            return self._folder.quarantined(remove=remove)
+
     def totals(self) -> Totals:
         """Sums, by the headers."""
         totals, namespaces = Totals(), set()

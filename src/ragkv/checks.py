@@ -20,7 +20,7 @@ from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.contract import KEY_BYTES, Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
-from ragkv.preflight import read_settings
+from ragkv.preflight import read_settings, read_token
 
 MIB = 1 << 20
 SPEED_BYTES = 64 * MIB
@@ -110,6 +110,23 @@ def _disk_limits(path: Path, capacity: int, room: Room, sizes: Sequence[int]) ->
         said = f"{path} has room for {files} files, and every chunk is one"
         todo = "use a file system with more inodes; the engine keeps to these"
         findings.append(Finding("disk", "warn", said, todo))
+    return findings
+
+
+def check_files(settings: Settings) -> list[Finding]:
+    """The files that settings name beside the tiers: whether the engine could read and write them."""
+    findings = []
+    if settings.control.listen is not None and settings.control.token_file is not None:
+        try:
+            read_token(Path(settings.control.token_file))
+        except (OSError, RuntimeError, ValueError) as error:
+            said = f"control.token_file: {error}; the engine would run without control"
+            findings.append(Finding("control", "fail", said, "write a token there, for the engine's user to read"))
+    if settings.trace.file is not None:
+        file = Path(settings.trace.file).expanduser()
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            said = f"trace.file: {file} cannot be written to; no trace would be written"
+            findings.append(Finding("trace", "fail", said, "give the engine's user a file that it may write to"))
     return findings
 
 

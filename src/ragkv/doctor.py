@@ -18,6 +18,7 @@ from ragkv.checks import (
     SPEED_BYTES,
     Finding,
     check_disk,
+    check_files,
     check_memory,
     check_redis,
     check_settings,
@@ -47,6 +48,7 @@ def examine(file: Path | None, url: str | None, quick: bool, environ: Mapping[st
         findings.append(replace(memory, status="warn") if serves and memory.status == "fail" else memory)
         findings += check_disk(settings, 0 if quick else SPEED_BYTES)
         findings += check_redis(settings)
+        findings += check_files(settings)
     return findings + server
 
 

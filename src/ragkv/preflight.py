@@ -12,6 +12,7 @@ from ragkv.kvstore.backing import backing
 from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.redis_url import parse_location
 
+SHORTEST_TOKEN, LONGEST_TOKEN = 16, 4096  # characters
 STOP_SECONDS = 10  # of vLLM's shutdown timeout beside writing down: for running answers, workers and teardown
 
 
@@ -39,6 +40,15 @@ def check_room(settings: Settings) -> None:
             f"ragkv: memory.capacity = {format_size(want)}: allowed: at most what {there.source} leaves, "
             f"{there.bytes >> 20}MiB; with more the engine would be killed"
         )
+
+
+def read_token(file: Path) -> str:
+    """The token in a file. OSError: it cannot be read; ValueError: it holds none, or too short a one."""
+    with file.expanduser().open(encoding="ascii") as stream:
+        token = stream.read(LONGEST_TOKEN).strip()
+    if len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token:
+        raise ValueError(f"{file}: allowed: a token of at least {SHORTEST_TOKEN} printable characters")
+    return token
 
 
 def has_lower_tier(settings: Settings) -> bool:

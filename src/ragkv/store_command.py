@@ -126,7 +126,7 @@ def verify(
 def rm(
     folder: FolderArgument,
     keys: Annotated[list[str] | None, typer.Argument(help="Keys, by their first hexadecimal digits.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all values.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all values, quarantine too.")] = False,
     namespace: NamespaceOption = "",
     older_than: Annotated[str, typer.Option(help="Not used for so long: 30s, 15m, 12h, 7d.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -143,9 +143,12 @@ def rm(
         before = time.time() - _age(older_than) if older_than else float("inf")
         values = [value for value in _selected(inventory, namespace) if value.used < before]
     size = _size(sum(value.size for value in values))
-    if values and not yes:
-        typer.confirm(f"Remove {len(values)} values, {size}, from {folder}?", abort=True)
+    bad = inventory.quarantined() if everything else 0
+    if (values or bad) and not yes:
+        more = f", and {bad} in quarantine" if bad else ""
+        typer.confirm(f"Remove {len(values)} values, {size}{more}, from {folder}?", abort=True)
     removed = sum(inventory.remove(value.key) for value in values)
+    removed += inventory.quarantined(remove=True) if bad else 0
     typer.echo(f"{removed} values removed")
 
 

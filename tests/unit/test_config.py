@@ -157,6 +157,8 @@ def test_an_empty_file_says_nothing(write):
         (b"memory: \xff\xfe", "is not YAML"),
         ("memory: {page_tokens: 2024-13-45}", "is not YAML"),
         ("memory: !!python/object:os.system {}", "is not YAML"),
+        ("memory: {capacity: 1GiB}\nmemory: {policy: lru}", "memory: given twice"),
+        ("memory: {policy: lfu, capacity: 1GiB, policy: lru}", "policy: given twice"),
         ("- memory", f"allowed: sections {', '.join(SECTIONS)}"),
         ("just words", f"allowed: sections {', '.join(SECTIONS)}"),
         ("1: {capacity: 2}", f"allowed: sections {', '.join(SECTIONS)}"),

@@ -17,7 +17,7 @@ import redis
 from metrics_server import serving_metrics
 from ragkv import checks, doctor
 from ragkv.benchmarks.redis_server import Server
-from ragkv.checks import check_disk, check_memory, check_redis, check_settings
+from ragkv.checks import check_disk, check_files, check_memory, check_redis, check_settings
 from ragkv.config import load
 from ragkv.connectors.vllm.tryout import TOKENS, judge_engine, judge_interface, judge_version
 from ragkv.doctor import check_server, check_versions, check_vllm, examine
@@ -274,6 +274,22 @@ def test_a_disk_that_says_nothing_of_its_room(tmp_path, monkeypatch):
 def test_tiers_that_are_off():
     assert "no disk tier" in only(check_disk(settings()), "ok").said
     assert "no Redis tier" in only(check_redis(settings()), "ok").said
+
+
+def test_files_beside_the_tiers(tmp_path):
+    token = tmp_path / "token"
+    control = settings(control={"listen": "127.0.0.1:0", "token_file": str(token)})
+    assert "No such file" in only(check_files(control), "fail").said
+    token.write_text("short")
+    assert "at least 16" in only(check_files(control), "fail").said
+    token.write_text("x" * 16)
+    assert check_files(control) == check_files(settings()) == []
+    assert check_files(settings(trace={"file": str(tmp_path / "trace")})) == []
+    missing = tmp_path / "none" / "trace"
+    assert (
+        f"trace.file: {missing} cannot be written to"
+        in only(check_files(settings(trace={"file": str(missing)})), "fail").said
+    )
 
 
 def test_settings_that_cannot_be(tmp_path):

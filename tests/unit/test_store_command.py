@@ -161,6 +161,14 @@ def test_verify_finds_and_moves_what_is_bad(store, run):
     assert run("verify", store.folder)[0] == 0
 
 
+def test_rm_of_all_leaves_no_quarantine(store, run):
+    harm(store, 0)
+    run("verify", store.folder, "--quarantine")
+    status, out, _ = run("rm", store.folder, "--all", "--yes")
+    assert status == 0 and out == "4 values removed\n"
+    assert kept(store) == [] and not list((store.folder / QUARANTINE).iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, left",
     [

@@ -59,6 +59,24 @@ def test_one_tenant_leaves_others_their_share():
         engine.pass_time(601)
 
 
+@pytest.mark.parametrize("engine", [{"own_cache": True}, {"duties": {"loads": False}}], ids=["own", "producer"])
+def test_what_is_stored_already_is_pinned_too(engine):
+    """Where vLLM has the prompt itself, and where ragkv loads nothing."""
+    with closing(Engine(pages=200, **engine)) as engine:
+        engine.run(PROMPT)
+        engine.run(PROMPT, **asked(**PIN))
+        assert pinned(engine) > 0 and not engine.metrics.get(m.ERRORS, "pins")
+
+
+def test_a_pin_that_is_refused_is_told():
+    with closing(Engine(pages=200, fusion=FusionSettings())) as engine:
+        for seed in range(2):
+            for _ in range(2):
+                answer = told(engine, text(seed, 100), pin={"owner": f"desk {seed}", "seconds": 600})
+        (problem,) = answer["problems"]
+        assert problem.startswith("ragkv.pin: a tenant's owners, or all, have pinned all")
+
+
 def test_what_a_tenant_asks_for_survives_another_of_the_same_names():
     with closing(Engine(pages=200)) as engine:
         engine.run(PROMPT, **asked("one", **PIN))
