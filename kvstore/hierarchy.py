@@ -234,14 +234,11 @@ class Hierarchy:
 
     def tick(self, now: float) -> None:
         """Let go of pins whose time is over, and of chunks that must be kept no longer, with all behind them."""
-        self._forget(self.holds.due(now), m.EXPIRED)
+        self.forget(self.holds.due(now), m.EXPIRED)
 
-    def forget(self, chunk: Chunk, reason: str) -> None:
-        """Drop a chunk and all that stands behind it. What is pinned keeps its pages until it is unpinned, but
-        never matches."""
-        self._forget([chunk], reason)
-
-    def _forget(self, chunks: Sequence[Chunk], reason: str) -> None:
+    def forget(self, chunks: Sequence[Chunk], reason: str) -> None:
+        """Drop chunks and all that stands behind them. What is pinned keeps its pages until it is unpinned, but
+        never matches, and no owner keeps it."""
         gone: deque[Chunk] = deque()  # parents before their children, whichever was named first
         for chunk in chunks:
             for each in reversed(descendants(chunk) if chunk in self._catalogue else []):

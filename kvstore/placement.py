@@ -116,8 +116,7 @@ class Placement:
 
     def outdate(self) -> None:
         """Nothing that is unconfirmed is what its namespace says: drop it, with all behind it."""
-        for chunk in self._unconfirmed.drop():
-            self.hierarchy.forget(chunk, RESET)
+        self.hierarchy.forget(self._unconfirmed.drop(), RESET)
 
     def stored(self, namespace: bytes, chunks: Iterable[tuple[int, Chunk]], after: int = 0) -> None:
         """Chunks, each with its position, have been computed and stored: write them through, once `after` is

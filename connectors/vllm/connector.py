@@ -183,7 +183,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request was taken up, and waits until `num_external_tokens` are loaded into its blocks."""
         if self._scheduler is not None:
-            self._allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            ids = blocks.get_block_ids()[0]
+            if not self._trust.allocated(request.request_id, ids, self._scheduler.block_tokens):
+                self._scheduler.taint(request.request_id)
+            self._allocated(request, ids, num_external_tokens)
 
     def _not_allocated(self, request: Any, blocks: list[int], external: int) -> None:
         assert self._scheduler is not None
@@ -199,7 +202,6 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return StepOrders()
         self._scheduler.distrust()
-        self._trust.unasked()
         return self._scheduler.take_orders()
 
     @guarded(_orders_so_far)
@@ -210,12 +212,11 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return StepOrders()
         tokens, stopping = scheduler_output.total_num_scheduled_tokens, self._stop.asked
-        asked = self._trust.question(tokens, self._scheduler, stopping=stopping)
-        orders = self._scheduler.orders(scheduler_output)
-        orders.asked = asked
+        self._scheduler.ask(self._trust.question(tokens, self._scheduler, stopping=stopping))
+        self._trust.scheduled(scheduler_output)
         if self._announcer is not None:
             self._announcer.look()
-        return orders
+        return self._scheduler.orders(scheduler_output)
 
     @guarded(gives(None))
     def update_connector_output(self, connector_output: Any) -> None:
@@ -270,10 +271,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         found = self._scheduler.sources(request) if self._scheduler is not None else {}
         return hit_sources(found, num_external_tokens)
 
+    @guarded(gives(False))
     def has_pending_push_work(self) -> bool:
         """Whether vLLM must go on stepping, though no request runs or waits: for stores that are not over, or not
         confirmed."""
         side = self._scheduler
+        if side is not None:
+            self._trust.notice(side)
         return side is not None and (side.has_pending_work or (self._trust.settled and side.unconfirmed))
 
     def has_pending_block_frees(self) -> bool:

@@ -108,6 +108,7 @@ class Namespaces:
         self._files = Files()
         self._adapters: dict[int, tuple[str, tuple[str, list[Stamp]] | None]] = {}  # path and files, by number
         self._replaced = False
+        self._undo: tuple[dict[int, tuple[str, tuple[str, list[Stamp]] | None]], bool] | None = None
 
     @property
     def engine(self) -> bytes:
@@ -158,18 +159,28 @@ class Namespaces:
             }
         )
 
-    def take_replaced(self) -> bool:
-        """Whether an adapter that was known has, or may have, other weights since the last call: what requests
+    @property
+    def replaced(self) -> bool:
+        """Whether an adapter that was known has, or may have, other weights since `settle_replaced`: what requests
         under way compute by it is of no namespace."""
-        replaced, self._replaced = self._replaced, False
-        return replaced
+        return self._replaced
+
+    def settle_replaced(self) -> None:
+        """What follows from that is done."""
+        self._replaced = False
 
     def note_adapter(self, lora: Any) -> None:
         """An adapter is about to be loaded: it will be known by what its files hold now. Does not raise."""
+        self._undo = dict(self._adapters), self._replaced
         try:
             self._adapter(lora)
         except Exception:  # whatever it is: then it is looked at with its first request
             logger.debug("ragkv: an adapter could not be looked at", exc_info=True)
+
+    def adapter_failed(self) -> None:
+        """The adapter that was noted last was not loaded: what was known before holds."""
+        if self._undo is not None:
+            (self._adapters, self._replaced), self._undo = self._undo, None
 
     def _adapter(self, lora: Any) -> str | None:
         """Fingerprint of an adapter's files. None: they are not in a local folder, or have changed since the
@@ -177,20 +188,23 @@ class Namespaces:
         engine runs the old weights or the new, now or later."""
         number, path = int(lora.lora_int_id), str(lora.lora_path)
         in_place = getattr(lora, "load_inplace", False)
-        same = False
         with contextlib.suppress(OSError):
             files = adapter_files(path)
-            if number not in self._adapters and not in_place:
+            if number not in self._adapters:
                 self._adapters[number] = path, None
-                self._adapters[number] = path, self._files.fingerprint(files)
-            known, found = self._adapters.get(number, (path, None))
+                self._adapters[number] = path, None if in_place else self._files.fingerprint(files)
+            known, found = self._adapters[number]
             if found is None:
                 return None
-            same = not in_place and known == path and [stamp(file) for file in files] == found[1]
+            same = not in_place and known == path
+            if same and [stamp(file) for file in files] != found[1]:  # touched, or other bytes
+                again = self._files.fingerprint(files)
+                same = again is not None and again[0] == found[0]
+                found = again if same and again is not None else found
+                self._adapters[number] = path, found
             if same:
                 return found[0]
-        before = self._adapters.get(number)
-        self._replaced |= before is not None and before[1] is not None
+        self._replaced |= self._adapters.get(number, (path, None))[1] is not None
         self._adapters[number] = path, None
         return None
 

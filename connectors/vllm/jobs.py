@@ -10,7 +10,7 @@ from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.hints import Hints, with_problem
 from ragkv.connectors.vllm.loading import Loads
-from ragkv.connectors.vllm.protocol import Indices, Job, StepOrders, StepReport, slots_between
+from ragkv.connectors.vllm.protocol import Indices, Job, Question, StepOrders, StepReport, slots_between
 from ragkv.connectors.vllm.tracking import Tracked, UnderWay
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows
@@ -114,6 +114,21 @@ class Jobs:
         self._hierarchy.reset()
         self._forget_requests()
         self._loads.outdate(self._orders)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one of the engine's blocks."""
+        return self._block_tokens
+
+    def ask(self, asked: Question) -> None:
+        """What workers shall look at in this step goes with its orders, whatever becomes of the others."""
+        self._orders.asked = asked
+
+    def taint(self, request: str) -> None:
+        """Nothing that a request computes is exact: it began on KV of other weights."""
+        tracked = self._tracked.get(request)
+        if tracked is not None:
+            tracked.taint(0)
 
     @property
     def memory_tokens(self) -> int:

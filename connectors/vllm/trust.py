@@ -44,7 +44,8 @@ class Trust:
         self._watch = WeightsWatch({})
         self._rounds = Rounds(0)
         self._blocks = OwnBlocks()
-        self._calls = Calls(self.namespaces.note_adapter)
+        self._calls = Calls(self.namespaces.note_adapter, self.namespaces.adapter_failed)
+        self._hits: dict[str, int] = {}  # tokens that vLLM had itself, of requests
         self._blind = False
 
     def begin(self, hands: Sequence[Handshake], vllm_config: Any, memory_tokens: float = float("inf")) -> None:
@@ -67,7 +68,7 @@ class Trust:
 
     def ready(self, request: Any, side: Side) -> bool:
         """Whether it is known what will compute a request that asks now; else it waits, and the workers look."""
-        self._notice(side)
+        self.notice(side)
         if not self._watch.settled:
             self._watch.want()
             if getattr(request, "skip_reading_prefix_cache", False):
@@ -76,8 +77,17 @@ class Trust:
 
     def serves(self, request: str, computed: int) -> bool:
         """Whether a request may be served and its KV kept: the first `computed` tokens, that vLLM has itself, and
-        what will be computed are of weights that are known."""
+        what will be computed are of weights that are known, as far as can be said before its blocks are known."""
+        self._hits[request] = computed
         return self._blocks.hold(request, computed) and not self._watch.blind
+
+    def allocated(self, request: str, blocks: Sequence[int], block_tokens: int) -> bool:
+        """vLLM gave a request blocks. Whether those that it found in its cache are of the weights of now."""
+        return self._blocks.allocated(request, blocks, -(-self._hits.get(request, 0) // block_tokens))
+
+    def scheduled(self, scheduler_output: Any) -> None:
+        """Requests have got more blocks in a step."""
+        self._blocks.scheduled(scheduler_output)
 
     def round(self) -> int:
         """The round that will confirm what has been computed until now."""
@@ -86,7 +96,7 @@ class Trust:
     def question(self, tokens: int, side: Side, *, stopping: bool = False) -> Question:
         """What the workers shall look at in this step, before its `tokens` are computed. To be asked before stores
         of this step are ordered. `stopping`: the engine was asked to stop."""
-        self._notice(side)
+        self.notice(side)
         look = self._watch.question()
         if self._watch.blind and not self._blind:
             self._lose_sight(side)
@@ -99,13 +109,7 @@ class Trust:
         """vLLM has emptied its caches, unless requests were `running`, and the weights may change now."""
         self._watch.doubt()
         self._rounds.abandon()
-        if not running:
-            self._blocks.emptied()
-
-    def unasked(self) -> None:
-        """What was asked last may never have come to the workers."""
-        self._rounds.abandon()
-        self._watch.ask_again()
+        self._blocks.emptied(running=running)
 
     def suspect(self) -> None:
         """The weights may have been changed already, and vLLM has emptied no cache."""
@@ -118,6 +122,7 @@ class Trust:
 
     def over(self, request: str) -> None:
         """A request ended."""
+        self._hits.pop(request, None)
         self._blocks.over(request)
 
     def hear(self, report: StepReport, side: Side) -> None:
@@ -157,33 +162,70 @@ class Trust:
             )
         self._outdate(side)
 
-    def _notice(self, side: Side) -> None:
+    def notice(self, side: Side) -> None:
+        """Calls since the last time."""
+        if self._calls.slept():
+            self._watch.doubt()
+            side.outdate()  # nobody looks before a request comes
         if self._calls.new():
             self.suspect()
-        if self.namespaces.take_replaced():
+        if self.namespaces.replaced:
             side.outdate()
+            self.namespaces.settle_replaced()
 
     def _outdate(self, side: Side) -> None:
-        side.outdate()
-        self._blocks.outdate(side.requests)
+        requests = side.requests
+        try:
+            side.outdate()
+        finally:
+            self._blocks.outdate(requests)
 
 
 class OwnBlocks:
-    """vLLM's own prefix cache, when weights have changed and vLLM does not know."""
+    """vLLM's own prefix cache, when weights have changed and vLLM does not know.
+
+    Requests that run then are old: what they have computed, and all that they compute on it, is of other weights.
+    What the cache holds is evicted, but old requests go on to fill blocks; a request that takes one of these is
+    old too. When the last of them has ended, these blocks are evicted. Where vLLM does not show its blocks,
+    whatever the cache gives is taken for old until vLLM has emptied it.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._old: set[str] = set()  # requests that began before, or on blocks of such
+        self._old: set[str] = set()
         self._early: set[str] = set()  # requests that nobody else knows
+        self._filled: set[int] = set()  # blocks that old requests have, or had
         self._outdated = False
 
     def hold(self, request: str, computed: int) -> bool:
-        """Whether the first `computed` tokens that the cache gives a request are of the weights of now; else what
-        it computes on them is not, either."""
-        if not computed or not self._outdated:
+        """Whether the first `computed` tokens that the cache gives a request may be of the weights of now."""
+        if not computed or not self._outdated or self._pool is not None:
             return True
         self._old.add(request)
         return False
+
+    def allocated(self, request: str, blocks: Sequence[int], found: int) -> bool:
+        """A request was given blocks, the first `found` of them by the cache. Whether these are of the weights of
+        now."""
+        if not self._outdated or self._pool is None:
+            return True
+        if request in self._old or not self._filled.isdisjoint(blocks[:found]):
+            self._old.add(request)
+            self._filled.update(blocks)
+            return False
+        self._filled.difference_update(blocks[found:])
+        return True
+
+    def scheduled(self, scheduler_output: Any) -> None:
+        """Requests were given more blocks."""
+        if not self._outdated or self._pool is None:
+            return
+        cached = scheduler_output.scheduled_cached_reqs
+        for request, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if new is not None and request in self._old:
+                self._filled.update(new[0])
+            elif new is not None:
+                self._filled.difference_update(new[0])
 
     def note(self, request: str) -> None:
         """A request that runs while nobody knows by which weights."""
@@ -195,25 +237,37 @@ class OwnBlocks:
 
     def outdate(self, requests: Iterable[str]) -> None:
         """All blocks, and all that these requests will still compute, are of other weights."""
+        used = self._used()
         self._old |= {*requests, *self._early}
         self._early.clear()
+        self._filled |= used
         self._outdated = True
-        self._evict()
+        if self._pool is not None:
+            self._pool.evict_blocks(set(range(len(self._pool.blocks))))
+            if not used:
+                self._right_again()
 
     def over(self, request: str) -> None:
-        """A request ended. With the last old one the cache is emptied again, and right from then on."""
+        """A request ended. With the last old one all is right."""
         self._early.discard(request)
         if request in self._old:
             self._old.discard(request)
-            if not self._old:
-                self._evict()
+            if not self._old and self._pool is not None:
+                self._pool.evict_blocks(self._filled)
+                self._right_again()
 
-    def emptied(self) -> None:
-        """vLLM has emptied its cache, and no request runs."""
+    def emptied(self, *, running: bool) -> None:
+        """vLLM has emptied its cache, unless requests have blocks (it does not say); `running`: some may have."""
+        running = running or bool(self._old or self._early) if self._pool is None else bool(self._used())
+        if not running:
+            self._right_again()
+
+    def _used(self) -> set[int]:
+        """Blocks that requests have."""
+        blocks = () if self._pool is None else self._pool.blocks
+        return {block.block_id for block in blocks if block.ref_cnt > 0 and not block.is_null}
+
+    def _right_again(self) -> None:
         self._old.clear()
+        self._filled.clear()
         self._outdated = False
-
-    def _evict(self) -> None:
-        if self._pool is not None:
-            self._pool.evict_blocks(set(range(len(self._pool.blocks))))
-            self._outdated = bool(self._old)

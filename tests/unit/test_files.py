@@ -98,10 +98,37 @@ def test_an_adapter_loaded_in_place_is_left_alone_from_then_on(tmp_path):
     write(tmp_path / "a")
     spaces = Namespaces(b"e" * 16)
     assert name(lora(tmp_path / "a"), spaces) is not None
-    assert not spaces.take_replaced()
+    assert not spaces.replaced
+    assert name(lora(tmp_path / "a", load_inplace=True), spaces) is None and spaces.replaced
+    spaces.settle_replaced()
+    assert name(lora(tmp_path / "a"), spaces) is None and not spaces.replaced
+
+
+def test_an_adapter_first_seen_in_place_is_left_alone_too(tmp_path):
+    """vLLM keeps what it has loaded when the same number is asked for, whatever the files hold by then."""
+    write(tmp_path / "a")
+    spaces = Namespaces(b"e" * 16)
     assert name(lora(tmp_path / "a", load_inplace=True), spaces) is None
-    assert spaces.take_replaced() and not spaces.take_replaced(), "once"
-    assert name(lora(tmp_path / "a"), spaces) is None and not spaces.take_replaced()
+    write(tmp_path / "a", change=5)
+    assert name(lora(tmp_path / "a"), spaces) is None and not spaces.replaced
+
+
+def test_an_adapter_whose_files_were_only_touched_is_the_same(tmp_path):
+    write(tmp_path / "a")
+    spaces, mine = Namespaces(b"e" * 16), lora(tmp_path / "a")
+    first = name(mine, spaces)
+    os.utime(tmp_path / "a" / "adapter_model.safetensors", ns=(5, 5))
+    os.link(tmp_path / "a" / "adapter_model.safetensors", tmp_path / "backup")
+    assert name(mine, spaces) == name(mine, spaces) == first is not None and not spaces.replaced
+
+
+def test_an_adapter_that_was_not_loaded_changes_nothing(tmp_path):
+    write(tmp_path / "a")
+    spaces, mine = Namespaces(b"e" * 16), lora(tmp_path / "a")
+    first = name(mine, spaces)
+    spaces.note_adapter(lora(tmp_path / "none", load_inplace=True))
+    spaces.adapter_failed()
+    assert name(mine, spaces) == first is not None and not spaces.replaced
 
 
 def test_an_adapter_loaded_in_place_of_another_leaves_both_alone(tmp_path):
@@ -111,7 +138,7 @@ def test_an_adapter_loaded_in_place_of_another_leaves_both_alone(tmp_path):
     spaces.note_adapter(lora(tmp_path / "old"))
     assert name(lora(tmp_path / "old"), spaces) is not None
     spaces.note_adapter(lora(tmp_path / "new", load_inplace=True))
-    assert spaces.take_replaced()
+    assert spaces.replaced
     assert name(lora(tmp_path / "old"), spaces) is None is name(lora(tmp_path / "new"), spaces)
 
 

@@ -123,7 +123,7 @@ def test_a_plan_is_forgotten_when_the_next_one_fails():
         def fails(*_):
             raise OSError("no memory")
 
-        made.hierarchy.forget(chunk, "expired")
+        made.hierarchy.forget([chunk], "expired")
         fusing._plan = fails
         with pytest.raises(OSError, match="no memory"):
             lookup(request, 0)  # the connector says: nothing; and vLLM has no blocks in this step

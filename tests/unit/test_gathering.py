@@ -107,7 +107,7 @@ def test_it_never_matches(stack):
     assert stack.get(TEXT, CUTS) == 55, "the text itself is loaded all the same"
     assert sorted(map(is_loose, stack.holders(PASSAGE))) == [False, True]
     assert {origin(chunk) for chunk in stack.holders(PASSAGE)} == {(Stack.SPACE, 16)}
-    stack.hierarchy.forget(stack.match(TEXT, CUTS).chunks[0], m.EXPIRED)
+    stack.hierarchy.forget([stack.match(TEXT, CUTS).chunks[0]], m.EXPIRED)
     assert list(map(is_loose, stack.holders(PASSAGE))) == [True]
 
 
@@ -484,7 +484,7 @@ def test_it_can_be_held_and_forgotten(stack):
     (chunk,) = stack.holders(PASSAGE)
     assert stack.hierarchy.holds.hold("owner", chunk, stack.clock() + 9)
     stack.hierarchy.pin([chunk])
-    stack.hierarchy.forget(chunk, m.EXPIRED)
+    stack.hierarchy.forget([chunk], m.EXPIRED)
     assert stack.holders(PASSAGE) == [] and stack.memory.used == 5, "its pages are still read"
     stack.hierarchy.unpin([chunk])
     stack.hierarchy.holds.release("owner")

@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
             if hold:
                 self.stack.hierarchy.holds.hold("owner", chunk, self.stack.clock() + 4)
             else:
-                self.stack.hierarchy.forget(chunk, m.EXPIRED)
+                self.stack.hierarchy.forget([chunk], m.EXPIRED)
 
     @rule()
     def reset(self):

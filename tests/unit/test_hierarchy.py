@@ -210,7 +210,7 @@ def test_a_parent_may_be_dropped_while_a_forgotten_child_is_read(hierarchy, tier
     chain = stored(hierarchy, [1] * 16 + [0] + [2] * 8)
     parent, child = hierarchy.match(SPACE, chain, 25).chunks
     hierarchy.pin([child])
-    hierarchy.forget(child, m.EXPIRED)
+    hierarchy.forget([child], m.EXPIRED)
     hierarchy.discard(parent)
     assert len(hierarchy) == 0 and tier.used == 7, "what the child stands on stays as long"
     hierarchy.check_integrity()
@@ -263,7 +263,7 @@ def test_the_hook_is_told_of_evictions_for_room_alone(hierarchy):
     stored(hierarchy, [4] * 12)
     hierarchy.reset()
     stored(hierarchy, [5] * 12)
-    hierarchy.forget(hierarchy.match(SPACE, chain_of(SPACE, [5] * 12), 12).chunks[0], m.EXPIRED)
+    hierarchy.forget([hierarchy.match(SPACE, chain_of(SPACE, [5] * 12), 12).chunks[0]], m.EXPIRED)
     ((_, unready),) = hierarchy.reserve(SPACE, chain_of(SPACE, [6] * 12), 12)
     hierarchy.abandon(unready)
     assert told == []

@@ -311,7 +311,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop_with_all_behind(self, data):
         chunk = data.draw(st.sampled_from([*self.alive, *self.dead[-2:]]))
-        self.hierarchy.forget(chunk, m.EXPIRED)
+        self.hierarchy.forget([chunk], m.EXPIRED)
         if chunk in self.alive:
             self.doom(self.behind(chunk))
         self.settle()

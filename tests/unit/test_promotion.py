@@ -430,7 +430,7 @@ def test_a_tail_whose_parent_was_dropped_is_not_attached(stack, disk):
     stack.keep(TEXT[:44]), stack.settle()
     stack.fetch(TEXT)
     parent = stack.match(TEXT).chunks[-1]
-    stack.hierarchy.forget(parent, m.EXPIRED)
+    stack.hierarchy.forget([parent], m.EXPIRED)
     stack.settle()
     assert tail_key(parent.key) in disk.store.read and stack.match(TEXT).length == 21
 

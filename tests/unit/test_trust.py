@@ -51,13 +51,17 @@ class Watched(Engine):
         self.trust.begin(hands, None)
         self.trust.bind(SimpleNamespace(blocks=[], evict_blocks=lambda blocks: None))
         side = self.side
-        orders, report, lookup = side.orders, side.report, side.lookup
+        orders, report, lookup, allocated = side.orders, side.report, side.lookup, side.allocated
 
         def watched_orders(output):
-            asked = self.trust.question(output.total_num_scheduled_tokens, side, stopping=self.stopping)
-            made = orders(output)
-            made.asked = asked
-            return made
+            side.ask(self.trust.question(output.total_num_scheduled_tokens, side, stopping=self.stopping))
+            self.trust.scheduled(output)
+            return orders(output)
+
+        def watched_allocated(request, blocks, external):
+            if not self.trust.allocated(request.request_id, blocks, BLOCK):
+                side.taint(request.request_id)
+            allocated(request, blocks, external)
 
         def watched_report(told, *ended):
             waiting = report(told, *ended)
@@ -74,7 +78,7 @@ class Watched(Engine):
             return lookup(request, computed)
 
         side.orders, side.report = watched_orders, watched_report
-        side.lookup = watched_lookup
+        side.lookup, side.allocated = watched_lookup, watched_allocated
 
     def _look(self, worker):
         worker._sampler, worker._round = (
@@ -359,14 +363,10 @@ def test_an_answer_that_never_comes_is_asked_for_again():
     assert rounds.hear(Sample(1, 0, True)) is None and rounds.hear(Sample(2, 0, True)) is True
 
 
-def test_a_fault_between_question_and_workers_loses_no_request(trust):
-    side = Side()
-    trust.suspect()
-    first = trust.question(1, side).look
-    trust.unasked()
-    assert not trust.ready(NEW, side)
-    second = trust.question(1, side).look
-    assert first and second and second != first
+def test_a_fault_between_question_and_workers_loses_no_question(engine):
+    engine.side.ask(Question(5))
+    engine.side.distrust()
+    assert engine.side.take_orders().asked.look == 5 and not engine.side.take_orders().asked.look
 
 
 def test_an_answer_that_is_lost_is_asked_for_again_and_at_last_nobody_waits(trust):
@@ -439,10 +439,11 @@ def test_a_request_that_vllm_does_not_let_wait_is_not_forgotten(trust):
     trust.suspect()
     trust.ready(SimpleNamespace(request_id="hasty", skip_reading_prefix_cache=True), side)
     number = trust.question(1, side).look
-    trust.bind(Pool())
+    trust.bind(Pool(used=[1]))
     trust.hear(StepReport(looks=[Look(number, rank, b"v" * 16) for rank in (0, 1)]), side)
     trust.over("r")
-    assert not trust.serves("x", 1), "it has computed on other weights, and goes on"
+    trust.serves("x", 16)
+    assert not trust.allocated("x", [1, 2], 16), "it has computed on other weights, and goes on"
 
 
 class OwnCache(Watched):
@@ -450,7 +451,16 @@ class OwnCache(Watched):
 
     def start(self):
         super().start()
-        self.trust.bind(SimpleNamespace(blocks=[None], evict_blocks=lambda blocks: self.pool.forget()))
+        self.trust.bind(self)
+
+    @property
+    def blocks(self):
+        refs = self.pool.refs
+        return [block(number, refs.get(number, 0)) for number in range(400)]
+
+    def evict_blocks(self, blocks):
+        for number in blocks:
+            self.pool._forget(number)
 
     def _name(self, request):
         names = request.block_hashes
@@ -525,45 +535,94 @@ def test_a_call_to_the_workers_is_followed_by_a_look(monkeypatch, trust):
             return [method, *args]
 
         def add_lora(self, lora_request):
+            if lora_request is None:
+                raise OSError("no such adapter")
             return f"loaded {lora_request}"
 
     module = SimpleNamespace(EngineCore=EngineCore)
     monkeypatch.setitem(calls.sys.modules, "vllm.v1.engine.core", module)
     adapters = []
-    other = calls.Calls(adapters.append)
+    other = calls.Calls(adapters.append, lambda: adapters.append("failed"))
     other.listen(), other.listen()
     trust.begin([Handshake(None, rank=0, weights=b"w" * 16)], None)
     assert trust.ready(NEW, Side()) and EngineCore().collective_rpc("reload_weights", 1) == ["reload_weights", 1]
     assert trust.ready(NEW, Side()) is False and trust.question(0, Side()).look
-    assert other.new() and not other.new()
+    assert other.new() and not other.new() and not other.slept()
     with pytest.raises(OSError):
         EngineCore().collective_rpc(None)
     assert other.new()
+    EngineCore().collective_rpc("sleep", 1)
+    assert other.slept() and not other.slept() and other.new()
+    side = Side()
+    assert trust.question(0, side).look == 0 and side.outdated == 1, "the weights may have no memory"
     assert EngineCore().add_lora("one") == EngineCore().add_lora(lora_request="one") == "loaded one"
     assert adapters == ["one", "one"] and not other.new()
+    with pytest.raises(OSError):
+        EngineCore().add_lora(None)
+    assert adapters == ["one", "one", None, "failed"]
+
+
+def block(number, ref_cnt=0):
+    return SimpleNamespace(block_id=number, ref_cnt=ref_cnt, is_null=not number)
 
 
 class Pool:
-    def __init__(self, blocks=4):
-        self.blocks, self.evicted = [None] * blocks, []
+    def __init__(self, used=()):
+        self.blocks, self.evicted = [block(number, number in used) for number in range(9)], []
 
     def evict_blocks(self, blocks):
-        self.evicted.append(blocks)
+        self.evicted.append(set(blocks))
+
+
+def step(request, *blocks):
+    cached = SimpleNamespace(req_ids=[request], new_block_ids=[(list(blocks),) if blocks else None])
+    return SimpleNamespace(scheduled_cached_reqs=cached)
 
 
 def test_vllms_own_blocks_are_evicted_and_again_when_the_last_old_request_ends():
-    blocks, pool = OwnBlocks(), Pool()
+    blocks, pool = OwnBlocks(), Pool(used=[1])
     blocks.bind(pool)
     blocks.note("early")
     blocks.outdate({"a"})
-    assert pool.evicted == [{0, 1, 2, 3}] and blocks.hold("c", 0) and not blocks.hold("b", 1)
+    assert pool.evicted == [set(range(9))] and not blocks.allocated("b", [1], 1)
     for request in ("x", "a", "early"):
         blocks.over(request)
     assert len(pool.evicted) == 1, "b goes on, on blocks that nobody trusts"
     blocks.over("b")
-    assert len(pool.evicted) == 2 and blocks.hold("c", 1)
-    blocks.outdate(())
-    assert blocks.hold("c", 1)
+    assert pool.evicted[1:] == [{1}] and blocks.allocated("c", [1], 1)
+    blocks.outdate({"a"})
+    blocks.emptied(running=False)
+    assert not blocks.allocated("b", [1], 1), "vLLM says so even where it has not: somebody has blocks"
+    pool.blocks[1].ref_cnt = 0
+    blocks.emptied(running=True)
+    assert blocks.allocated("b", [1], 1)
+
+
+def test_who_takes_blocks_of_an_old_request_is_old_and_nobody_else():
+    blocks, pool = OwnBlocks(), Pool(used=[1, 2])
+    blocks.bind(pool)
+    blocks.outdate({"a"})
+    blocks.scheduled(step("a", 3))
+    assert blocks.hold("b", 1) and blocks.allocated("b", [4, 5], 0), "it found nothing"
+    assert blocks.allocated("c", [4, 6], 1), "what b has computed is right"
+    assert not blocks.allocated("d", [4, 3, 7], 2) and not blocks.allocated("d", [4, 3, 7], 2)
+    assert not blocks.allocated("e", [7], 1)
+    blocks.over("a")
+    assert blocks.allocated("f", [3], 0) and blocks.allocated("g", [3], 1), "it was given to another"
+    blocks.scheduled(step("c", 7))
+    blocks.scheduled(step("c"))
+    assert blocks.allocated("h", [7], 1)
+    for request in "de":
+        blocks.over(request)
+    assert pool.evicted[1:] == [{1, 2, 4}] and blocks.allocated("i", [1, 2], 2)
+
+
+def test_requests_that_were_preempted_are_not_old():
+    """As vLLM does with all of them where it pauses and clears its cache."""
+    blocks, pool = OwnBlocks(), Pool()
+    blocks.bind(pool)
+    blocks.outdate({"a", "b"})
+    assert blocks.allocated("c", [1, 2], 1) and len(pool.evicted) == 1
 
 
 def test_where_vllm_does_not_show_its_blocks_they_are_trusted_once_it_has_emptied_them():
@@ -571,6 +630,12 @@ def test_where_vllm_does_not_show_its_blocks_they_are_trusted_once_it_has_emptie
     blocks.outdate({"a"})
     blocks.over("a")
     assert not blocks.hold("b", 1)
+    blocks.emptied(running=False)
+    assert not blocks.hold("c", 1), "b goes on"
     blocks.over("b")
-    blocks.emptied()
-    assert blocks.hold("c", 1)
+    blocks.over("c")
+    blocks.emptied(running=True)
+    assert not blocks.hold("d", 1)
+    blocks.over("d")
+    blocks.emptied(running=False)
+    assert blocks.hold("e", 1)
