@@ -26,7 +26,7 @@ lint: env
 
 test: env lint
 	$(BIN)/python -m pytest -m "not engine and not rig" -n 2
-	$(BIN)/python -m pytest tests/engine -n 2 --dist loadscope
+	$(BIN)/python -m pytest -m engine
 	$(BIN)/python -m pytest tests/rig -n 2 --dist loadscope
 
 test-versions: env

@@ -1,6 +1,5 @@
 """What the engine tests share: prompts, and functions that run beside an engine or inside its workers."""
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -28,23 +27,18 @@ def filing_tokens(tokenizer, seed, words=3000):
 
 
 def segments():
-    """Names of ragkv's segments in shared memory, but for those of engines that other processes of tests have."""
-    found = {path.name for path in Path("/dev/shm").glob("ragkv-*")}
-    ours = {os.getpid(), *descendants(os.getpid())}
-    for process in Path("/proc").glob("[0-9]*") if found else ():
-        if int(process.name) not in ours:
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
-                found -= {Path(line.split()[5]).name for line in _maps(process.name)}
-    return found
+    """Names of ragkv's segments in shared memory."""
+    return {path.name for path in Path("/dev/shm").glob("ragkv-*")}
 
 
 def mapped_segments(*pids):
     """Inodes of the segments that some processes map, by name or after the name is gone."""
-    return {line.split()[4] for pid in pids for line in _maps(pid)}
-
-
-def _maps(pid):
-    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/ragkv-" in line]
+    found = set()
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "/dev/shm/ragkv-" in line:
+                found.add(line.split()[4])
+    return found
 
 
 def anonymous_bytes(pid):

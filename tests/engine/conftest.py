@@ -21,34 +21,12 @@ from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
 
-SHARING = {  # files that use the same engines, or the same server
-    **dict.fromkeys(["test_fusion.py", "test_reuse.py", "test_running.py", "test_tiers.py"], "engines"),
-    **dict.fromkeys(["test_observe.py", "test_server.py"], "server"),
-}
-SHARED = {"shared_ragkv": "engines", "small": "engines", "plain": "engines", "resting_server": "server"}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Where files run beside one another (`pytest tests/engine -n 2 --dist loadscope`), those that share engines
-    stay in one process: memory has no room for two of each."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByEngine(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0].rpartition("/")[2]
-            return SHARING.get(file, file)
-
-    return ByEngine(config, log) if config.getvalue("dist") == "loadscope" else None
-
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "/tests/engine/" in str(item.path):
             item.add_marker(pytest.mark.engine)
             item.add_marker(pytest.mark.slow)
-            used = {SHARED[name] for name in item.fixturenames if name in SHARED}
-            assert used <= {SHARING.get(item.path.name)}, f"{item.path.name} uses {used}: see SHARING"
 
 
 @pytest.fixture(scope="session")
@@ -124,14 +102,19 @@ def collector():
 
 
 @pytest.fixture(scope="session")
-def resting_server(model, collector, tmp_path_factory):
+def disk_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server") / "disk"
+
+
+@pytest.fixture(scope="session")
+def resting_server(model, collector, disk_folder):
     """`ragkv serve` with all tiers, of which memory holds about 2,000 tokens, and room for 2,560 of vLLM's own."""
-    folder = tmp_path_factory.mktemp("server")
+    folder = disk_folder.parent
     redis = Redis() if find_server() else None
     settings = {
         "memory": {"capacity": "48MiB"},
         "device": {"capacity": "16MiB"},
-        "disk": {"path": str(folder / "disk")},
+        "disk": {"path": str(disk_folder)},
         **({"redis": {"url": redis.url}} if redis else {}),
         **UNGATED,
     }
