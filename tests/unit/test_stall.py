@@ -1,88 +1,28 @@
 """`ragkv bench stall` on an engine whose steps take as long as the test says."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import transformers
 from typer.testing import CliRunner
 
-from fusion_bench_tools import Words
 from ragkv.benchmarks import stall
 from ragkv.cli import app
+from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 
-STEP, LOAD, PREFILL = 1.0, 1.5, 8.0
-
-
-class Tokenizer(Words):
-    """Words."""
-
-    def encode(self, text, add_special_tokens=False):
-        return super().encode(text, add_special_tokens)
+PREFILL = 8.0
 
 
-class Clock:
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-
-class FakeEngine:
-    """One step gives every running request a token; a new prompt's first step takes longer."""
-
-    def __init__(self, clock, seconds, cached):
-        self.llm_engine = self
-        self._clock, self._seconds, self._cached = clock, seconds, cached
-        self._running = {}
-
-    def add_request(self, name, prompt, sampling):
-        self._running[name] = sampling.max_tokens
-        if name == "second":
-            self._clock.now += self._seconds - STEP
-
-    def step(self):
-        self._clock.now += STEP
-        outputs = [SimpleNamespace(request_id=name, num_cached_tokens=self._cached) for name in self._running]
-        self._running = {name: left - 1 for name, left in self._running.items() if left > 1}
-        return outputs
-
-    def abort_request(self, names):
-        for name in names:
-            self._running.pop(name)
-
-    def has_unfinished_requests(self):
-        return bool(self._running)
-
-
-class Side:
-    """An engine of the benchmark."""
-
-    clock = Clock()
-
-    def __init__(self, options):
-        self._ragkv = options.ragkv is not None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def evict(self):
-        return None
-
-    def ask(self, prompts):
-        return []
-
+class Timed(Side):
     def call(self, function, running, prompt):
-        engine = FakeEngine(self.clock, LOAD if self._ragkv else PREFILL, len(prompt) - 1 if self._ragkv else 0)
+        took = (LOAD if self.reuses else PREFILL) - STEP
+        engine = StepEngine(self.clock, lambda *_: took, lambda tokens: len(tokens) - 1 if self.reuses else 0)
         return function(engine, running, prompt)
 
 
 def test_bench_stall(monkeypatch, tmp_path):
     monkeypatch.setattr(stall, "ensure_model", lambda progress: tmp_path)
-    monkeypatch.setattr(stall, "Resting", Side)
+    monkeypatch.setattr(stall, "Resting", Timed)
     monkeypatch.setattr(stall, "time", Side.clock)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
     monkeypatch.chdir(tmp_path)
