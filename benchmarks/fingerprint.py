@@ -3,9 +3,6 @@ the samples of a running engine. No engine; a step is taken for one product of e
 the least that a step of an answer costs.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +11,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from ragkv.benchmarks.model import ensure_model
-from ragkv.benchmarks.report import write_json
+from ragkv.benchmarks.report import median_seconds, write_json
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.sampling import PARTS, Sampler
 from ragkv.connectors.vllm.weights import Rounds
@@ -30,17 +27,6 @@ def load(folder: Path) -> torch.nn.Module:
         for name, tensor in load_file(file).items():
             model.register_buffer(name.replace(".", "_"), tensor)
     return model
-
-
-def seconds(work: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
-    """Median time of some work, each time after `before`."""
-    times = []
-    for _ in range(repeats):
-        before()
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def measure(model: torch.nn.Module) -> dict[str, float]:
@@ -61,10 +47,10 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
     return {
         "tensors": len(tensors),
         "weight_bytes": sum(tensor.nbytes for tensor in tensors),
-        "look_seconds": seconds(lambda: fingerprint_model(model), LOOKS),
-        "step_seconds": seconds(step, REPEATS),
-        "part_seconds": seconds(lambda: sampler.go_on(whole=False), REPEATS, begin),
-        "round_seconds": seconds(lambda: sampler.go_on(whole=True), REPEATS, begin),
+        "look_seconds": median_seconds(lambda: fingerprint_model(model), LOOKS),
+        "step_seconds": median_seconds(step, REPEATS),
+        "part_seconds": median_seconds(lambda: sampler.go_on(whole=False), REPEATS, begin),
+        "round_seconds": median_seconds(lambda: sampler.go_on(whole=True), REPEATS, begin),
         "round_bytes": sampler.bytes,
     }
 

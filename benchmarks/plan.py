@@ -1,8 +1,6 @@
 """Time to plan a long prompt against a large catalogue: cut, hash, look up, compare tokens. No engine."""
 
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ragkv.benchmarks.report import write_json
+from ragkv.benchmarks.report import median_seconds, write_json
 from ragkv.kvstore.chunking import HOLDS, Chunker, TokenChain, TokenStructure, rolling_hash
 from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.keys import Tokens, as_tokens, chain_key, namespace
@@ -37,16 +35,6 @@ def resident_bytes() -> int:
     """This process's resident memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Median time of some work."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def fill(store: Hierarchy, new_chain: Callable[[Tokens], TokenChain], space: bytes, chunks: int, size: int) -> int:
@@ -98,11 +86,12 @@ def run(tokens: int, chunks: int, json_file: Path | None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "tokens": tokens,
         "chunks": len(store),
-        "plan_hit_s": seconds(lambda: plan(ids)),
-        "plan_miss_s": seconds(lambda: plan(stranger)),
-        "chunking_tokens_per_s": tokens / seconds(lambda: chunker.cut(prompt)),
-        "rolling_hash_tokens_per_s": tokens / seconds(lambda: rolling_hash(prompt)),
-        "key_hash_bytes_per_s": sum(map(len, raw)) / seconds(lambda: [chain_key(space, each) for each in raw]),
+        "plan_hit_s": median_seconds(lambda: plan(ids), REPEATS),
+        "plan_miss_s": median_seconds(lambda: plan(stranger), REPEATS),
+        "chunking_tokens_per_s": tokens / median_seconds(lambda: chunker.cut(prompt), REPEATS),
+        "rolling_hash_tokens_per_s": tokens / median_seconds(lambda: rolling_hash(prompt), REPEATS),
+        "key_hash_bytes_per_s": sum(map(len, raw))
+        / median_seconds(lambda: [chain_key(space, each) for each in raw], REPEATS),
         "catalogue_bytes_per_chunk": used / len(store),
     }
     table = Table("", "", title=f"{tokens:,} tokens against {len(store):,} chunks, medians of {REPEATS}")

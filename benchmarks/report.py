@@ -2,7 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,17 @@ PLAIN, RAGKV, FLOOR = "#9aa0a6", "#1a73e8", "#d93025"
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Median of the ratios of pairs that were measured side by side."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def median_seconds(work: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
+    """Median time of some work, each time after `before`."""
+    times = []
+    for _ in range(repeats):
+        before()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
