@@ -22,16 +22,16 @@ class Files:
     def __init__(self) -> None:
         self._known: dict[Stamp, bytes] = {}
 
-    def fingerprint(self, files: Iterable[Path]) -> tuple[str, list[Stamp]] | None:
-        """Hex digest over the names and all bytes of files, and their stamps. None: there are none, or one changed
-        while it was read. An adapter's configuration counts by what it says, without the names in it. OSError:
-        a file cannot be read."""
+    def fingerprint(self, files: Iterable[Path]) -> str | None:
+        """Hex digest over the names and all bytes of files. None: there are none, or one changed
+        while it was read. An adapter's configuration counts by its values, without the names in it. OSError:
+        reading failed."""
         found = sorted(files)
         stamps = [stamp(file) for file in found]
         parts = [(file.name, self._content(file, known).hex()) for file, known in zip(found, stamps, strict=True)]
         if not found or [stamp(file) for file in found] != stamps:
             return None
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest(), stamps
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def _content(self, file: Path, known: Stamp) -> bytes:
         if known not in self._known:

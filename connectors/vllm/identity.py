@@ -1,6 +1,5 @@
 """What an engine is: the shape of its KV, and the namespace in which its KV may be shared."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ragkv.connectors.vllm.faults import logger
-from ragkv.connectors.vllm.files import Files, Stamp, adapter_files, model_files, random_name, stamp
+from ragkv.connectors.vllm.files import Files, adapter_files, model_files, random_name
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
@@ -106,9 +105,9 @@ class Namespaces:
     def __init__(self, engine: bytes) -> None:
         self._without, self._engine = engine, engine
         self._files = Files()
-        self._adapters: dict[int, tuple[str, tuple[str, list[Stamp]] | None]] = {}  # path and files, by number
+        self._adapters: dict[int, tuple[str, str | None]] = {}  # path and fingerprint, by number
         self._replaced = False
-        self._undo: tuple[dict[int, tuple[str, tuple[str, list[Stamp]] | None]], bool] | None = None
+        self._undo: tuple[dict[int, tuple[str, str | None]], bool] | None = None
 
     @property
     def engine(self) -> bytes:
@@ -133,7 +132,7 @@ class Namespaces:
         if found is None:
             return False
         longest = getattr(model_config, "max_model_len", None)  # may have chosen among rotary tables
-        self.set_weights(f"files {found[0]}, {longest}")
+        self.set_weights(f"files {found}, {longest}")
         return True
 
     def of(self, request: Any) -> bytes | None:
@@ -188,25 +187,19 @@ class Namespaces:
         engine runs the old weights or the new, now or later."""
         number, path = int(lora.lora_int_id), str(lora.lora_path)
         in_place = getattr(lora, "load_inplace", False)
-        with contextlib.suppress(OSError):
-            files = adapter_files(path)
-            if number not in self._adapters:
-                self._adapters[number] = path, None
-                self._adapters[number] = path, None if in_place else self._files.fingerprint(files)
-            known, found = self._adapters[number]
-            if found is None:
-                return None
-            same = not in_place and known == path
-            if same and [stamp(file) for file in files] != found[1]:  # touched, or other bytes
-                again = self._files.fingerprint(files)
-                same = again is not None and again[0] == found[0]
-                found = again if same and again is not None else found
-                self._adapters[number] = path, found
-            if same:
-                return found[0]
-        self._replaced |= self._adapters.get(number, (path, None))[1] is not None
-        self._adapters[number] = path, None
-        return None
+        if number not in self._adapters:
+            self._adapters[number] = path, None if in_place else self._read_adapter(path)
+        known, found = self._adapters[number]
+        if found is not None and (in_place or path != known or self._read_adapter(path) != found):
+            self._adapters[number], self._replaced = (path, None), True
+        return self._adapters[number][1]
+
+    def _read_adapter(self, path: str) -> str | None:
+        """Fingerprint of what an adapter's files hold now; bytes that were hashed are not read again."""
+        try:
+            return self._files.fingerprint(adapter_files(path))
+        except OSError:
+            return None
 
 
 def token_structure(vocabulary: dict[Any, int]) -> TokenStructure:

@@ -110,8 +110,7 @@ class WorkerSide:
         """A step begins."""
         self.preempt(orders)
         if orders.asked.look:  # before the forward: what it computes is of the weights that are seen here
-            rank = 0 if self._equipment is None else self._equipment.rank
-            self._report.looks.append(Look(orders.asked.look, rank, self._look()))
+            self._report.looks.append(Look(orders.asked.look, self._rank, self._look()))
         else:
             self._take_samples(orders)
         self._orders = orders
@@ -272,6 +271,10 @@ class WorkerSide:
         else:
             self._no_fusion = None
 
+    @property
+    def _rank(self) -> int:
+        return 0 if self._equipment is None else self._equipment.rank
+
     def _look(self) -> bytes | None:
         """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
         where that cannot be had."""
@@ -310,6 +313,5 @@ class WorkerSide:
                 self._faults.note("weights", error)
                 same = False
         if same is not None:
-            rank = 0 if self._equipment is None else self._equipment.rank
-            self._report.samples.append(Sample(self._round, rank, same))
+            self._report.samples.append(Sample(self._round, self._rank, same))
             self._round = 0

@@ -151,7 +151,7 @@ def test_files_are_read_once_while_their_stamp_is_the_same(tmp_path):
     with model.open("r+b") as stream:
         stream.write(b"x")
     os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert files.fingerprint(found)[0] != first[0], "though it has the time of before"
+    assert files.fingerprint(found) != first is not None, "though it has the time of before"
     (known,) = {key for key in files._known if key == stamp(model)}
     files._known[known] = b"known"
     assert files._content(model, stamp(model)) == b"known", "not read again"
