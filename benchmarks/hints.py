@@ -5,7 +5,7 @@ second request comes: without hints, and, to the same prompt, with the worst hin
     pins      everything pinned for as long as may be, with documents that overlap, for one more owner each time;
               and the last one's pins taken back, a time to live, the highest priority
     junk      everything wrong, and long
-    fuse      one paragraph over and over, stored behind another beginning: without the hint it is prefilled
+    fuse      one paragraph repeated, stored after other first tokens: without the hint it is prefilled
 
 The first three ask for a prompt that ragkv has in memory, so that nothing else takes long.
 """
@@ -85,7 +85,7 @@ def measure(engine: Engine, kind: str, prompts: list[list[int]], running: list[i
 
 
 def repeated(words: list[int], tokens: int, count: int) -> list[list[int]]:
-    """Prompts of one paragraph over and over, each behind a beginning of its own."""
+    """Prompts of one repeated paragraph, each with first tokens of its own."""
     paragraph = words[:PARAGRAPH]
     body = (paragraph * (tokens // PARAGRAPH + 1))[: tokens - HEAD]
     return [[*words[PARAGRAPH + each :][:HEAD], *body] for each in range(count)]

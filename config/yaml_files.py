@@ -1,4 +1,4 @@
-"""YAML files, whoever wrote them: what is read of one is bounded, however much its aliases stand for."""
+"""Reading YAML files within bounds: of their size, and of the values that they and their aliases give."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 1 << 16
-MOST_VALUES = 10_000  # with those behind aliases, each time
+MOST_VALUES = 10_000  # an alias counts as all the values that it repeats
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. OSError: it cannot be read; yaml.YAMLError or ValueError: it is none, or beyond the
-    bounds of this module."""
+    """The value in a YAML file. OSError: the file cannot be read; yaml.YAMLError or ValueError: it is not YAML, or
+    exceeds a bound of this module."""
     with path.open("rb") as file:
         raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check(root: yaml.Node) -> None:
-    """ValueError where there are too many nodes, or a key twice; an alias is the very node that it stands for."""
+    """ValueError if there are too many nodes, or a key is given twice. (To PyYAML an alias is the node itself.)"""
     left, waiting = MOST_VALUES, [root]
     while waiting:
         node = waiting.pop()
