@@ -6,13 +6,13 @@ many rounds as an element's number has bits, and so learns the number of the ele
 What it learns must be a bijection, the same in every layer and in another block, or the layout is refused.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ragkv.connectors.vllm.tiles import Scratch, Tiles, find_tiles
 from ragkv.errors import LayoutError
 
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -40,7 +40,8 @@ class LayerCache:
     """One layer's paged cache, read and written by slot as raw elements [tokens, 2, heads, head_dim].
 
     Most layouts are strided, and K and V are views; some (AMX tiles) are a permutation inside the block, and
-    elements, or runs of them that stay together, are found through a table of addresses.
+    elements, or runs of them that stay together, are found through a table of addresses, or whole tiles of tokens
+    by `tiles`.
     """
 
     def __init__(self, cache: torch.Tensor, kernel_tokens: int, places: torch.Tensor) -> None:
@@ -56,6 +57,7 @@ class LayerCache:
         self.views = self._strided()
         # Made once: a copy to the device at each use would be waited for.
         self._tables = [_table(self._storage, self._places[:, kind], self._stride) for kind in (0, 1)]
+        self.tiles = None if self.views is not None else find_tiles(self._storage, self._places, self._stride)
 
     def _strided(self) -> Views | None:
         """K and V as [blocks, tokens, heads, head_dim] views, if the layout is strided."""
@@ -110,11 +112,12 @@ class LayerCache:
     def write_at(self, addresses: torch.Tensor, kind: int, raw: torch.Tensor) -> None:
         """As `write`."""
         storage = self._tables[kind].storage
-        storage.scatter_(0, addresses, raw.flatten().view(storage.dtype))
+        storage.scatter_(0, addresses, raw.reshape(-1).view(storage.dtype))
 
     def same_addresses(self, other: "LayerCache") -> bool:
-        """Whether what `addresses` gives serves both."""
-        return all(one.same(two) for one, two in zip(self._tables, other._tables, strict=True))
+        """Whether what `addresses` gives, and tiles' rows, serve both."""
+        mine, others = ([*each._tables, *(each.tiles or ())] for each in (self, other))
+        return len(mine) == len(others) and all(one.same(two) for one, two in zip(mine, others, strict=True))
 
 
 @dataclass(frozen=True)
@@ -154,59 +157,6 @@ def _stay_together(runs: torch.Tensor, storage: torch.Tensor, stride: int) -> bo
     run = runs.shape[-1]
     aligned = storage.storage_offset() % run == 0 and stride % run == 0 and not bool((runs[..., 0] % run).any())
     return aligned and torch.equal(runs, runs[..., :1] + torch.arange(run))
-
-
-class Layers:
-    """All layers' caches, read and written together: K or V of some slots, raw [layers, tokens, heads, head_dim].
-
-    Where all are views of one storage, one kernel serves all layers; else each has its own, by addresses that are
-    computed once where the layout is not strided.
-    """
-
-    def __init__(self, caches: Sequence[LayerCache]) -> None:
-        self._caches = caches
-        self.kernel_tokens, self.slots = caches[0].kernel_tokens, caches[0].slots
-        keys, values = (_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in (0, 1))
-        self.views: Views | None = None if keys is None or values is None else (keys, values)
-        self._addressed = all(cache.views is None and cache.same_addresses(caches[0]) for cache in caches)
-
-    def read(self, found: Views, kind: int, raw: torch.dtype) -> torch.Tensor:
-        """K (`kind` 0) or V (1) of the found slots (blocks and offsets, on the caches' device)."""
-        if self._addressed:
-            addresses = self._caches[0].addresses(found, kind)
-            return torch.stack([cache.read_at(addresses, kind) for cache in self._caches])
-        if self.views is None:
-            return torch.stack([cache.read(found, kind) for cache in self._caches])
-        return self.views[kind][:, found[0], found[1]].view(raw)
-
-    def write(self, found: Views, kind: int, raw: torch.Tensor) -> None:
-        """Put `raw` [layers, tokens, heads, head_dim] into the found slots."""
-        if self._addressed:
-            addresses = self._caches[0].addresses(found, kind)
-            for number, cache in enumerate(self._caches):
-                cache.write_at(addresses, kind, raw[number])
-        elif self.views is None:
-            for number, cache in enumerate(self._caches):
-                cache.write(found, kind, raw[number])
-        else:
-            self.views[kind][:, found[0], found[1]] = raw.view(self.views[kind].dtype)
-
-
-def _stacked(given: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Views that stand at a constant distance in one storage as one, [views, *shape]; None if they do not."""
-    views = [view for view in given if view is not None]
-    if len(views) < len(given):
-        return None
-    first, starts = views[0], [view.storage_offset() for view in views]
-    steps = {after - before for before, after in itertools.pairwise(starts)} or {0}
-    alike = all(
-        (view.shape, view.stride(), view.dtype) == (first.shape, first.stride(), first.dtype)
-        and view.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for view in views
-    )
-    if not alike or len(steps) > 1 or min(steps) < 0:
-        return None
-    return first.as_strided((len(views), *first.shape), (min(steps), *first.stride()), starts[0])
 
 
 def widened(raw: torch.Tensor) -> torch.Tensor:
@@ -321,14 +271,39 @@ def _verify(
             )
             if not all(torch.equal(read[kind], want[:, kind]) for kind in (0, 1)):
                 raise LayoutError(f"layer {name} does not give back what was written")
-        cache[blocks] = 0
-        for kind in (0, 1):
-            found.write(there, kind, read[kind])
-        raw = RAW[cache.element_size()]
-        if not torch.equal(cache[blocks].view(raw), written.view(raw)):
-            raise LayoutError(f"layer {name} cannot be written back")
+        _write_back(name, cache, blocks, written, lambda kind: found.write(there, kind, read[kind]))
+        if found.tiles is not None:
+            _verify_tiles(name, cache, blocks, written, found.tiles, there, read)
     finally:
         cache[blocks] = saved
+
+
+def _write_back(
+    name: str, cache: torch.Tensor, blocks: list[int], written: torch.Tensor, write: Callable[[int], None]
+) -> None:
+    """Empty some blocks and write them again, K and V: they must be as they were."""
+    cache[blocks] = 0
+    for kind in (0, 1):
+        write(kind)
+    raw = RAW[cache.element_size()]
+    if not torch.equal(cache[blocks].view(raw), written.view(raw)):
+        raise LayoutError(f"layer {name} cannot be written back")
+
+
+def _verify_tiles(
+    name: str,
+    cache: torch.Tensor,
+    blocks: list[int],
+    written: torch.Tensor,
+    tiles: list[Tiles],
+    there: Views,
+    read: list[torch.Tensor],
+) -> None:
+    """Whole blocks, read and written by tiles, are the same."""
+    rows, scratch = [each.rows(*(part[:: each.tokens] for part in there)) for each in tiles], Scratch()
+    if not all(torch.equal(tiles[kind].read(rows[kind], scratch), read[kind]) for kind in (0, 1)):
+        raise LayoutError(f"layer {name} does not give back what was written, tile by tile")
+    _write_back(name, cache, blocks, written, lambda kind: tiles[kind].write(rows[kind], read[kind], scratch))
 
 
 def _update(layer: Any, cache: torch.Tensor, values: torch.Tensor, block: int, tokens: int) -> None:

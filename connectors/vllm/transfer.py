@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, Layers, widened
+from ragkv.connectors.vllm.layers import Layers
+from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, widened
 from ragkv.connectors.vllm.pinning import piece_pages
 from ragkv.connectors.vllm.streams import (
     CudaStream,
@@ -32,6 +33,7 @@ from ragkv.connectors.vllm.streams import (
     Streams,
     make_streams,
 )
+from ragkv.connectors.vllm.tiles import Scratch
 from ragkv.errors import FusionError
 
 Indices = npt.NDArray[np.int64]
@@ -160,6 +162,7 @@ class _Copier:
         self.layers, self.tier, self.device = Layers(caches), tier, device
         geometry = tier.geometry
         self._raw = RAW[geometry.itemsize]
+        self._scratch = Scratch() if device.type == "cpu" else None
         steps = torch.arange(2 * geometry.layers, dtype=torch.int64) * tier.page_tokens
         self._steps = steps.view(geometry.layers, 2, 1).to(device)  # from a token's first row on
 
@@ -178,20 +181,30 @@ class _Copier:
     def scatter(self, source: torch.Tensor, packed: Packed, turn: Turn | None) -> None:
         """Write all layers of some tokens from their first rows in `source` on to their slots."""
         first, blocks, offsets = packed.on_device()
-        geometry = self.tier.geometry
-        raw = source.index_select(0, (first + self._steps).flatten()).view(self._raw)
-        raw = raw.view(geometry.layers, 2, -1, geometry.heads, geometry.head_dim)
-        keys = raw[:, 0] if turn is None else turn(range(geometry.layers), raw[:, 0])
-        self.layers.write((blocks, offsets), 0, keys)
-        self.layers.write((blocks, offsets), 1, raw[:, 1])
+        geometry, found = self.tier.geometry, self.layers.find(blocks, offsets)
+        for layers in self.layers.groups:
+            steps = self._steps[layers.start : layers.stop]
+            raw = self._rows(source, (first + steps).flatten()).view(self._raw)
+            raw = raw.view(len(layers), 2, -1, geometry.heads, geometry.head_dim)
+            keys = raw[:, 0] if turn is None else turn(layers, raw[:, 0])
+            self.layers.write(found, 0, keys, layers)
+            self.layers.write(found, 1, raw[:, 1], layers)
+
+    def _rows(self, source: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        """Some rows; until the next call."""
+        if self._scratch is None:
+            return source.index_select(0, which)
+        rows = self._scratch.get("rows", (len(which), source.shape[1]), source.dtype)
+        return torch.index_select(source, 0, which, out=rows)
 
     @torch.inference_mode()
     def gather(self, target: torch.Tensor, packed: Packed) -> None:
         """Write all layers of some tokens from their slots to `target`, from their first rows on."""
         first, blocks, offsets = packed.on_device()
-        for kind in (0, 1):
-            raw = self.layers.read((blocks, offsets), kind, self._raw)
-            places = (first + self._steps[:, kind]).flatten()
+        found = self.layers.find(blocks, offsets)
+        for layers, kind in itertools.product(self.layers.groups, (0, 1)):
+            raw = self.layers.read(found, kind, self._raw, layers)
+            places = (first + self._steps[layers.start : layers.stop, kind]).flatten()
             target.index_copy_(0, places, raw.flatten(2).flatten(0, 1).view(target.dtype))
 
 
@@ -203,7 +216,7 @@ class DirectMover:
         device = tier.rows.device
         self._copier, self._tier = _Copier(caches, tier, device), tier
         self._stream: Stream = CudaStream(device) if device.type == "cuda" else DirectStream()
-        self._chunk = max(1, DIRECT_BYTES // tier.geometry.token_bytes)
+        self._chunk = max(1, DIRECT_BYTES * len(self._copier.layers.groups) // tier.geometry.token_bytes)
         self.most_tokens, self.turn = sys.maxsize, None
         self.device_bytes = 0 if device.type == "cpu" else 2 * self._chunk * tier.geometry.token_bytes
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ragkv.connectors.vllm.layout import RAW, Geometry, Layers, probe
+from ragkv.connectors.vllm.layers import Layers
+from ragkv.connectors.vllm.layout import RAW, Geometry, probe
 from ragkv.errors import LayoutError
 
 HEADS, DIM, LAYERS, BLOCKS = 3, 6, 3, 5
@@ -292,13 +293,15 @@ def test_all_layers_together_are_the_layers_one_by_one(name, itemsize, place, sp
     assert together.slots == blocks * geometry.block_tokens
     slots = torch.randperm(together.slots, generator=torch.Generator().manual_seed(4))[:11]
     there, raw = found[0].find(slots), RAW[itemsize]
+    everywhere, every = together.find(*there), range(LAYERS)
     for kind in (0, 1):
-        read = together.read(there, kind, raw)
+        read = together.read(everywhere, kind, raw, every)
+        assert torch.equal(read[1:], together.read(everywhere, kind, raw, every[1:]))
         assert torch.equal(read, torch.stack([each.read(there, kind) for each in found]))
         assert read.dtype == raw
     written = torch.randint(100, (2, LAYERS, 11, HEADS, DIM), generator=torch.Generator().manual_seed(5)).to(raw)
     for kind in (0, 1):
-        together.write(there, kind, written[kind])
+        together.write(everywhere, kind, written[kind], every)
     for kind in (0, 1):
         assert torch.equal(torch.stack([each.read(there, kind) for each in found]), written[kind])
 
@@ -318,5 +321,5 @@ def test_layers_in_another_order_than_in_storage_are_served_one_by_one():
         some = Layers([found[number] for number in order])
         assert (some.views is not None) == (order == [0, 2])
         there = found[0].find(torch.tensor([1, 7]))
-        read = some.read(there, 1, RAW[2])
+        read = some.read(some.find(*there), 1, RAW[2], range(len(order)))
         assert torch.equal(read, torch.stack([found[number].read(there, 1) for number in order]))
