@@ -82,6 +82,8 @@ class Copier:
             queue, first = self._queues[is_load], not is_load
             while queue and (first or budget > 0 or not self._shared(queue[0], orders)):
                 first = False
+                if queue[0].left and not self._shared(queue[0], orders):
+                    queue[0].left = deque([slice(queue[0].left[0].start, queue[0].left[-1].stop)])
                 if queue[0].left:
                     budget -= self._order(queue[0])
                 if not queue[0].left:
