@@ -14,7 +14,7 @@ import torch
 
 from ragkv.connectors.vllm.streams import Event, Stream
 
-PARTS = 16  # of a round: a step has less than 1% more to do
+PARTS = 32  # of a round: a step has less than 1% more to do
 PASSES = 8  # rounds until the same elements have their turn again
 LINES, LINE = 8, 16  # of a tensor in a round: so many runs of so many elements, spread over it
 LONG_STEP = 512  # tokens of a step which is so long that a whole round is nothing beside it
