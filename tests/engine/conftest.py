@@ -48,7 +48,8 @@ def filings(tokenizer):
 
 @pytest.fixture(scope="session")
 def plain(model):
-    with Resting(EngineOptions(model, dtype="float32", max_model_len=4096)) as engine:
+    options = EngineOptions(model, dtype="float32", max_model_len=4096, one_process=True)
+    with Resting(options) as engine:
         yield engine.wait()
 
 
@@ -82,6 +83,7 @@ def small(model):
         {"memory": {"capacity": "64MiB", "policy": "lfu"}, **UNGATED},
         "float32",
         max_model_len=10 * BLOCK,
+        one_process=True,
         llm={
             "num_gpu_blocks_override": 12,
             "max_num_batched_tokens": 256,

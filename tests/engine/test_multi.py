@@ -18,7 +18,6 @@ OURS = {
     },
 }
 QUIET = {"kv_connector": "QuietConnector", "kv_connector_module_path": "quiet_connector", "kv_role": "kv_both"}
-TRUSTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # the tests' functions go into the workers
 
 
 def tokens(seed, length):
@@ -36,7 +35,7 @@ def engine(request, llama):
     extra = {"connectors": request.param}
     transfer = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     options = {"kv_transfer_config": transfer, "num_gpu_blocks_override": 64}
-    with Engine(EngineOptions(llama, None, "float32", 2048, options, TRUSTED)) as engine:
+    with Engine(EngineOptions(llama, None, "float32", 2048, options, one_process=True)) as engine:
         engine.ask([tokens(0, 20)])  # beside another's handshake reuse begins with the first step
         yield engine
 

@@ -19,7 +19,8 @@ def llama(tmp_path_factory):
 
 def engine(model, role, ragkv):
     transfer = {"kv_connector": "RagKVConnector", "kv_role": role, "kv_connector_extra_config": UNGATED | ragkv}
-    return Engine(EngineOptions(model, None, "float32", 2048, {"kv_transfer_config": transfer}))
+    llm = {"kv_transfer_config": transfer}
+    return Engine(EngineOptions(model, None, "float32", 2048, llm, one_process=True))
 
 
 def tokens(seed, length=500):

@@ -78,7 +78,7 @@ def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
     folder = tmp_path_factory.mktemp("tier") / "disk"
     prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
     moved = [*filings[4][:60], *prompts[1], *prompts[2], *filings[5][:50]]
-    with Engine(EngineOptions(llama, None, "float32", 2048)) as alone:
+    with Engine(EngineOptions(llama, None, "float32", 2048, one_process=True)) as alone:
         *wanted, by_itself = [answer.tokens for answer in alone.ask([*prompts, moved], 12)]
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     parallel = EngineOptions(

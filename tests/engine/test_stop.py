@@ -86,7 +86,7 @@ def test_what_waits_is_written_down_and_the_next_engine_hits_it(model, filings, 
     log = (tmp_path / "log").read_text()
     assert "kills the engine" not in log and "not all was written" not in log
     assert kept(tmp_path / "kv") >= 1500 and not segments()
-    options = EngineOptions(model, settings(tmp_path), "float32", 4096)
+    options = EngineOptions(model, settings(tmp_path), "float32", 4096, one_process=True)
     with Engine(options) as engine:
         (answer,) = engine.ask([prompt])
         assert sum(answer.hit_tokens.values()) == 1499

@@ -50,7 +50,7 @@ def first(model, folder, server, prompts):
     """What an engine over both tiers, and a device pool, saw; it has ended."""
     settings = {**MEMORY, "disk": {"path": str(folder)}, "redis": {"url": server.url}}
     settings["device"] = {"capacity": "64MiB", "after": 1}
-    with Engine(EngineOptions(model, settings, "float32", 2048)) as engine:
+    with Engine(EngineOptions(model, settings, "float32", 2048, one_process=True)) as engine:
         seen = {"cold": []}
         for number, prompt in enumerate(prompts, 1):
             seen["cold"] += engine.ask([prompt], ANSWER)
@@ -65,14 +65,16 @@ def first(model, folder, server, prompts):
 
 @pytest.fixture(scope="module")
 def second(model, folder, first):
-    with Engine(EngineOptions(model, {**MEMORY, "disk": {"path": str(folder)}}, "float32", 2048)) as engine:
+    with Engine(
+        EngineOptions(model, {**MEMORY, "disk": {"path": str(folder)}}, "float32", 2048, one_process=True)
+    ) as engine:
         yield engine.wait()
 
 
 @pytest.fixture(scope="module")
 def third(model, server, first):
     settings = {**MEMORY, "redis": {"url": server.url, "timeout": 0.5}, "placement": {"deadline": 1.0}}
-    with Engine(EngineOptions(model, settings, "float32", 2048)) as engine:
+    with Engine(EngineOptions(model, settings, "float32", 2048, one_process=True)) as engine:
         yield engine.wait()
 
 

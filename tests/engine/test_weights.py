@@ -38,7 +38,7 @@ def copied(model, tmp_path_factory):
 
 def options(model, folder, **llm):
     settings = {"memory": {"capacity": "256MiB"}, "disk": {"path": str(folder)}, "placement": {"gate": False}}
-    return EngineOptions(model, settings, "float32", 2048, llm, ENVIRONMENT)
+    return EngineOptions(model, settings, "float32", 2048, llm, ENVIRONMENT, one_process=True)
 
 
 def ask(engine, prompt, **sampling):
