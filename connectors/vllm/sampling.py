@@ -63,7 +63,7 @@ class Sampler:
         self._device, self._stream = device, stream
         self._rounds = 0
         self._due = 0  # parts of this round that have not had their turn
-        self._replaced = False
+        self._changed = False  # as far as the host knows
         self._flag = torch.zeros((), dtype=torch.bool, device=device)
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._fetched: Event | None = None
@@ -91,33 +91,34 @@ class Sampler:
             if not self._due and self._stream is not None:
                 self._stream.submit(self._fetch)
                 self._fetched = self._stream.record()
-                return False if self._replaced else None
-            if self._replaced or (self._stream is None and bool(self._flag)):
+                return False if self._changed else None
+            if self._changed:
                 return False
             return True if not self._due else None
         if self._fetched is not None and self._fetched.query():
             self._fetched = None
-            return not self._replaced and not bool(self._host)
+            return not self._changed and not bool(self._host)
         return None
 
     def _fetch(self) -> None:
         self._host.copy_(self._flag, non_blocking=True)
 
     def _compare(self, part: _Part) -> None:
-        self._replaced = self._replaced or any(place.replaced for place in part.places)
-        if self._replaced:
+        self._changed = self._changed or any(place.replaced for place in part.places)
+        if self._changed:
             return
         groups, flag = part.passes[self._rounds % PASSES], self._flag
+        if self._stream is None:
+            with torch.no_grad():
+                self._changed = not all(torch.equal(_gather(views), known) for views, known in groups)
+            return
 
         @torch.no_grad()
         def work() -> None:
             for views, known in groups:
                 flag.logical_or_((_gather(views) != known).any())
 
-        if self._stream is None:
-            work()
-        else:
-            self._stream.submit(work)
+        self._stream.submit(work)
 
 
 def _places(model: Any, device: torch.device) -> Iterator[_Place]:
