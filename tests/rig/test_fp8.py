@@ -2,12 +2,13 @@
 
 import pytest
 
-from rig.engines import SETTINGS, differences, rig_engine
+from rig.engines import COMBINATIONS, SETTINGS, differences, rig_engine
 from rig.faults import Fault
 
 
-@pytest.fixture(scope="session")
-def fp8(combination, tiny_model, tmp_path_factory):
+@pytest.fixture(scope="session", params=[COMBINATIONS[0], COMBINATIONS[-1]], ids=str)
+def fp8(request, tiny_model, tmp_path_factory):
+    combination = request.param
     folder = tmp_path_factory.mktemp(f"fp8-{combination}")
     with rig_engine(tiny_model, folder, combination, SETTINGS, kv_cache_dtype="fp8") as engine:
         yield engine
