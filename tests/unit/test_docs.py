@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from ragkv.config.settings import HINT_NAMES as ALLOWED
-from ragkv.config.settings import keys
 from ragkv.kvstore.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,13 +20,6 @@ def test_every_metric_stands_in_the_table(metric):
 def test_the_table_has_no_other_metric():
     lines = (ROOT / "docs" / "metrics.md").read_text().splitlines()
     assert {line.split("`")[1] for line in lines if line.startswith("| `")} == METRICS.keys()
-
-
-@pytest.mark.parametrize("key", keys())
-def test_every_setting_stands_in_the_readme(key):
-    section, name = key.split(".")
-    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{section}.")]
-    assert any(f"`{key}`" in line or f"`{name}`" in line for line in table)
 
 
 @pytest.mark.parametrize("hint", ALLOWED)
