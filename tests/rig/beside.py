@@ -195,6 +195,42 @@ def watch_fusion(llm: Any, asks: Sequence[Ask]) -> tuple[list[Answer], list[dict
     return answers, seen
 
 
+def farthest_attention(_llm: Any) -> float:
+    """The largest difference between vLLM's attention kernel and what the rig has in its place: prefill, decoding,
+    and the end of a prompt, in blocks in any order."""
+    import torch
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    from rig.interpreter import attend
+
+    asking, lengths = [20, 1, 7, 1], [20, 33, 40, 1]
+    k, v = torch.randn(2, 12, 16, 2, 32)
+    one = torch.ones(len(asking), 2)
+    given = {
+        "q": torch.randn(sum(asking), 4, 32),
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": torch.tensor([0, *itertools.accumulate(asking)], dtype=torch.int32),
+        "seqused_k": torch.tensor(lengths, dtype=torch.int32),
+        "max_seqlen_q": max(asking),
+        "max_seqlen_k": max(lengths),
+        "softmax_scale": 32**-0.5,
+        "causal": True,
+        "window_size": (-1, -1),
+        "block_table": torch.randperm(12, dtype=torch.int32).view(4, 3),
+        "softcap": 0,
+        "q_descale": None,
+        "k_descale": one,
+        "v_descale": one,
+    }
+    found = []
+    for function in (unified_attention, attend):
+        out = torch.zeros(sum(asking), 4, 32)
+        function(out=out, **given)
+        found.append(out)
+    return float((found[0] - found[1]).abs().max()) if found[0].abs().min() > 0 else float("inf")
+
+
 def same_writes(_llm: Any) -> bool:
     """Whether vLLM's kernel and what the rig has in its place write the same bytes."""
     import torch

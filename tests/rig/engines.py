@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ragkv.benchmarks.engine import EngineOptions, Resting
 from rig import beside
 from rig.beside import Ask
+from rig.interpreter import KERNEL
 from rig.plugin import ASYNC, plugin_folder
 
 BLOCK = 16
@@ -50,6 +51,7 @@ class Combination:
     def environment(self):
         """What makes an engine such a one, in one process, so that faults can be made in all of its parts."""
         chosen = {ASYNC: "1"} if self.asynchronous else {}
+        chosen |= {KERNEL: "1"} if self.runner == 2 and self.asynchronous else {}  # as on CUDA
         return {
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": str(self.runner - 1),

@@ -1,14 +1,19 @@
 """Triton's interpreter, 20 times quicker. It runs every operation of every program in Python, so few programs on
 large tiles suit it best.
 
-The attention kernel is vLLM's own, with other launch parameters, as an autotuner might choose them. The kernel
-that writes new K and V to the cache takes a program for every token; in its place PyTorch writes the same.
+The attention kernel is vLLM's own, with other launch parameters, as an autotuner might choose them. Only one
+combination runs it; in the others PyTorch computes the same. The kernel that writes new K and V to the cache
+takes a program for every token; in its place PyTorch writes the same everywhere.
 """
 
 import functools
+import itertools
+import os
 import types
 
 import torch
+
+KERNEL = "RIG_KERNEL"  # in the environment: attention is interpreted
 
 TILE = 128  # tokens of the cache that a program takes at once
 ROWS = 128  # queries of one KV head that a program takes at once, or 16 where all sequences decode
@@ -50,6 +55,8 @@ def launch_few_programs():
 
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0  # no splitting of one sequence's cache among programs
     triton_attn.triton_reshape_and_cache_flash = write
+    if not os.environ.get(KERNEL):
+        triton_attn.unified_attention = attend
 
 
 def _wide(grid, arguments):
@@ -68,3 +75,28 @@ def write(key, value, key_cache, value_cache, slots, _kv_cache_dtype, k_scale, v
             cache.view(torch.uint8)[at] = (new[kept] / scale).to(cache.dtype).view(torch.uint8)
         else:
             cache[at] = new[kept]
+
+
+def attend(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table, k_descale, v_descale, **others):
+    """Attention of queries [tokens, heads, dim] over paged caches [blocks, block_size, kv_heads, dim], as vLLM's
+    `unified_attention` does: of each sequence the last tokens ask, each for itself and all before it."""
+    assert others["causal"] and tuple(others["window_size"]) == (-1, -1) and not others["softcap"]
+    for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
+        if begin == end:
+            continue
+        length = int(seqused_k[number])
+        blocks = block_table[number, : -(-length // k.shape[1])]
+        keys, values = (
+            _numbers(cache, blocks)[:length] * scale[number][:, None]
+            for cache, scale in ((k, k_descale), (v, v_descale))
+        )
+        queries = q[begin:end].float().unflatten(1, (keys.shape[1], -1))
+        scores = torch.einsum("thgd,shd->hgts", queries, keys) * softmax_scale
+        later = torch.arange(length) > torch.arange(length - (end - begin), length)[:, None]
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        out[begin:end] = torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2)
+
+
+def _numbers(cache, blocks):
+    """Some blocks of a cache, one behind the other; fp8 too, which PyTorch does not index."""
+    return cache.view(torch.uint8)[blocks].view(cache.dtype).flatten(0, 1).float()

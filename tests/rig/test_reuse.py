@@ -22,6 +22,11 @@ def test_the_cache_is_written_as_vllms_kernel_does(rig):
     assert rig.call(beside.same_writes)
 
 
+def test_attention_is_what_vllms_kernel_computes(rig):
+    """In its place three of the four combinations take a quicker function."""
+    assert rig.call(beside.farthest_attention) < 1e-5
+
+
 def test_answers_depend_on_the_whole_prompt(plain, fresh):
     """Else no comparison of answers would prove anything."""
     prompt = fresh(90)
