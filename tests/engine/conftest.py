@@ -76,8 +76,7 @@ def ragkv(shared_ragkv):
 
 @pytest.fixture(scope="session")
 def small(model):
-    """Room for 12 blocks in the engine and for about 1,400 tokens in ragkv, prompts in steps of 256 tokens. Its
-    model is compiled (by Dynamo, without a code generator, which takes minutes)."""
+    """Room for 12 blocks in the engine and for about 1,400 tokens in ragkv, prompts in steps of 256 tokens."""
     options = EngineOptions(
         model,
         {"memory": {"capacity": "64MiB", "policy": "lfu"}, **UNGATED},
@@ -88,8 +87,6 @@ def small(model):
             "num_gpu_blocks_override": 12,
             "max_num_batched_tokens": 256,
             "max_num_seqs": 16,
-            "enforce_eager": False,
-            "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
         },
     )
     with Resting(options) as engine:

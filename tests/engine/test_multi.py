@@ -1,4 +1,5 @@
-"""ragkv inside vLLM's MultiConnector: as alone, also beside another connector, also when a load fails."""
+"""ragkv inside vLLM's MultiConnector: as alone, also beside another connector, also when a load fails. Alone,
+with a compiled model (by Dynamo, without a code generator, which takes minutes)."""
 
 import random
 
@@ -16,6 +17,10 @@ OURS = {
         "memory": {"capacity": "64MiB"},
         "placement": {"gate": False},
     },
+}
+COMPILED = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
 }
 QUIET = {"kv_connector": "QuietConnector", "kv_connector_module_path": "quiet_connector", "kv_role": "kv_both"}
 
@@ -35,6 +40,7 @@ def engine(request, llama):
     extra = {"connectors": request.param}
     transfer = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     options = {"kv_transfer_config": transfer, "num_gpu_blocks_override": 64}
+    options |= COMPILED if request.param == [OURS] else {}
     with Engine(EngineOptions(llama, None, "float32", 2048, options, one_process=True)) as engine:
         engine.ask([tokens(0, 20)])  # beside another's handshake reuse begins with the first step
         yield engine
