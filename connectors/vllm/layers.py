@@ -17,14 +17,23 @@ class Found:
     def __init__(self, blocks: torch.Tensor, offsets: torch.Tensor, tile: int = 0) -> None:
         """`tile`: how many tokens, from a multiple of that on, can be copied at once; 0: none."""
         self.blocks, self.offsets = blocks, offsets
-        first = _first_of_tiles(blocks, offsets, tile) if tile else offsets[:0]
-        self._first = blocks[first], offsets[first]
-        inside = torch.zeros(len(blocks) if tile else 0, dtype=torch.bool)
-        inside[(first[:, None] + torch.arange(tile)).flatten()] = True
-        self.in_tiles = len(first) * tile
-        self.whole = _part(inside)  # the tokens that are in whole tiles
-        self.rest = _part(~inside) if tile else slice(None)
+        self.in_tiles = 0  # how many tokens are in whole tiles
+        self.whole, self.rest = slice(0, 0), slice(None)  # which are, and which are not
         self._computed: dict[tuple[str, int], torch.Tensor] = {}
+        if tile:
+            self._split(tile)
+
+    in_tiles: int
+    whole: Part
+    rest: Part
+
+    def _split(self, tile: int) -> None:
+        """On a CPU, where tiles are: an accelerator would be waited for."""
+        first = _first_of_tiles(self.blocks, self.offsets, tile)
+        inside = torch.zeros(len(self.blocks), dtype=torch.bool)
+        inside[(first[:, None] + torch.arange(tile)).flatten()] = True
+        self._first = self.blocks[first], self.offsets[first]
+        self.in_tiles, self.whole, self.rest = len(first) * tile, _part(inside), _part(~inside)
 
     def rows(self, cache: LayerCache, kind: int) -> torch.Tensor:
         """Where the whole tiles lie, in all layers alike."""

@@ -114,6 +114,33 @@ def test_store_and_load_copy_just_what_was_addressed(mover, places, itemsize, ra
             assert not torch.equal(world.storage, expected)
 
 
+META = torch.device("meta")  # computes nothing, and refuses operands of another device, as accelerators do
+
+
+@pytest.mark.parametrize("places", [strided, tangled], ids=["strided", "table"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["one storage", "apart"])
+def test_copies_mix_no_devices(places, stacked, monkeypatch):
+    """Nothing that a copy computes with on the device lies on the CPU."""
+    monkeypatch.setattr(LayerCache, "same_addresses", lambda self, other: True)  # it compares what "meta" lacks
+    geometry, size = Geometry(LAYERS, HEADS, DIM, 2, BLOCK), BLOCK * 2 * HEADS * DIM
+    whole = torch.empty(BLOCKS, LAYERS * size, dtype=torch.int16, device=META)
+    alone = [torch.empty(BLOCKS, size, dtype=torch.int16, device=META) for _ in range(LAYERS)]
+    caches = [
+        LayerCache(whole[:, n * size : (n + 1) * size], BLOCK, places(n, 2))
+        if stacked
+        else LayerCache(alone[n], BLOCK, places(n, 2) - n * size)
+        for n in range(LAYERS)
+    ]
+    elements = PAGES * PAGE * geometry.token_bytes // 2
+    pool = Tier(torch.empty(elements, dtype=torch.int16, device=META), geometry, PAGE, 1, 0)
+    memory = Tier(torch.empty(elements, dtype=torch.int16), geometry, PAGE, 1, 0)
+    rows, slots = torch.arange(7), torch.arange(7) + 3
+    direct = DirectMover(caches, pool)
+    assert direct.load(rows, slots).query() and direct.store(rows, slots).query()
+    staged = StagedMover(caches, memory, 4 * PAGE * geometry.token_bytes, META, DirectStreams())
+    assert staged.load(rows, slots).query()  # (of "meta" nothing can be copied back)
+
+
 @pytest.mark.parametrize("mover", MOVERS)
 def test_ranks_share_pages_and_not_bytes(mover):
     first = World(strided, 2, 2, 0)
