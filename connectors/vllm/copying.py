@@ -69,8 +69,8 @@ class Copier:
         for each in list(self._queues[False]):
             if each.job.request in requests:
                 self._queues[False].remove(each)
-                while each.left:
-                    self._order(each)
+                if each.left:
+                    self._order(each, whole=True)
                 self._ordered.append(each)
         for mover in self._movers.values():
             mover.fence_stores()
@@ -82,10 +82,8 @@ class Copier:
             queue, first = self._queues[is_load], not is_load
             while queue and (first or budget > 0 or not self._shared(queue[0], orders)):
                 first = False
-                if queue[0].left and not self._shared(queue[0], orders):
-                    queue[0].left = deque([slice(queue[0].left[0].start, queue[0].left[-1].stop)])
                 if queue[0].left:
-                    budget -= self._order(queue[0])
+                    budget -= self._order(queue[0], whole=not self._shared(queue[0], orders))
                 if not queue[0].left:
                     self._ordered.append(queue.popleft())
 
@@ -120,9 +118,13 @@ class Copier:
         """Whether somebody else's tokens are computed in this step."""
         return bool(orders.tokens) and (each.is_load or each.job.request != orders.alone)
 
-    def _order(self, each: Running) -> int:
-        """Order the next piece of a job; its tokens. Where that fails the job has failed."""
+    def _order(self, each: Running, *, whole: bool) -> int:
+        """Order the next piece of a job, or the `whole` rest at once; its tokens. Where that fails the job has
+        failed."""
         part, job = each.left.popleft(), each.job
+        if whole and each.left:
+            part = slice(part.start, each.left[-1].stop)
+            each.left.clear()
         mover = self._movers.get(job.device)
         try:
             if mover is None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from ragkv.connectors.vllm.tiles import Scratch, Tiles, find_tiles
+from ragkv.connectors.vllm.tiles import WIDE, WIDEST, Scratch, Tiles, find_tiles
 from ragkv.errors import LayoutError
 
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-WIDE, WIDEST = {**RAW, 8: torch.int64}, 8  # of runs of elements, in bytes
 Views = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -14,8 +14,7 @@ import torch
 
 SIZES = (2, 4, 8, 16, 32, 64)  # tokens of a tile, the smallest that will do
 LEAST_RUN = 256  # bytes that must lie together
-WORD = 8  # bytes: the widest integer
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WIDE, WIDEST = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}, 8  # integers, by bytes
 
 Digits = list[tuple[int, int]]  # sizes and strides, the fastest first
 
@@ -61,10 +60,10 @@ class Tiles:
         """`shape`: of a token, (heads, head_dim)."""
         self.tokens = order.tokens
         self._order, self._first, self._stride, self._shape = order, first, stride, tuple(shape)
-        self._raw, self._wide = storage.dtype, _INTEGERS[storage.element_size() * order.width]
+        self._raw, self._wide = storage.dtype, WIDE[storage.element_size() * order.width]
         self._size = order.tokens * shape[0] * shape[1] // order.width  # integers of a tile
         runs = storage[: len(storage) // order.run * order.run].view(-1, order.run)
-        self._runs = runs.view(_INTEGERS[WORD])
+        self._runs = runs.view(WIDE[WIDEST])
 
     def same(self, other: "Tiles") -> bool:
         """Whether what `rows` gives serves both."""
@@ -80,7 +79,7 @@ class Tiles:
         order = self._order
         image = scratch.get("image", (len(rows), self._runs.shape[1]), self._runs.dtype)
         torch.index_select(self._runs, 0, rows, out=image)
-        count = image.numel() * WORD // self._wide.itemsize // self._size
+        count = image.numel() * WIDEST // self._wide.itemsize // self._size
         wide = scratch.get("wide", (count, self._size), self._wide)
         self._in_order(wide).copy_(image.view(self._wide).view(count, *order.sizes))
         raw = wide.view(self._raw)
@@ -99,7 +98,7 @@ class Tiles:
             flat = torch.stack(parts, -1, out=pairs).view(-1)
         wide = self._in_order(flat.view(self._wide).view(-1, self._size))
         image = scratch.get("image", wide.shape, self._wide).copy_(wide)
-        self._runs.index_copy_(0, rows, image.view(-1).view(_INTEGERS[WORD]).view(len(rows), -1))
+        self._runs.index_copy_(0, rows, image.view(-1).view(WIDE[WIDEST]).view(len(rows), -1))
 
     def _in_order(self, wide: torch.Tensor) -> torch.Tensor:
         """A view of tiles [tiles, integers] in the cache's order."""
@@ -113,14 +112,14 @@ def find_tiles(storage: torch.Tensor, places: torch.Tensor, stride: int) -> list
     `storage`: one-dimensional, raw; `places` int64 [kernel_tokens, 2, heads, head_dim]: where the elements of
     block 0 lie in it; `stride`: from block to block.
     """
-    if storage.device.type != "cpu" or storage.data_ptr() % WORD:
+    if storage.device.type != "cpu" or storage.data_ptr() % WIDEST:
         return None
     for tokens in SIZES:
         if len(places) % tokens == 0:
-            both = [_tiles(storage, places[:, kind], stride, tokens) for kind in (0, 1)]
-            found = [each for each in both if each is not None]
-            if len(found) == len(both):
-                return found
+            keys = _tiles(storage, places[:, 0], stride, tokens)
+            values = None if keys is None else _tiles(storage, places[:, 1], stride, tokens)
+            if keys is not None and values is not None:
+                return [keys, values]
     return None
 
 
@@ -133,7 +132,7 @@ def _tiles(storage: torch.Tensor, places: torch.Tensor, stride: int, tokens: int
     run = _run(relative[0][source])
     first = flat[:, source].view(len(flat), -1, run)[..., 0]
     itemsize = storage.element_size()
-    if run * itemsize < LEAST_RUN or run * itemsize % WORD or stride % run or bool((first % run).any()):
+    if run * itemsize < LEAST_RUN or run * itemsize % WIDEST or stride % run or bool((first % run).any()):
         return None
     digits = _digits(source)
     order = None if digits is None else _order(digits, tokens, run, itemsize)
@@ -167,7 +166,7 @@ def _digits(source: torch.Tensor) -> Digits | None:
 
 def _order(digits: Digits, tokens: int, run: int, itemsize: int) -> Order | None:
     """With as many elements in one integer as will go."""
-    (count, apart), most = digits[0], WORD // itemsize
+    (count, apart), most = digits[0], WIDEST // itemsize
     fitting = [width for width in (8, 4, 2, 1) if width <= most and count % width == 0]
     width = fitting[0] if apart == 1 else count if count in fitting else 1
     if width == 1 or apart == 1:

@@ -171,7 +171,7 @@ def test_whole_tiles_are_found():
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 100, 256])
-def test_copies_are_those_of_a_layout_without_tiles(tokens, monkeypatch):
+def test_copies_are_those_of_a_layout_without_tiles(tokens):
     """In a tier whose pages are smaller than a tile."""
     places, itemsize = LAYOUTS["amx, as SmolLM2"]
     geometry = Geometry(LAYERS, 3, 64, itemsize, TOKENS)
