@@ -81,6 +81,7 @@ def attend(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table,
     """Attention of queries [tokens, heads, dim] over paged caches [blocks, block_size, kv_heads, dim], as vLLM's
     `unified_attention` does: of each sequence the last tokens ask, each for itself and all before it."""
     assert others["causal"] and tuple(others["window_size"]) == (-1, -1) and not others["softcap"]
+    assert all(others.get(name) is None for name in ("alibi_slopes", "sinks", "output_scale", "mm_prefix_range"))
     for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
         if begin == end:
             continue
@@ -98,5 +99,5 @@ def attend(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table,
 
 
 def _numbers(cache, blocks):
-    """Some blocks of a cache, one behind the other; fp8 too, which PyTorch does not index."""
+    """Some blocks of a cache, concatenated; fp8 too, which PyTorch does not index."""
     return cache.view(torch.uint8)[blocks].view(cache.dtype).flatten(0, 1).float()
