@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ragkv.benchmarks.compared import make_compared
 from ragkv.benchmarks.traces import Blocks, Trace, as_blocks
-from ragkv.policies import EvictionPolicy, make_policy
+from ragkv.policies import EvictionPolicy
 from ragkv.policies.admission import AdmissionPolicy
 
 Policy = EvictionPolicy[int]
@@ -46,7 +47,7 @@ def replay(
     `progress` is called now and then with the number of requests done since. A block's cost is its weight.
     """
     blocks = as_blocks(trace, semantics) if isinstance(trace, Trace) else trace
-    made = make_policy(policy) if isinstance(policy, str) else policy
+    made = make_compared(policy) if isinstance(policy, str) else policy
     serve = _prefix if blocks.chained else _content
     hits = 0
     start = time.perf_counter()

@@ -12,12 +12,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ragkv.benchmarks.clairvoyant import most_hits
+from ragkv.benchmarks.compared import make_compared
 from ragkv.benchmarks.replay import replay
 from ragkv.benchmarks.report import new_figure, save_figure, write_json
 from ragkv.benchmarks.simulate_plan import CLAIRVOYANT, Plan, make_plan
 from ragkv.benchmarks.stack import Tier, replay_tiers
 from ragkv.errors import ConfigError
-from ragkv.policies import make_admission, make_policy
+from ragkv.policies import make_admission
 from ragkv.policies.admission import AdmissionPolicy
 
 ALWAYS, BYPASS = "always", "bypass"
@@ -47,7 +48,7 @@ def replay_stacks(plan: Plan, progress: Report) -> list[Result]:
         for policy in [""] if fixed else plan.policies:
             names = [level.policy or policy for level in plan.tiers]
             tiers = [
-                Tier(level.name, make_policy(name), level.size.units, _admission(admission) if place else None)
+                Tier(level.name, make_compared(name), level.size.units, _admission(admission) if place else None)
                 for place, (level, name) in enumerate(zip(plan.tiers, names, strict=True))
             ]
             done = replay_tiers(plan.blocks, tiers, progress)

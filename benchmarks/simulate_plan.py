@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ragkv.benchmarks.compared import COMPARED
 from ragkv.benchmarks.traces import Blocks, Trace, as_blocks, load_trace
 from ragkv.config.settings import parse_size
 from ragkv.errors import ConfigError
-from ragkv.policies import ADMISSIONS, POLICIES
+from ragkv.policies import ADMISSIONS
 
 CLAIRVOYANT = "clairvoyant"
 SIZES = "1%,5%,10%,20%"
@@ -99,7 +100,7 @@ def read_tiers(text: str, read: Callable[[str, str], Size]) -> list[Level]:
                 f"--tiers = {part.strip()!r}; allowed: NAME=SIZE or NAME=SIZE:POLICY, names differ, "
                 "as in memory=1%,disk=10%:lru"
             )
-        chosen = read_names(f"--tiers {name}", policy, sorted(POLICIES))[0] if colon else None
+        chosen = read_names(f"--tiers {name}", policy, sorted(COMPARED))[0] if colon else None
         levels.append(Level(name, read(f"--tiers {name}", size), chosen))
     return levels
 
@@ -116,7 +117,7 @@ def make_plan(
     """Check everything before the first replay. ConfigError names what cannot be."""
     if tiers is not None and sizes is not None:
         raise ConfigError("--sizes and --tiers: allowed: one of them, since tiers have their sizes")
-    known = sorted(POLICIES)
+    known = sorted(COMPARED)
     names = known if policies is None else read_names("--policy", policies, [*known, CLAIRVOYANT])
     admission_names = read_names("--admission", admissions, sorted(ADMISSIONS))
     unit_bytes = None if block_bytes is None else read_bytes("--block-bytes", block_bytes)

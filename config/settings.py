@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ragkv.policies import ADMISSIONS, POLICIES
+from ragkv.policies import ADMISSIONS, POLICIES, policy_names
 
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -78,12 +78,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-def one_of(names: Mapping[str, object]) -> Any:
-    """A validator that lets the names of a registry through."""
+def one_of(names: Mapping[str, object], all_names: Callable[[], list[str]] | None = None) -> Any:
+    """A validator that lets the names of a registry through; `all_names`: with those that packages bring."""
 
     def known(name: object) -> object:
-        if name not in sorted(names):
-            raise ValueError(f"allowed: {', '.join(sorted(names))}")
+        if name in sorted(names):
+            return name
+        allowed = sorted(names) if all_names is None else all_names()
+        if name not in allowed:
+            raise ValueError(f"allowed: {', '.join(allowed)}")
         return name
 
     return BeforeValidator(known)
@@ -96,7 +99,7 @@ def refuse_nonsense(value: object) -> object:
     return value
 
 
-Policy = Annotated[str, one_of(POLICIES)]
+Policy = Annotated[str, one_of(POLICIES, policy_names)]
 Admission = Annotated[str, one_of(ADMISSIONS)]
 Ratio = Annotated[float, BeforeValidator(refuse_nonsense)]
 Seconds = Annotated[float, BeforeValidator(refuse_nonsense)]

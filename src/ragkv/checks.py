@@ -20,6 +20,7 @@ from ragkv.kvstore.segment import available_bytes, sweep
 from ragkv.kvstore.stores.contract import KEY_BYTES, Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
+from ragkv.policies import POLICIES, make_policy
 from ragkv.preflight import read_settings, read_token
 
 MIB = 1 << 20
@@ -127,6 +128,22 @@ def check_files(settings: Settings) -> list[Finding]:
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             said = f"trace.file: {file} cannot be written to; no trace would be written"
             findings.append(Finding("trace", "fail", said, "give the engine's user a file that it may write to"))
+    return findings
+
+
+def check_policies(settings: Settings) -> list[Finding]:
+    """Eviction policies that other packages bring: whether each can be made. Ours always can."""
+    named = {"memory": settings.memory.policy, "device": settings.device.policy, "disk": settings.disk.policy}
+    findings = []
+    for section, name in named.items():
+        if name in POLICIES:
+            continue
+        try:
+            make_policy(name)
+        except Exception as error:  # of the package, which may do anything
+            said = f"{section}.policy = {name!r}: {type(error).__name__}: {error}"
+            todo = "mend the package that brings it, or name another policy; the engine would run without reuse"
+            findings.append(Finding("policy", "fail", said, todo))
     return findings
 
 

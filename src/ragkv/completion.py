@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from ragkv.policies import ADMISSIONS, POLICIES
+from ragkv.benchmarks.compared import COMPARED
+from ragkv.policies import ADMISSIONS
 
 Completer = Callable[[str], list[str]]
 
@@ -24,5 +25,5 @@ def some_of(names: Iterable[str]) -> Completer:
     return complete
 
 
-policies = some_of(POLICIES)
+policies = some_of(COMPARED)
 admissions = some_of(ADMISSIONS)

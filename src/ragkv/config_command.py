@@ -134,12 +134,13 @@ def _one_file(file: Path | None, config: Path | None) -> Path | None:
 
 def _look(file: Path | None) -> "list[Finding]":
     """What this machine has for the settings. ConfigError: they cannot be, or their memory is not to be had."""
-    from ragkv.checks import check_disk, check_files, check_memory, check_redis
+    from ragkv.checks import check_disk, check_files, check_memory, check_policies, check_redis
     from ragkv.preflight import check_room, read_settings
 
     settings = read_settings(environ=os.environ, file=file).settings
     check_room(settings)
-    return [check_memory(settings), *check_disk(settings, 0), *check_redis(settings), *check_files(settings)]
+    others = [*check_redis(settings), *check_files(settings), *check_policies(settings)]
+    return [check_memory(settings), *check_disk(settings, 0), *others]
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from ragkv.checks import (
     check_disk,
     check_files,
     check_memory,
+    check_policies,
     check_redis,
     check_settings,
 )
@@ -49,6 +50,7 @@ def examine(file: Path | None, url: str | None, quick: bool, environ: Mapping[st
         findings += check_disk(settings, 0 if quick else SPEED_BYTES)
         findings += check_redis(settings)
         findings += check_files(settings)
+        findings += check_policies(settings)
     return findings + server
 
 

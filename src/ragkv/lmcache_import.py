@@ -25,7 +25,7 @@ from ragkv.lmcache_keys import EXTRA, UNKNOWN, reason
 from ragkv.shown import printable
 
 GIB = 2**30  # LMCache says GB and means this
-POLICIES = {"LRU": "lru", "LFU": "lfu", "FIFO": "fifo", "ARC": "arc"}
+POLICIES = {"LRU": "lru", "LFU": "lfu", "FIFO": "lru", "ARC": "arc"}
 FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 SERVICE = "redismaster"  # LMCache's name for a Sentinel's master, where REDIS_SERVICE_NAME is not set
 

@@ -16,9 +16,10 @@ from hypothesis.stateful import (
 )
 
 from processes import told_by_seeds
+from ragkv.benchmarks.compared import COMPARED, make_compared
 from ragkv.policies import LRU, POLICIES, Adaptive, Prioritized, make_policy
 
-FACTORIES = dict(POLICIES)
+FACTORIES = dict(COMPARED)
 FACTORIES["prioritized-lru"] = lambda: Prioritized(LRU)
 FACTORIES["prioritized-adaptive"] = lambda: Prioritized(Adaptive)
 
@@ -164,7 +165,7 @@ def test_removal_leaves_nothing_behind(policy):
 
 @pytest.mark.parametrize("name", ["arc", "lfu", "s3fifo", "wtinylfu"])
 def test_what_was_used_again_outlives_a_scan(name):
-    policy = make_policy(name)
+    policy = make_compared(name)
     for key in range(50):
         policy.insert(key)
     for key in [*range(50)] * 2:

@@ -320,4 +320,4 @@ def test_what_a_chunk_weighs(policy):
         tracemalloc.stop()
     assert len(hierarchy) == count
     each = used / count - TOKEN_BYTES * size
-    assert 0 < each < (550 if policy in ("fifo", "lru") else 700), f"{each:.0f} bytes a chunk"
+    assert 0 < each < (550 if policy == "lru" else 700), f"{each:.0f} bytes a chunk"

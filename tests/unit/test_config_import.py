@@ -225,7 +225,7 @@ def test_a_policy_that_is_not_here(given):
 
 
 def test_without_a_disk_there_is_no_policy_for_it(given):
-    assert values(read(given(cache_policy="FIFO"))) == {"memory.policy": "fifo"}
+    assert values(read(given(cache_policy="FIFO"))) == {"memory.policy": "lru"}
 
 
 @pytest.mark.parametrize("name", THEIRS)

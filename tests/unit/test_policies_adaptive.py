@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from ragkv.benchmarks.compared import COMPARED
 from ragkv.benchmarks.replay import replay
 from ragkv.benchmarks.traces import as_blocks, generate_trace, read_trace
 from ragkv.benchmarks.workloads import KINDS
-from ragkv.policies import LRU, POLICIES, Adaptive
+from ragkv.policies import LRU, Adaptive
 
 MOONCAKE = Path(__file__).parents[3] / "shared/data/traces/mooncake_conversation.jsonl"
 NOISE = 0.01  # of block references
-FIXED = sorted(set(POLICIES) - {"adaptive"})
+FIXED = sorted(set(COMPARED) - {"adaptive"})
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ragkv.policies import POLICIES, Prioritized, make_policy
+from ragkv.benchmarks.compared import COMPARED, make_compared
+from ragkv.policies import Prioritized
 
 CAPACITIES = (60, 240)
 
@@ -69,11 +70,11 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", sorted(COMPARED))
 def test_hits_are_exactly_as_before(name):
-    assert tuple(hits(make_policy(name), capacity) for capacity in CAPACITIES) == GOLDEN[name]
+    assert tuple(hits(make_compared(name), capacity) for capacity in CAPACITIES) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("name", ["fifo", "gdsf", "lfu", "lru"])
 def test_one_class_of_priority_changes_nothing(name):
-    assert hits(Prioritized(POLICIES[name]), CAPACITIES[0]) == GOLDEN[name][0]
+    assert hits(Prioritized(COMPARED[name]), CAPACITIES[0]) == GOLDEN[name][0]

@@ -12,12 +12,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ragkv.policies import LRU, POLICIES, Prioritized
+from ragkv.benchmarks.compared import COMPARED
+from ragkv.policies import LRU, Prioritized
 
 
-@pytest.fixture(params=sorted(POLICIES))
+@pytest.fixture(params=sorted(COMPARED))
 def policy(request):
-    made = Prioritized(POLICIES[request.param])
+    made = Prioritized(COMPARED[request.param])
     yield made
     made.check_integrity()
 

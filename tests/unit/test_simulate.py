@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from ragkv.benchmarks.compared import COMPARED
 from ragkv.benchmarks.simulate import run
 from ragkv.benchmarks.simulate_plan import make_plan
 from ragkv.errors import ConfigError
 from ragkv.kvstore.trace import TraceWriter
-from ragkv.policies import ADMISSIONS, POLICIES
+from ragkv.policies import ADMISSIONS
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_report(mooncake, tmp_path):
 
 def test_all_policies_are_replayed_where_none_is_named(mooncake):
     policies = {each["policy"] for each in run(str(mooncake), sizes="50%")["results"]}
-    assert policies == {*POLICIES, "clairvoyant"}
+    assert policies == {*COMPARED, "clairvoyant"}
 
 
 def test_every_admission_has_its_own_results(mooncake):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 
 from ragkv.benchmarks.clairvoyant import most_hits
+from ragkv.benchmarks.compared import COMPARED, make_compared
 from ragkv.benchmarks.replay import replay
 from ragkv.benchmarks.stack import Tier, replay_tiers
 from ragkv.benchmarks.traces import Trace, as_blocks, generate_trace, read_trace
-from ragkv.policies import POLICIES, make_policy
+from ragkv.policies import make_policy
 from ragkv.policies.admission import AdmissionPolicy
 
 MOONCAKE = Path(__file__).parents[2] / ".." / "shared" / "data" / "traces" / "mooncake_conversation.jsonl"
@@ -172,7 +173,7 @@ def test_a_lower_tier_gives_back_what_the_first_lost():
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_one_tier_is_a_cache(policy, semantics):
     blocks = as_blocks(generate_trace("mixture", requests=300), semantics)
-    tier = Tier("memory", make_policy(policy), 200)
+    tier = Tier("memory", make_compared(policy), 200)
     assert replay_tiers(blocks, [tier]).hits == [replay(blocks, policy, 200).hits]
 
 
@@ -184,7 +185,7 @@ def test_golden_counts(kind, semantics):
     assert {policy: replay(blocks, policy, room).hits for policy in pinned} == pinned
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(COMPARED))
 def test_a_cache_that_holds_everything_misses_each_block_once(policy):
     blocks = as_blocks(generate_trace("rag", requests=200))
     assert replay(blocks, policy, len(blocks.weights)).hits == blocks.references - len(blocks.weights)
@@ -248,7 +249,7 @@ def test_the_bound_holds_for_unequal_weights(requests, weights, capacity, semant
     assert most_hits(blocks, capacity) >= brute_force(blocks, capacity)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(COMPARED))
 @given(
     requests=REQUESTS,
     weights=WEIGHTS | st.just([1] * 5),
