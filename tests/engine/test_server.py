@@ -1,7 +1,11 @@
 """vLLM's server with ragkv, as `ragkv serve` starts it, and what one does with it from outside."""
 
 import json
+import os
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -11,6 +15,8 @@ from ragkv import rag
 from ragkv.benchmarks.tenk import generate_filing
 from ragkv.cli import app
 from ragkv.kvstore.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*arguments):
@@ -61,6 +67,37 @@ def test_passages_are_ingested_and_fused_in_another_order(server, tmp_path):
     body = {"model": client.models()[0]["id"], "messages": messages, "max_tokens": 4, **asked.extra_body}
     told = client.call("/v1/chat/completions", body)["kv_transfer_params"]["ragkv"]
     assert [each["decision"] for each in told["documents"]] == ["moved"] * 3
+
+
+def example(name, *arguments, folder):
+    """What an example prints."""
+    file = ROOT / "examples" / name
+    program = [sys.executable, str(file)] if file.suffix == ".py" else [str(file)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = subprocess.run(
+        [*program, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    return said.stdout.splitlines()
+
+
+def test_the_examples_work(server, tmp_path):
+    filing = tmp_path / "filing.txt"
+    filing.write_text(generate_filing(200, 700).text[:4000])
+    turns = example("chat_about_a_filing.py", filing, "--url", server.url, folder=tmp_path)
+    reused = [int(line.rpartition("(")[2].split()[0]) for line in turns]
+    assert len(turns) == 3 and reused[1] > 500 and reused[2] > reused[1]
+    passages = [tmp_path / f"passage {number}.txt" for number in range(3)]
+    for number, file in enumerate(passages):
+        file.write_text(generate_filing(300 + number, 400).text[:1200])
+    example("ingest.sh", server.url, *passages, folder=tmp_path)
+    said = example("retrieval.py", *passages, "--url", server.url, folder=tmp_path)
+    decisions = [line.partition(": ")[2].split(",")[0] for line in said[-3:]]
+    assert decisions == ["reused", "moved", "moved"]
 
 
 def test_spans_stand_in_vllms_trace(server, collector):
