@@ -15,14 +15,13 @@ from typing import Any
 
 import yaml
 
-from ragkv.dashboard import DEFAULT_PRICE, build
 from ragkv.errors import RagKVError
-from ragkv.grafana import text_of
 from ragkv.scrape import Snapshot
 
 DASHBOARD, RULES = "dashboard.json", "rules.yml"
 TARGETS, GPU_TARGETS = "targets.yml", "gpu_targets.yml"
 DEFAULT_TARGET = "localhost:8000"
+DEFAULT_PRICE = 1.0
 GPU_PREFIX = "DCGM_"  # what only an exporter beside a GPU has
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _METRIC = re.compile(r"(?:ragkv_|vllm:|http_|DCGM_)\w+")  # `ragkv:` begins what our rules record
@@ -50,11 +49,12 @@ def files(
     RagKVError: a target or the price cannot be."""
     if not 0 <= price < math.inf:
         raise RagKVError(f"ragkv: --price = {price}; allowed: a number from 0 on")
+    found = shipped()
     return {
-        **shipped(),
+        **found,
         TARGETS: _target_list("--target", targets),
         GPU_TARGETS: _target_list("--gpu-target", gpu_targets),
-        DASHBOARD: text_of(build(price)),
+        DASHBOARD: _priced(found[DASHBOARD], price),
     }
 
 
@@ -125,6 +125,15 @@ def _files(folder: Traversable, prefix: str) -> Iterable[tuple[str, str]]:
             yield from _files(each, f"{prefix}{each.name}/")
         else:
             yield prefix + each.name, each.read_text(encoding="utf-8")
+
+
+def _priced(dashboard: str, price: float) -> str:
+    """The dashboard with another default of its variable `price`, written like the file that ships."""
+    model = json.loads(dashboard)
+    (variable,) = (each for each in model["templating"]["list"] if each["name"] == "price")
+    value = {"text": f"{price:g}", "value": f"{price:g}"}
+    variable.update(query=value["value"], current=value, options=[value])
+    return json.dumps(model, indent=2, ensure_ascii=False) + "\n"
 
 
 def _target_list(option: str, targets: Sequence[str]) -> str:

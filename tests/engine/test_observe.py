@@ -1,5 +1,6 @@
 """Dashboard, rules and documentation against a real server under load, scraped by a real Prometheus."""
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from observe_load import DOCUMENTS, drive
 from prometheus_tools import Prometheus, filled_in, needs_prometheus
 from ragkv import observe
 from ragkv.cli import app
-from ragkv.dashboard import build
 from ragkv.scrape import scrape
 
 ROOT = Path(__file__).resolve().parents[2]
-PANELS = {f"{panel.row} / {panel.title}": panel for panel in observe.panels(build())}
+PANELS = {f"{panel.row} / {panel.title}": panel for panel in observe.panels(json.loads(observe.shipped()["dashboard.json"]))}
 NEED_A_GPU = {"Engine and GPU / GPU utilisation", "Engine and GPU / GPU memory"}
 
 

@@ -15,9 +15,7 @@ import ragkv.config
 from prometheus_tools import Prometheus, filled_in, needs_prometheus, needs_promtool, promtool
 from ragkv import observe
 from ragkv.cli import app
-from ragkv.dashboard import build
 from ragkv.errors import RagKVError
-from ragkv.grafana import COLUMNS, text_of
 from ragkv.kvstore.metrics import METRICS
 from ragkv.scrape import parse
 from ragkv.top import STATES
@@ -29,6 +27,7 @@ VARIABLES = {"datasource", "model_name", "instance", "engine", "price"}
 BUILT_IN = {"__rate_interval", "__range"}
 UNITS = {"bytes", "Bps", "cps", "currencyUSD", "decmbytes", "percent", "percentunit", "reqps", "s", "short"}
 UNITS |= {"si:tok/s"}
+COLUMNS = 24  # of Grafana's grid
 
 
 def grids():
@@ -54,9 +53,8 @@ def up(folder, *options):
 # --- the dashboard ---
 
 
-def test_the_file_is_what_the_builder_builds():
-    """If not: python -m ragkv.dashboard config/observe/dashboard.json"""
-    assert (SHIPPED / "dashboard.json").read_text() == text_of(build())
+def test_a_folder_of_default_values_holds_the_file_as_it_ships():
+    assert observe.files()["dashboard.json"] == (SHIPPED / "dashboard.json").read_text()
 
 
 def test_ids_are_unique():
@@ -145,7 +143,8 @@ def test_sums_and_matchers_name_labels_that_exist(text):
 
 
 def test_the_price_is_a_box_to_type_into():
-    (box,) = (each for each in build(0.25)["templating"]["list"] if each["name"] == "price")
+    model = json.loads(observe.files(price=0.25)["dashboard.json"])
+    (box,) = (each for each in model["templating"]["list"] if each["name"] == "price")
     assert box["type"] == "textbox" and box["current"]["value"] == box["query"] == "0.25"
 
 
@@ -217,7 +216,7 @@ def test_up_writes_a_folder_that_is_whole(tmp_path):
     assert written == shipped
     assert yaml.safe_load((folder / "targets.yml").read_text()) == [{"targets": ["gpu1:8000", "gpu2:8000"]}]
     assert yaml.safe_load((folder / "gpu_targets.yml").read_text()) == [{"targets": ["gpu1:9400"]}]
-    assert json.loads((folder / "dashboard.json").read_text()) == build(0.5)
+    assert json.loads((folder / "dashboard.json").read_text()) == json.loads(observe.files(price=0.5)["dashboard.json"])
 
 
 def test_what_is_mounted_is_there(tmp_path):
