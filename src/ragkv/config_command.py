@@ -96,13 +96,12 @@ def import_(
     output: Annotated[Path | None, typer.Option(help="Write the settings to this new file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Take settings over from LMCache's YAML; on stderr, what was not taken over, and why.
+    """Take settings over from LMCache's YAML; on stderr, the keys that were not taken over.
 
     Passwords in URLs are kept in the file that --output names (mode 0600), and shown nowhere.
 
     Example: ragkv config import lmcache.yaml --output ragkv.yaml
     """
-    from ragkv.config.sources import hide_password
     from ragkv.lmcache_import import read
     from ragkv.shown import printable
 
@@ -110,9 +109,8 @@ def import_(
     if output is not None:
         _write(output, found.text(file.name, passwords=True))
     if as_json:
-        settings = {key: {"value": each.value, "from": each.origin} for key, each in found.taken.items()}
-        left = [{"key": each.key, "value": each.value, "reason": each.reason} for each in found.left]
-        _print_json({"settings": settings, "left": left, "output": None if output is None else str(output)})
+        settings = {key: {"value": value, "from": found.origins[key]} for key, value in found.settings.items()}
+        _print_json({"settings": settings, "left": found.left, "output": output and str(output)})
         return
     shown = found.text(file.name, passwords=False)
     if output is None:
@@ -120,10 +118,9 @@ def import_(
         if shown != found.text(file.name, passwords=True):
             typer.echo("redis.url is shown without its password; --output FILE keeps it", err=True)
     else:
-        typer.echo(printable(f"{output}: {len(found.taken)} settings; next: ragkv config check {output}"))
-    for each in found.left:
-        line = f"not taken over: {each.key} = {each.value}: {hide_password(each.reason)}"
-        typer.echo(printable(line), err=True)
+        typer.echo(printable(f"{output}: {len(found.settings)} settings; next: ragkv config check {output}"))
+    for key in found.left:
+        typer.echo(printable(f"not taken over: {key}"), err=True)
 
 
 def _one_file(file: Path | None, config: Path | None) -> Path | None:

@@ -1,11 +1,9 @@
-"""LMCache's YAML read as ours. Every key of the file ends in one of two lists: what was taken over, and into what;
-and what was not, and why.
+"""LMCache's YAML read as settings of ragkv. Every key of the file is taken over or named as left.
 
 Keys are those of LMCache 0.5 (`lmcache.v1.config`), of its older releases (`local_device`, `max_cache_size`), and
-the flags of its multiprocess server, written with `-` or `_`.
+the flags of its multiprocess server, written with `-` or `_`. docs/lmcache.md says why a key has no counterpart.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,83 +19,76 @@ from ragkv.config.sources import hide_password, show_value
 from ragkv.config.yaml_files import read_yaml
 from ragkv.errors import ConfigError
 from ragkv.kvstore.stores.redis_url import parse_location
-from ragkv.lmcache_keys import EXTRA, UNKNOWN, reason
 from ragkv.shown import printable
 
 GIB = 2**30  # LMCache says GB and means this
 POLICIES = {"LRU": "lru", "LFU": "lfu", "FIFO": "lru", "ARC": "arc"}
-FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-SERVICE = "redismaster"  # LMCache's name for a Sentinel's master, where REDIS_SERVICE_NAME is not set
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A setting of ours, and the keys and values that it was made of."""
-
-    value: Any
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A key that was not taken over, its value as it may be shown, and why."""
-
-    key: str
-    value: str
-    reason: str
+SCHEMES = {"redis-sentinel": "redis+sentinel", "redis-cluster": "redis+cluster"}  # others keep their name
+SENTINEL_SERVICE = "redismaster"  # LMCache's default name of a Sentinel's master
 
 
 @dataclass
 class Import:
-    """`taken` by our dotted keys; `left` in the order of the file. Every key of the file is in one of them."""
+    """`settings` by our dotted keys; `origins`: the key of LMCache's that each was made of; `left`: the keys that
+    were not taken over, in the order of the file. No value of a left key is kept, so that none can be shown."""
 
-    taken: dict[str, Taken] = field(default_factory=dict)
-    left: list[Left] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """What was taken, by section and name."""
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The settings as a file has them: by section and name, in the order of the reference."""
         found: dict[str, dict[str, Any]] = {}
-        for key in sorted(self.taken, key=list(keys()).index):
+        for key in filter(self.settings.__contains__, keys()):
             section, name = key.split(".")
-            found.setdefault(section, {})[name] = self.taken[key].value
+            found.setdefault(section, {})[name] = self.settings[key]
         return found
 
     def text(self, source: str, *, passwords: bool) -> str:
-        """A YAML file of ours, with a comment where each value came from, and the keys that were left."""
-        lines = [f"# From LMCache's {_one_line(source)}, by ragkv config import."]
-        for section, values in self.settings().items():
-            lines.append(f"{section}:")
-            for name, value in values.items():
-                shown = value if passwords or not isinstance(value, str) else hide_password(value)
-                lines.append(f"  {name}: {_scalar(shown)}  # {self.taken[f'{section}.{name}'].origin}")
-        if self.left:
-            lines += ["", "# Not taken over:"]
-            lines += [f"#   {each.key}: {each.value}: {each.reason}" for each in self.left]
-        return "".join(f"{printable(line)}\n" for line in lines)
+        """A YAML file of ours, and in comments the keys that each setting came from and those that were left."""
+        body = yaml.safe_dump(self.sections(), sort_keys=False, allow_unicode=True, width=1000)
+        lines = [f"# From LMCache's {' '.join(source.split())}, by ragkv config import.", *body.splitlines()]
+        lines += [f"# {key} comes from {self.origins[key]}" for key in self.settings]
+        lines += [f"# not taken over: {key}" for key in self.left]
+        return "".join(f"{printable(line if passwords else hide_password(line))}\n" for line in lines)
 
 
 def read(path: Path) -> Import:
-    """What LMCache's file at `path` says. ConfigError: it cannot be read, is not LMCache's, or a value in it, or
-    what comes of it, is none that can be."""
-    data = _mapping(path)
-    reader = _Reader(data)
+    """What LMCache's file at `path` says. ConfigError: it cannot be read, holds none of LMCache's keys, or a value
+    that LMCache or ragkv does not allow."""
+    given = _mapping(path)
+    data = {_plain(key): value for key, value in reversed(given.items())}  # of two spellings the first counts
+    found, taken = Import(), set()
     for name, rule in RULES.items():
-        if reader.data.get(name) not in (None, ""):
-            rule(reader, name)
-    found = reader.finish()
-    if not found.taken and all(each.reason == UNKNOWN for each in found.left):
-        raise ConfigError(f"ragkv: {path}: no key of LMCache's is in it")
+        if data.get(name) in (None, "", [], {}):
+            continue
+        try:
+            made = rule(data[name], data)
+        except (TypeError, ValueError) as error:
+            shown = show_value(name, data[name])
+            raise ConfigError(f"ragkv: {name} = {shown}; allowed: {error}") from None
+        for key, value in made.items():
+            if key not in found.settings:  # of two keys with one meaning the first rule's counts
+                found.settings[key], found.origins[key] = value, name
+                taken.add(name)
+    if not taken:
+        raise ConfigError(f"ragkv: {path}: no key in it has a counterpart in ragkv")
+    spelled: dict[str, str] = {}
+    for key in given:
+        name, shown = _plain(key), " ".join(key.split())
+        if name == "extra_config":
+            found.left.append(f"{shown}: all but what a Redis server needs")
+        elif spelled.setdefault(name, key) != key or name not in taken:
+            found.left.append(shown)
+        elif name in PARTS and "," in str(given[key]):
+            found.left.append(f"{shown}: {PARTS[name]}")
     try:
-        load(found.settings(), {})
+        load(found.sections(), {})
+        if "redis.url" in found.settings:
+            parse_location(found.settings["redis.url"])
     except ConfigError as error:
         raise ConfigError(str(error).replace("kv_connector_extra_config", str(path))) from None
     return found
-
-
-_SECRET = re.compile(r"pass|secret|token|key|auth|credential|connection_string")
-_SECRET_NUMBER = re.compile(r"pass|secret|credential")  # tokens are counted too
-_PLAIN = re.compile(r"(?!(true|false|yes|no|on|off|null)$)(\d+[KMGT]?i?B|[A-Za-z/][\w/.:@*+,=?&%-]*[\w/])")
-GIGABYTES = "a number of GB, from 0 on"
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -112,288 +103,162 @@ def _mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-class _Reader:
-    """The file's values by LMCache's plain names, and what becomes of each."""
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._keys: dict[str, str] = {}
-        self.data: dict[str, Any] = {}
-        for key, value in given.items():
-            if key == "extra_config" and isinstance(value, dict):
-                for name, each in value.items():
-                    self._keys[f"{EXTRA}{name}"], self.data[f"{EXTRA}{name}"] = f"{EXTRA}{name}", each
-            else:
-                name = key if _plain(key) in self.data else _plain(key)
-                self._keys[name], self.data[name] = key, value
-        self._used: set[str] = set()
-        self._reasons: dict[str, str] = {}
-        self._found = Import()
-
-    def take(self, key: str, value: Any, name: str, note: str = "") -> None:
-        """`name` of LMCache's becomes our `key`, unless another did before."""
-        if key in self._found.taken:
-            self.leave(name, f"{key} is already set, by {self._found.taken[key].origin}")
-            return
-        self._used.add(name)
-        origin = f"{self._keys[name]}: {_shown(name, self.data[name])}"
-        self._found.taken[key] = Taken(value, f"{origin}; {note}" if note else origin)
-
-    def leave(self, name: str, why: str) -> None:
-        """`name` is not taken over."""
-        self._reasons[name] = why
-
-    def drop(self, name: str, value: Any, why: str) -> None:
-        """A part of what was taken of `name` is not."""
-        self._found.left.append(Left(self._keys[name], _shown(name, value), why))
-
-    def fault(self, name: str, allowed: str) -> ConfigError:
-        shown = show_value(name, self.data[name])
-        return ConfigError(f"ragkv: {self._keys[name]} = {shown}; allowed: {allowed}")
-
-    def number(
-        self, name: str, allowed: str, *, least: float = 0.0, whole: bool = False, default: float | None = None
-    ) -> float:
-        value: Any = self.data.get(name, default)
-        try:
-            found = -1.0 if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            found = -1.0
-        if not least <= found < 1e15 or (whole and found != int(found)):
-            raise self.fault(name, allowed)
-        return found
-
-    def flag(self, name: str) -> bool:
-        found = FLAGS.get(str(self.data[name]).strip().lower())
-        if found is None:
-            raise self.fault(name, "true or false")
-        return found
-
-    def string(self, name: str) -> str:
-        if not isinstance(self.data[name], str):
-            raise self.fault(name, "a text")
-        return str(self.data[name]).strip()
-
-    def taken(self, key: str) -> bool:
-        """Whether a setting of ours is made already."""
-        return key in self._found.taken
-
-    def use(self, name: str) -> Any:
-        """A value that another one takes with it."""
-        self._used.add(name)
-        return self.data.get(name)
-
-    def finish(self) -> Import:
-        """With the keys that no rule took."""
-        for name, value in self.data.items():
-            if name not in self._used:
-                why = self._reasons.get(name) or reason(name)
-                if value is None or value in ("", [], {}):
-                    why = "not set"
-                elif value is False and why != UNKNOWN:
-                    why = f"off there; {why}"
-                self._found.left.append(Left(_one_line(self._keys[name]), _shown(name, value), why))
-        return self._found
+def _plain(key: str) -> str:
+    """The name of a key or flag: `--chunk-size` and `lmcache.mp.chunk_size` are `chunk_size`."""
+    return re.sub(r"^lmcache\.(mp\.)?", "", key.strip().lstrip("-").lower()).replace("-", "_")
 
 
-def _chunks(reader: _Reader, name: str) -> None:
-    """LMCache cuts every so many tokens; ours are cut where the text allows, and none is longer than that."""
-    size = int(reader.number(name, "a whole number of tokens, above 0", least=1, whole=True))
+def _number(value: Any, allowed: str, least: float = 0.0) -> float:
+    """ValueError(`allowed`): not a number from `least` on."""
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not least <= number < 1e15:
+        raise ValueError(allowed)
+    return number
+
+
+def _tokens(value: Any) -> int:
+    allowed = "a whole number of tokens, above 0"
+    number = _number(value, allowed, 1)
+    if number != int(number):
+        raise ValueError(allowed)
+    return int(number)
+
+
+def _flag(value: Any) -> bool:
+    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if str(value).strip().lower() not in known:
+        raise ValueError("true or false")
+    return known[str(value).strip().lower()]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value.strip()
+
+
+Rule = Callable[[Any, Mapping[str, Any]], dict[str, Any]]  # a value and the whole file -> settings of ours
+
+
+def _chunks(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """LMCache cuts every so many tokens. ragkv cuts where the text allows, at that length at the latest."""
+    size = _tokens(value)
     least = min(max(16, size // 8), 32768)
     average = min(max(least + 1, size // 2), 65535)
     longest = min(max(average, size), 65536)
-    reader.take("chunks.max_tokens", longest, name, "a chunk ends at a paragraph where it can")
-    if longest != 256:  # with 256 these are the defaults
-        for key, value in (("chunks.min_tokens", least), ("chunks.average_tokens", average)):
-            reader.take(key, value, name, "in the proportion of the defaults")
+    rest = {} if longest == 256 else {"chunks.min_tokens": least, "chunks.average_tokens": average}
+    return {"chunks.max_tokens": longest, **rest}
 
 
-def _size(key: str, note: str) -> Callable[[_Reader, str], None]:
-    def rule(reader: _Reader, name: str) -> None:
-        size = int(reader.number(name, GIGABYTES) * GIB)
-        if size == 0:
-            reader.leave(name, f"{key} keeps its default")
-        elif key == "disk.capacity" and not reader.taken("disk.path"):
-            reader.leave(name, "no folder is named for it")
-        else:
-            reader.take(key, format_size(size), name, note)
+def _capacity(key: str) -> Rule:
+    def rule(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+        size = int(_number(value, "a number of GB, from 0 on") * GIB)
+        return {key: format_size(size)} if size else {}
 
     return rule
 
 
-def _folder(reader: _Reader, name: str) -> None:
-    """The first of LMCache's folders; a folder inside it, so that neither sees the other's files."""
-    folders = [each.strip().removeprefix("file://") for each in reader.string(name).split(",") if each.strip()]
-    if not folders:
-        return
-    if name == "local_disk" and not reader.number("max_local_disk_size", GIGABYTES, default=0.0):
-        reader.leave(name, "without max_local_disk_size LMCache keeps nothing on disk")
-        return
-    first = Path(folders[0]).expanduser()
-    note = "" if first.is_absolute() else "; seen from where this was imported"
-    reader.take("disk.path", str(first.absolute() / "ragkv"), name, f"a folder of its own in it{note}")
-    if len(folders) > 1:
-        reader.drop(name, ", ".join(folders[1:]), "one folder serves all workers; RAID or LVM can join disks")
+def _disk(folders: Any) -> dict[str, Any]:
+    """A folder inside the first of LMCache's, so that neither program touches the other's files."""
+    named = [each.strip().removeprefix("file://") for each in _text(folders).split(",") if each.strip()]
+    return {"disk.path": str(Path(named[0]).expanduser().absolute() / "ragkv")} if named else {}
 
 
-def _old_device(reader: _Reader, name: str) -> None:
-    """`local_device` of older releases: where `max_cache_size` GB are kept."""
-    if reader.data[name] == "cuda":
-        reader.leave(name, "memory is always a tier; max_cache_size becomes device.capacity, for hot chunks")
-    elif reader.data[name] == "cpu":
-        reader.leave(name, "memory is always a tier; memory.capacity says how large")
-    else:
-        _folder(reader, name)
+def _local_disk(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a size LMCache keeps nothing on disk."""
+    size = _capacity("disk.capacity")(data.get("max_local_disk_size") or 0, data)
+    return _disk(value) if size else {}
 
 
-def _old_size(reader: _Reader, name: str) -> None:
-    device = reader.data.get("local_device")
-    kept = {"cuda": "device.capacity", "cpu": "memory.capacity", None: "memory.capacity"}.get(
-        device, "disk.capacity"
-    )
-    _size(kept, f"of local_device: {_shown('local_device', device)}")(reader, name)
+def _disk_size(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    size = _capacity("disk.capacity")(value, data)
+    return size if data.get("local_disk") else {}
 
 
-def _remote(reader: _Reader, name: str) -> None:
-    scheme, _, rest = reader.string(name).partition("://")
-    note = ""
-    if scheme in ("redis", "rediss", "unix"):
-        url = f"{scheme}://{rest}"
-    elif scheme == "redis-sentinel":
-        url = f"redis+sentinel://{rest.rstrip('/')}/{SERVICE}"
-        note = f"the master's name is {SERVICE} unless LMCache was told another by REDIS_SERVICE_NAME"
-    elif scheme == "redis-cluster":
-        url = f"redis+cluster://{rest}"
-    elif scheme in ("resp", "valkey"):
-        url = _plain_server(reader, scheme, rest)
-    else:
-        reader.leave(name, "stores are memory, disk (disk.path, disk.shared) and Redis (redis.url)")
-        return
-    try:
-        parse_location(url)
-    except ConfigError as error:
-        reader.leave(name, str(error).removeprefix("ragkv: "))
-        return
-    reader.take("redis.url", url, name, note)
+def _old_size(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """`max_cache_size` of older releases; `local_device` says of what: cuda, cpu, or a folder's file://."""
+    device = str(data.get("local_device") or "cpu")
+    key = {"cuda": "device.capacity", "cpu": "memory.capacity"}.get(device, "disk.capacity")
+    return _capacity(key)(value, data)
 
 
-def _plain_server(reader: _Reader, scheme: str, rest: str) -> str:
-    """A URL of a server whose login and kind stand in `extra_config`."""
-    prefix = f"{EXTRA}valkey_" if scheme == "valkey" else EXTRA
-    login, base, database = "", "redis", ""
-    if reader.data.get(f"{prefix}password") and "@" not in rest:
-        names = (quote(str(reader.use(f"{prefix}{name}") or ""), safe="") for name in ("username", "password"))
-        login = f"{':'.join(names)}@"
-    if scheme == "valkey":
-        cluster = reader.use(f"{prefix}mode") == "cluster"
-        base += "s" if FLAGS.get(str(reader.use(f"{EXTRA}tls_enable")).lower()) else ""
-        base += "+cluster" if cluster else ""
-        if reader.data.get(f"{prefix}database") is not None and not cluster:
-            database = f"/{reader.use(f'{prefix}database')}"
-    return f"{base}://{login}{rest}{database}"
+def _old_device(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if value in ("cuda", "cpu") else _disk(value)
 
 
-def _ttl(reader: _Reader, name: str) -> None:
-    if FLAGS.get(str(reader.use(f"{EXTRA}valkey_enable_ttl")).lower()):
-        seconds = reader.number(name, "a whole number of seconds, above 0", least=1, whole=True)
-        reader.take("redis.ttl", int(seconds), name, "counted from the last use")
+def _redis(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    scheme, _, rest = _text(value).partition("://")
+    if scheme in ("redis", "rediss", "unix", "redis-cluster"):
+        return {"redis.url": f"{SCHEMES.get(scheme, scheme)}://{rest}"}
+    if scheme == "redis-sentinel":
+        return {"redis.url": f"{SCHEMES[scheme]}://{rest.rstrip('/')}/{SENTINEL_SERVICE}"}
+    if scheme in ("resp", "valkey"):
+        return {"redis.url": _redis_with_login(scheme, rest, _extra(data))}
+    return {}
 
 
-def _policy(reader: _Reader, name: str) -> None:
-    policy = POLICIES.get(reader.string(name).upper())
-    if policy is not None:
-        reader.take("memory.policy", policy, name)
-        if name == "cache_policy" and reader.taken("disk.path"):
-            reader.take("disk.policy", policy, name)
+def _extra(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = data.get("extra_config") or {}
+    if not isinstance(found, dict):
+        raise ValueError("with it, extra_config holds a mapping")
+    return found
 
 
-def _blending(reader: _Reader, name: str) -> None:
-    reader.take("fusion.enabled", reader.flag(name), name)
+def _ttl(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    extra = _extra(data)
+    if not extra.get("valkey_enable_ttl") or not _flag(extra["valkey_enable_ttl"]):
+        return {}
+    return {"redis.ttl": int(_number(extra.get("valkey_ttl_sec"), "with valkey_ttl_sec of 1 and more", 1))}
 
 
-def _engine_type(reader: _Reader, name: str) -> None:
-    if reader.data[name] == "blend":
-        reader.take("fusion.enabled", True, name)
-    else:
-        reader.leave(name, "exact reuse is what ragkv always does")
+def _redis_with_login(scheme: str, rest: str, extra: Mapping[str, Any]) -> str:
+    """The URL of a server whose login and kind stand in `extra_config`."""
+    prefix = "valkey_" if scheme == "valkey" else ""
+    user, password = (extra.get(f"{prefix}{name}") or "" for name in ("username", "password"))
+    login = f"{quote(str(user), safe='')}:{quote(str(password), safe='')}@" if password and "@" not in rest else ""
+    if scheme == "resp":
+        return f"redis://{login}{rest}"
+    base = "rediss" if extra.get("tls_enable") and _flag(extra["tls_enable"]) else "redis"
+    if extra.get("valkey_mode") == "cluster":
+        return f"{base}+cluster://{login}{rest}"
+    return f"{base}://{login}{rest}/{extra.get('valkey_database') or 0}"
 
 
-def _ratio(reader: _Reader, name: str) -> None:
-    value = reader.data[name]
+def _policy(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    policy = POLICIES.get(_text(value).upper())
+    where = ["memory.policy", *(["disk.policy"] if _local_disk(data.get("local_disk") or "", data) else [])]
+    return dict.fromkeys(where, policy) if policy else {}
+
+
+def _ratio(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ratios by layer the first."""
     ratios = value if isinstance(value, list) else str(value).strip("[] ").split(",")
-    try:
-        ratio = float(ratios[0])
-    except (IndexError, TypeError, ValueError):
-        raise reader.fault(name, "numbers from 0 to 1") from None
-    reader.take("fusion.recompute_ratio", ratio, name)
-    if len(ratios) > 1:
-        reader.drop(name, ratios[1:], "one ratio holds for all layers")
+    return {"fusion.recompute_ratio": _number(ratios[0], "numbers from 0 to 1")}
 
 
-def _least(reader: _Reader, name: str) -> None:
-    least = reader.number(name, "a whole number of tokens, above 0", least=1, whole=True)
-    reader.take("fusion.min_tokens", int(least), name)
-
-
-def _serde(reader: _Reader, name: str) -> None:
-    plain = str(reader.data[name]).lower() in ("naive", "torch", "safetensor", "fast", "none")
-    reader.leave(name, "KV is stored as it is" + ("" if plain else ": exact, and not compressed"))
-
-
-def _wait(reader: _Reader, name: str) -> None:
-    seconds = reader.number(name, "a number of seconds, from 0 on")
-    note = "at most 60" if seconds > 60 else "a request waits so long for lower tiers"
-    reader.take("placement.deadline", min(seconds, 60.0), name, note)
-
-
-# In this order: of two keys that mean the same, the first that the file has.
-RULES: dict[str, Callable[[_Reader, str], None]] = {
+RULES: dict[str, Rule] = {
     "chunk_size": _chunks,
-    "max_local_cpu_size": _size("memory.capacity", "LMCache reserves it for every worker, ragkv once for all"),
-    "l1_size_gb": _size("memory.capacity", ""),
-    "local_disk": _folder,
-    "max_local_disk_size": _size("disk.capacity", "LMCache takes it for every worker, ragkv once for all"),
+    "max_local_cpu_size": _capacity("memory.capacity"),
+    "l1_size_gb": _capacity("memory.capacity"),
+    "local_disk": _local_disk,
+    "max_local_disk_size": _disk_size,
     "local_device": _old_device,
     "max_cache_size": _old_size,
     "max_local_cache_size": _old_size,
-    "remote_url": _remote,
-    f"{EXTRA}valkey_ttl_sec": _ttl,
-    "remote_serde": _serde,
+    "remote_url": _redis,
+    "extra_config": _ttl,
     "cache_policy": _policy,
     "eviction_policy": _policy,
-    "enable_blending": _blending,
-    "engine_type": _engine_type,
+    "enable_blending": lambda value, data: {"fusion.enabled": _flag(value)},
+    "engine_type": lambda value, data: {"fusion.enabled": True} if value == "blend" else {},
     "blend_recompute_ratios": _ratio,
     "blend_recompute_ratio": _ratio,
-    "blend_min_tokens": _least,
-    "blocking_timeout_secs": _wait,
+    "blend_min_tokens": lambda value, data: {"fusion.min_tokens": _tokens(value)},
+    "blocking_timeout_secs": lambda value, data: {
+        "placement.deadline": min(_number(value, "a number of seconds, from 0 on"), 60.0)
+    },
 }
-
-
-def _plain(key: str) -> str:
-    """A key or flag by LMCache's plain name: `--chunk-size`, `lmcache.mp.host`."""
-    return re.sub(r"^lmcache\.(mp\.)?", "", key.strip().lstrip("-").lower()).replace("-", "_")
-
-
-def _one_line(text: str) -> str:
-    return hide_password(" ".join(text.split()))
-
-
-def _shown(name: str, value: Any) -> str:
-    """A value as lists and comments show it, on one line and without secrets."""
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict) for each in value)):
-        return "…"
-    if isinstance(value, str):
-        shown = "***" if _SECRET.search(name) else _one_line(value)
-        return shown if len(shown) <= 120 else f"{shown[:117]}..."
-    if isinstance(value, list):
-        return json.dumps([_one_line(each) if isinstance(each, str) else each for each in value], default=str)
-    if not isinstance(value, bool) and value is not None and _SECRET_NUMBER.search(name):
-        return "***"
-    return json.dumps(value, default=str)
-
-
-def _scalar(value: Any) -> str:
-    """A value as YAML: plain where it is a size, a name, a path or a URL of plain letters."""
-    if isinstance(value, str) and _PLAIN.fullmatch(value):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+PARTS = {"local_disk": "all folders but the first", "blend_recompute_ratios": "all ratios but the first"}
