@@ -10,8 +10,8 @@ that names it (unless chunks get too short by it; the first `MOST_DOCUMENTS` cou
 an owner and so many seconds, the prompt up to the end of the last of these documents, or all of it where none is
 named; `unpin` takes all of an owner's pins back. Owners are a tenant's own. `ttl`: serve what this request adds
 no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first. `store`: false keeps
-nothing of the request in any tier, neither prompt nor answer; what is kept already is used. (So does what is no
-boolean: there may be a secret.) `fuse`: reuse documents that return at another position, or not;
+nothing of the request in any tier, neither prompt nor answer; what is kept already is used. (A value that is not a
+boolean counts as false: the prompt may hold a secret.) `fuse`: reuse documents that return at another position, or not;
 `recompute_ratio`, `selection`: of them, how much is computed again, and which tokens; where absent, as `fusion.*`
 says. `turn`: of its conversation, for the metrics, which else infer it; 0: it is no part of one.
 
@@ -22,7 +22,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from reprlib import Repr
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ragkv.config.settings import HINT_NAMES, SELECTION_NAMES
 
@@ -82,35 +84,90 @@ class Hints:
 NO_HINTS = Hints()
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Span(_Strict):
+    model_config = ConfigDict(extra="ignore")
+
+    id: Any = None
+    start: int = Field(ge=0)
+    end: int = Field(le=LAST)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "_Span":
+        if self.start >= self.end:
+            raise ValueError("start >= end")
+        return self
+
+
+_Owner = Annotated[str, Field(min_length=1, max_length=OWNER)]
+
+
+class _Unpin(_Strict):
+    owner: _Owner
+
+
+class _Pin(_Strict):
+    owner: _Owner
+    seconds: float = Field(gt=0, le=LONGEST_PIN)
+    documents: list[str] = Field(default=[], max_length=MOST_DOCUMENTS)
+
+
+_Bool = Annotated[bool, Field(strict=True)]
+_OWNER = f"owner (1 to {OWNER} characters)"
+# For each hint what a value must be, and how errors say it.
+_RULES: Mapping[str, tuple[Any, str]] = {
+    "documents": (list[_Span], "a list of maps with start < end, token positions"),
+    "fuse": (_Bool, "true or false"),
+    "recompute_ratio": (Annotated[float, Field(strict=True, ge=0, le=1)], "a number from 0 to 1"),
+    "selection": (Literal.__getitem__(SELECTION_NAMES), ", ".join(SELECTION_NAMES)),
+    "turn": (Annotated[int, Field(strict=True, ge=0, le=LATEST)], f"a whole number from 0 to {LATEST}"),
+    "store": (_Bool, "true or false"),
+    "pin": (
+        _Pin,
+        f"a map with {_OWNER}, seconds (above 0, at most {LONGEST_PIN}) and perhaps documents (a list of ids of "
+        "documents above)",
+    ),
+    "unpin": (_Unpin, f"a map with {_OWNER}"),
+    "ttl": (Annotated[float, Field(strict=True, gt=0, le=LONGEST)], f"seconds, above 0, at most {LONGEST:.0f}"),
+    "priority": (Annotated[int, Field(strict=True, ge=0, le=HIGHEST)], f"a whole number from 0 to {HIGHEST}"),
+}
+_CHECKS: Mapping[str, TypeAdapter[Any]] = {name: TypeAdapter(rule) for name, (rule, _) in _RULES.items()}
+
+
 def with_problem(hints: Hints, problem: str) -> Hints:
     """The same hints, and one thing more that is wrong with them; told once."""
     return hints if problem in hints.problems else replace(hints, problems=(*hints.problems, problem))
 
 
 def read_hints(params: Any, allow: Collection[str] = HINT_NAMES) -> Hints:
-    """The hints that hold, of the kinds in `allow`, and all that is wrong with the others."""
+    """The valid hints of the kinds in `allow`, and all that is wrong with the others."""
     given = params.get(KEY) if isinstance(params, dict) else None
     if given is None:
         return NO_HINTS
     if not isinstance(given, dict):
-        return Hints(
-            given=True, problems=(f"{KEY} = {short(given)}; allowed: a mapping with {', '.join(HINT_NAMES)}",)
-        )
-    reader = _Reader(given, allow)
-    spans = reader.documents()
+        problem = f"{KEY} = {short(given)}; allowed: a mapping with {', '.join(HINT_NAMES)}"
+        return Hints(given=True, problems=(problem,))
+    problems = _unknown(given)
+    spans = _read(given, "documents", allow, problems) or []
+    ends = {each.id: each.end for each in spans if isinstance(each.id, str)}
+    found = {name: _read(given, name, allow, problems, ends) for name in _RULES if name != "documents"}
+    pin, unpin = found["pin"], found["unpin"]
     return Hints(
         given=True,
-        documents=tuple(Document(_name(span.get("id")), span["start"], span["end"]) for span in spans),
-        fuse=reader.checked("fuse", _is_bool, "true or false"),
-        recompute_ratio=reader.checked("recompute_ratio", _is_ratio, "a number from 0 to 1"),
-        selection=reader.checked("selection", _is_selection, ", ".join(SELECTION_NAMES)),
-        turn=reader.checked("turn", _is_turn, f"a whole number from 0 to {LATEST}"),
-        store=reader.store(),
-        pin=reader.pin(spans),
-        unpin=reader.unpin(),
-        ttl=reader.checked("ttl", _is_time, f"seconds, above 0, at most {LONGEST:.0f}"),
-        priority=reader.checked("priority", _is_priority, f"a whole number from 0 to {HIGHEST}") or 0,
-        problems=tuple(reader.problems),
+        documents=tuple(Document(_name(each.id), each.start, each.end) for each in spans),
+        fuse=found["fuse"],
+        recompute_ratio=found["recompute_ratio"],
+        selection=found["selection"],
+        turn=found["turn"],
+        store="store" not in allow or given.get("store") is None or found["store"] is True,
+        pin=pin and Pin(pin.owner, pin.seconds, max((ends[each] for each in pin.documents), default=None)),
+        unpin=unpin and unpin.owner,
+        ttl=found["ttl"],
+        priority=found["priority"] or 0,
+        problems=tuple(problems),
     )
 
 
@@ -137,114 +194,36 @@ def short(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-class _Reader:
-    """Takes a mapping apart, and notes what is wrong."""
-
-    def __init__(self, given: Mapping[Any, Any], allow: Collection[str]) -> None:
-        self._given, self._allow = given, allow
-        self.problems: list[str] = []
-        few = list(islice((key for key in given if key not in HINT_NAMES), SHOWN_NAMES + 1))
-        named = [f"{KEY}.{short(key)}" for key in few[:SHOWN_NAMES]] + ["..."] * (len(few) > SHOWN_NAMES)
-        if few:
-            self.problems.append(f"{', '.join(named)}: unknown; allowed: {', '.join(HINT_NAMES)}")
-
-    def checked(self, name: str, good: Any, allowed: str) -> Any:
-        """A value that is good, or None."""
-        value = self._given.get(name)
-        if value is None:
-            return None
-        if name not in self._allow:
-            kinds = ", ".join(sorted(self._allow)) or "none"
-            self.problems.append(f"{KEY}.{name}: not allowed here; hints.allow = {kinds}")
-            return None
-        if good(value):
-            return value
-        self.problems.append(f"{KEY}.{name} = {short(value)}; allowed: {allowed}")
-        return None
-
-    def documents(self) -> list[dict[str, Any]]:
-        spans = self.checked("documents", _are_spans, "a list of maps with start < end, token positions") or []
-        if len(spans) > MOST_DOCUMENTS:
-            self.problems.append(f"{KEY}.documents: {len(spans)} of them; the first {MOST_DOCUMENTS} count")
-        return list(spans[:MOST_DOCUMENTS])
-
-    def pin(self, spans: list[dict[str, Any]]) -> Pin | None:
-        allowed = (
-            f"a map with owner (1 to {OWNER} characters), seconds (above 0, at most {LONGEST_PIN}) and perhaps "
-            "documents (a list of ids of documents above)"
-        )
-        ends = {span["id"]: span["end"] for span in spans if isinstance(span.get("id"), str)}
-        found = self.checked("pin", lambda pin: _is_pin(pin, ends), allowed)
-        if found is None:
-            return None
-        named = found.get("documents")
-        return Pin(found["owner"], float(found["seconds"]), max(ends[each] for each in named) if named else None)
-
-    def store(self) -> bool:
-        """False, too, where it is not known what was meant."""
-        found = self.checked("store", _is_bool, "true or false")
-        return "store" not in self._allow or self._given.get("store") is None or found is True
-
-    def unpin(self) -> str | None:
-        found = self.checked(
-            "unpin",
-            lambda value: _has_owner(value) and len(value) == 1,
-            f"a map with owner (1 to {OWNER} characters)",
-        )
-        return None if found is None else str(found["owner"])
+def _unknown(given: Mapping[Any, Any]) -> list[str]:
+    few = list(islice((key for key in given if key not in HINT_NAMES), SHOWN_NAMES + 1))
+    named = [f"{KEY}.{short(key)}" for key in few[:SHOWN_NAMES]] + ["..."] * (len(few) > SHOWN_NAMES)
+    return [f"{', '.join(named)}: unknown; allowed: {', '.join(HINT_NAMES)}"] if few else []
 
 
 def _name(given: Any) -> str:
     return given[:OWNER] if isinstance(given, str) else ""
 
 
-def _are_spans(spans: Any) -> bool:
-    return isinstance(spans, list) and all(map(_is_span, islice(spans, MOST_DOCUMENTS)))
-
-
-def _is_span(span: Any) -> bool:
-    if not isinstance(span, dict):
-        return False
-    start, end = span.get("start"), span.get("end")
-    return type(start) is int and type(end) is int and 0 <= start < end <= LAST
-
-
-def _has_owner(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("owner"), str) and 0 < len(value["owner"]) <= OWNER
-
-
-def _is_pin(pin: Any, ends: Mapping[str, int]) -> bool:
-    if not _has_owner(pin) or not pin.keys() <= {"owner", "seconds", "documents"}:
-        return False
-    seconds, named = pin.get("seconds"), pin.get("documents", [])
-    if not _is_time(seconds) or seconds > LONGEST_PIN:
-        return False
-    return isinstance(named, list) and len(named) <= MOST_DOCUMENTS and all(_is_id(each, ends) for each in named)
-
-
-def _is_id(name: Any, ends: Mapping[str, int]) -> bool:
-    return isinstance(name, str) and name in ends
-
-
-def _is_bool(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= LONGEST
-
-
-def _is_ratio(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def _is_selection(value: Any) -> bool:
-    return isinstance(value, str) and value in SELECTION_NAMES
-
-
-def _is_turn(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LATEST
-
-
-def _is_priority(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= HIGHEST
+def _read(
+    given: Mapping[Any, Any], name: str, allow: Collection[str], problems: list[str], documents: Collection[str] = ()
+) -> Any:
+    """A valid value, or None; what is wrong with it goes into `problems`. `documents`: ids that a pin may name."""
+    value = given.get(name)
+    if value is None:
+        return None
+    if name not in allow:
+        problems.append(f"{KEY}.{name}: not allowed here; hints.allow = {', '.join(sorted(allow)) or 'none'}")
+        return None
+    if name == "documents" and isinstance(value, list) and len(value) > MOST_DOCUMENTS:
+        problems.append(f"{KEY}.documents: {len(value)} of them; the first {MOST_DOCUMENTS} count")
+        value = value[:MOST_DOCUMENTS]
+    try:
+        if isinstance(value, dict) and len(value) > len(_Pin.model_fields):  # else each key would be an error
+            raise ValueError("too many keys")
+        found = _CHECKS[name].validate_python(value)
+        if name == "pin" and not set(found.documents) <= set(documents):
+            raise ValueError("an unknown document")
+        return found
+    except ValueError:  # ValidationError is one
+        problems.append(f"{KEY}.{name} = {short(value)}; allowed: {_RULES[name][1]}")
+        return None
