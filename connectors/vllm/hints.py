@@ -11,9 +11,9 @@ an owner and so many seconds, the prompt up to the end of the last of these docu
 named; `unpin` takes all of an owner's pins back. Owners are a tenant's own. `ttl`: serve what this request adds
 no longer than so many seconds, from any tier. `priority`: 0 to 9; what has less goes first. `store`: false keeps
 nothing of the request in any tier, neither prompt nor answer; what is kept already is used. (A value that is not a
-boolean counts as false: the prompt may hold a secret.) `fuse`: reuse documents that return at another position, or not;
-`recompute_ratio`, `selection`: of them, how much is computed again, and which tokens; where absent, as `fusion.*`
-says. `turn`: of its conversation, for the metrics, which else infer it; 0: it is no part of one.
+boolean counts as false: the prompt may hold a secret.) `fuse`: reuse documents that return at another position, or
+not; `recompute_ratio`, `selection`: of them, how much is computed again, and which tokens; where absent, as
+`fusion.*` says. `turn`: of its conversation, for the metrics, which else infer it; 0: it is no part of one.
 
 A hint can cost others nothing: everything here is bounded, and so is what follows from it.
 """
@@ -205,7 +205,11 @@ def _name(given: Any) -> str:
 
 
 def _read(
-    given: Mapping[Any, Any], name: str, allow: Collection[str], problems: list[str], documents: Collection[str] = ()
+    given: Mapping[Any, Any],
+    name: str,
+    allow: Collection[str],
+    problems: list[str],
+    documents: Collection[str] = (),
 ) -> Any:
     """A valid value, or None; what is wrong with it goes into `problems`. `documents`: ids that a pin may name."""
     value = given.get(name)

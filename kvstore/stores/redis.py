@@ -10,23 +10,16 @@ import re
 import ssl
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis
+from redis.exceptions import RedisClusterException
 
 from ragkv.errors import ConfigError, StoreError
 from ragkv.kvstore.stores.contract import KEY_BYTES, Buffer, Capabilities, Entry, Store
-from ragkv.kvstore.stores.redis_link import (
-    CLOCK,
-    Address,
-    Command,
-    Pools,
-    TcpConnection,
-    TlsConnection,
-    UnixConnection,
-)
-from ragkv.kvstore.stores.redis_nodes import ClusterNodes, Nodes, SentinelNodes, SingleNode, redirection
-from ragkv.kvstore.stores.redis_url import Location, parse_location
+from ragkv.kvstore.stores.redis_clients import Client, Command, ask, connect, disconnect, holder, masters
+from ragkv.kvstore.stores.redis_url import parse_location
 
 PREFIX = "ragkv:1:"
 MAX_VALUE_BYTES = 64 << 20
@@ -36,10 +29,8 @@ BYTES_AT_ONCE = 64 << 20
 KEYS_AT_ONCE = 1024
 ROOM_STEPS = 8
 LONGEST_TTL = 10 * 365 * 86400
-LONGEST_CALL = 3600
-ROUNDS = 4
+LONGEST_WAIT = 3600
 
-_KINDS = {"tcp": TcpConnection, "tls": TlsConnection, "unix": UnixConnection}
 _REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.BusyLoadingError)
 _REFUSALS = ("MISCONF", "NOREPLICAS", "DENIED")
 
@@ -48,13 +39,14 @@ class RedisStore(Store):
     """Connects at the first call, and again whenever needed.
 
     `url`: see `ragkv.kvstore.stores.redis_url`. `ttl_seconds`: how long a value lives after its last put or touch;
-    None: until the server evicts it. `timeout_seconds`: how long a call may take as a whole, connecting and
-    waiting for a free connection included. `max_connections`: calls at a time, each with one connection to each
-    server that it needs. ConfigError: settings that cannot be.
+    None: until the server evicts it. `timeout_seconds`: how long each wait may take: for a free connection, for
+    connecting, for the next bytes. What bounds a call as a whole is the tier, which gives up waiting for it.
+    `max_connections`: calls at a time, each with one connection to each server that it needs. ConfigError:
+    settings that are not allowed.
 
     A value of another type under one of our keys is a miss to `get`, and is replaced by `put`. What is lost when
-    a connection breaks is tried once more, within the same time; no call changes anything by being repeated, but
-    `delete` may count less than it removed.
+    a connection breaks is tried once more; no call changes anything by being repeated, but `delete` may count less
+    than it removed.
     """
 
     name = "redis"
@@ -75,8 +67,8 @@ class RedisStore(Store):
         _check_whole("max_connections", max_connections, 1000)
         if ttl_seconds is not None:
             _check_whole("ttl_seconds", ttl_seconds, LONGEST_TTL)
-        if not 0 < timeout_seconds <= LONGEST_CALL:
-            raise _unfit("timeout_seconds", timeout_seconds, f"more than 0 and up to {LONGEST_CALL}")
+        if not 0 < timeout_seconds <= LONGEST_WAIT:
+            raise _unfit("timeout_seconds", timeout_seconds, f"more than 0 and up to {LONGEST_WAIT}")
         if re.fullmatch(r"[!-z|~]{1,64}", prefix) is None:  # { } would put a cluster's keys into one slot
             raise _unfit("prefix", prefix, "1 to 64 printable ASCII characters but space, { and }")
         self._expiry: tuple[Any, ...] = () if ttl_seconds is None else ("EX", ttl_seconds)
@@ -85,8 +77,8 @@ class RedisStore(Store):
         self._prefix = prefix.encode()
         self._most = max_connections
         self._closed = False
-        self._hands: dict[Address, int] = {}  # where looking for what may go stands, on each server
-        self._session = _Session(self._location, timeout_seconds, max_connections)
+        self._hands: dict[str, int] = {}  # by server, where the search for values to remove goes on
+        self._session = _Session(os.getpid(), threading.BoundedSemaphore(max_connections))
 
     def __repr__(self) -> str:
         return f"RedisStore({self._location.text!r})"
@@ -95,10 +87,10 @@ class RedisStore(Store):
         return self.get_many([key])[0]
 
     def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
-        with self._call() as session:
+        with self._call() as client:
             found: list[Buffer | None] = []
             for some in _windows(keys, GETS_AT_ONCE):
-                found += [_value(answer) for answer in session.run([("GET", self._key(key)) for key in some])]
+                found += [_value(answer) for answer in ask(client, [("GET", self._key(key)) for key in some])]
             return found
 
     def put(self, key: bytes, parts: Sequence[Buffer]) -> None:
@@ -110,16 +102,16 @@ class RedisStore(Store):
         for size in sizes:
             if size > self._largest:
                 raise StoreError("too_large", f"{self._at}: {size} bytes are more than {self._largest}")
-        with self._call() as session:
+        with self._call() as client:
             commands: list[Command] = []
             waiting = 0
             for (key, parts), size in zip(items, sizes, strict=True):
                 if commands and (waiting + size > BYTES_AT_ONCE or len(commands) == KEYS_AT_ONCE):
-                    _expect_no_error(session.run(commands))
+                    _expect_no_error(ask(client, commands))
                     commands, waiting = [], 0
-                commands.append(("SET", self._key(key), list(parts), *self._expiry))
+                commands.append(("SET", self._key(key), _joined(parts), *self._expiry))
                 waiting += size
-            _expect_no_error(session.run(commands))
+            _expect_no_error(ask(client, commands))
 
     def delete(self, keys: Iterable[bytes]) -> int:
         return sum(self._each("UNLINK", list(keys)))
@@ -128,20 +120,19 @@ class RedisStore(Store):
         return [answer == 1 for answer in self._each("EXISTS", keys)]
 
     def scan(self) -> Iterator[Entry]:
-        """Sizes are what the server spends on a value. Each step may take `timeout_seconds`. Needs Redis 6."""
-        with self._call() as session:
-            masters = session.nodes.masters()
+        """Sizes are what the server spends on a value. Needs Redis 6."""
+        with self._call() as client:
+            servers = masters(client)
         seen: set[bytes] = set()
-        for master in masters:
-            cursor: Any = 0
+        for server in servers:
+            cursor = 0
             while True:
-                with self._call() as session:
-                    cursor, names = session.pools.ask(master, *self._scan_step(cursor))
-                    fresh = [name for name in dict.fromkeys(names) if name not in seen]
-                    entries = self._entries(session, master, fresh)
+                with self._call():
+                    cursor, names = self._scan_step(server, cursor)
+                    entries = self._entries(server, [name for name in names if name not in seen])
                 seen.update(names)
                 yield from entries
-                if int(cursor) == 0:
+                if cursor == 0:
                     break
 
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -155,19 +146,19 @@ class RedisStore(Store):
         its keys, which go on from call to call, the longer unused half of those found (of any, where it does not
         say how long), until `size` bytes are free."""
         removed = 0
-        with self._call() as session:
-            (server,) = session.nodes.holders([self._key(key)])
+        with self._call() as client:
+            server = holder(client, self._key(key))
+            where = server.connection_pool.connection_kwargs
+            place = f"{where.get('host')}:{where.get('port')}"
             for _ in range(ROOM_STEPS):
-                cursor, names = session.pools.ask(server, *self._scan_step(self._hands.get(server, 0)))
-                self._hands[server] = int(cursor)
-                found = self._entries(session, server, list(dict.fromkeys(names)))
+                self._hands[place], names = self._scan_step(server, self._hands.get(place, 0))
                 going, sizes = [], 0
-                for entry in self._idlest(session, server, found):
+                for entry in self._idlest(server, self._entries(server, names)):
                     if sizes >= size:
                         break
                     going.append(("UNLINK", self._key(entry.key)))
                     sizes += entry.size
-                answers = session.pools.exchange({server: going})[server] if going else []
+                answers = ask(server, going)
                 _expect_no_error(answers)
                 removed, size = removed + sum(answers), size - sizes
                 if size <= 0:
@@ -177,8 +168,9 @@ class RedisStore(Store):
     def close(self) -> None:
         """Calls on their way end as they would have."""
         self._closed = True
-        if self._session.pid == os.getpid():  # a fork leaves its parent's alone
-            self._session.close()
+        session = self._session
+        if session.pid == os.getpid() and session.client is not None:  # a fork leaves its parent's alone
+            disconnect(session.client)
 
     @property
     def _at(self) -> str:
@@ -190,27 +182,30 @@ class RedisStore(Store):
     def _each(self, name: str, keys: Sequence[bytes], *arguments: Any) -> list[Any]:
         """The answers to one command for every key."""
         answers = []
-        with self._call() as session:
+        with self._call() as client:
             for some in _windows(keys, KEYS_AT_ONCE):
-                answers += session.run([(name, self._key(key), *arguments) for key in some])
+                answers += ask(client, [(name, self._key(key), *arguments) for key in some])
                 _expect_no_error(answers)
         return answers
 
-    def _scan_step(self, cursor: Any) -> Command:
+    def _scan_step(self, server: redis.Redis, cursor: int) -> tuple[int, list[bytes]]:
+        """The next cursor, and names that may be ours, each once."""
         pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", self._prefix) + b"?" * (2 * KEY_BYTES)
-        return "SCAN", cursor, "MATCH", pattern, "COUNT", KEYS_AT_ONCE, "TYPE", "string"
+        command = ("SCAN", cursor, "MATCH", pattern, "COUNT", KEYS_AT_ONCE, "TYPE", "string")
+        answers = ask(server, [command])
+        _expect_no_error(answers)
+        ((after, names),) = answers
+        return int(after), list(dict.fromkeys(names))
 
-    def _idlest(self, session: "_Session", server: Address, entries: Sequence[Entry]) -> list[Entry]:
+    def _idlest(self, server: redis.Redis, entries: Sequence[Entry]) -> list[Entry]:
         """The longer unused half, longest unused first."""
-        commands = [("OBJECT", "IDLETIME", self._key(entry.key)) for entry in entries]
-        told = session.pools.exchange({server: commands})[server] if commands else []
+        told = ask(server, [("OBJECT", "IDLETIME", self._key(entry.key)) for entry in entries])
         idle = [each if isinstance(each, int) else 0 for each in told]  # a refusal, where it may not be asked
         order = sorted(range(len(entries)), key=lambda place: -idle[place])
         return [entries[place] for place in order[: -(-len(entries) // 2)]]
 
-    def _entries(self, session: "_Session", master: Address, names: Sequence[bytes]) -> list[Entry]:
-        commands = [("MEMORY", "USAGE", name, "SAMPLES", 0) for name in names]
-        sizes = session.pools.exchange({master: commands})[master] if commands else []
+    def _entries(self, server: redis.Redis, names: Sequence[bytes]) -> list[Entry]:
+        sizes = ask(server, [("MEMORY", "USAGE", name, "SAMPLES", 0) for name in names])
         _expect_no_error(sizes)
         found = []
         for name, size in zip(names, sizes, strict=True):
@@ -220,12 +215,21 @@ class RedisStore(Store):
         return found
 
     @contextlib.contextmanager
-    def _call(self) -> Iterator["_Session"]:
-        """Take a turn, by the clock; every fault becomes a StoreError."""
+    def _call(self) -> Iterator[Client]:
+        """Take a turn; every fault becomes a StoreError."""
+        session = self._opened()
         try:
-            with CLOCK.within(self._seconds), self._opened().turn() as session:
-                yield session
-        except (redis.RedisError, OSError) as error:
+            if not session.gate.acquire(timeout=self._seconds):
+                raise TimeoutError("no connection became free")
+            try:
+                if session.client is None:
+                    session.client = connect(self._location, self._seconds, self._most)
+                yield session.client
+            finally:
+                session.gate.release()
+                if self._closed and session.client is not None:
+                    disconnect(session.client)
+        except (redis.RedisError, RedisClusterException, OSError) as error:
             raise self._fault(error) from None
 
     def _opened(self) -> "_Session":
@@ -233,7 +237,7 @@ class RedisStore(Store):
         if self._closed:
             raise StoreError("closed", f"{self._at}: the store is closed")
         if self._session.pid != os.getpid():
-            self._session = _Session(self._location, self._seconds, self._most)
+            self._session = _Session(os.getpid(), threading.BoundedSemaphore(self._most))
         return self._session
 
     def _fault(self, error: Exception) -> StoreError:
@@ -243,83 +247,13 @@ class RedisStore(Store):
         return StoreError(_reason(error), f"{self._at}: {text[:300]}")
 
 
+@dataclass
 class _Session:
     """What a store shares among the threads of one process."""
 
-    def __init__(self, location: Location, seconds: float, most: int) -> None:
-        self.pid = os.getpid()
-        kind = _KINDS[location.transport]
-        self.pools = Pools(kind, location.options, seconds, most)
-        self.nodes: Nodes = SingleNode(location.addresses[0])
-        if location.kind == "sentinel":
-            sentinels = Pools(kind, location.sentinel_options, seconds, most)
-            self.nodes = SentinelNodes(location.addresses, location.service, sentinels)
-        elif location.kind == "cluster":
-            self.nodes = ClusterNodes(location.addresses, self.pools)
-        self._gate = threading.BoundedSemaphore(most)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator["_Session"]:
-        if not self._gate.acquire(timeout=CLOCK.left()):
-            raise TimeoutError("no connection became free")
-        try:
-            yield self
-        finally:
-            self._gate.release()
-
-    def close(self) -> None:
-        self.pools.close()
-        self.nodes.close()
-
-    def run(self, commands: Sequence[Command]) -> list[Any]:
-        """The answers to commands whose second word is the key, wherever these lie; what went astray is sent
-        again. `redis.ResponseError`s are answers; other errors of redis-py's are raised."""
-        answers: list[Any] = [None] * len(commands)
-        if not commands:
-            return answers
-        left = list(range(len(commands)))
-        sent_on: dict[int, tuple[Address, bool]] = {}
-        for round_ in range(ROUNDS):
-            try:
-                left = self._send(commands, left, sent_on, answers)
-            except redis.RedisError as error:
-                self.nodes.forget()
-                if round_ or not _broken(error):
-                    raise
-                sent_on.clear()
-            if not left:
-                break
-        return answers
-
-    def _send(
-        self,
-        commands: Sequence[Command],
-        left: list[int],
-        sent_on: dict[int, tuple[Address, bool]],
-        answers: list[Any],
-    ) -> list[int]:
-        """One round for the commands in `left`; which of them have to be sent again, and in `sent_on` where to."""
-        holders = self.nodes.holders([commands[index][1] for index in left])
-        batches: dict[Address, list[tuple[int, Command]]] = {}
-        for index, holder in zip(left, holders, strict=True):
-            address, asking = sent_on.pop(index, (holder, False))
-            batch = batches.setdefault(address, [])
-            batch += [(-1, ("ASKING",))] if asking else []
-            batch.append((index, commands[index]))
-        found = self.pools.exchange({at: [command for _, command in batch] for at, batch in batches.items()})
-        again = []
-        for address, batch in batches.items():
-            for (index, _), answer in zip(batch, found[address], strict=True):
-                if index < 0:
-                    continue
-                answers[index] = answer
-                target = redirection(answer, address)
-                if target is not None:
-                    sent_on[index] = target
-                if target is not None or isinstance(answer, redis.ReadOnlyError):
-                    again.append(index)
-                    self.nodes.forget()
-        return again
+    pid: int
+    gate: threading.BoundedSemaphore
+    client: Client | None = None
 
 
 def _check_whole(name: str, value: int, most: int) -> None:
@@ -343,6 +277,11 @@ def _unhex(name: bytes) -> bytes:
         return b""
 
 
+def _joined(parts: Sequence[Buffer]) -> bytes:
+    views = [memoryview(part) for part in parts]
+    return b"".join(view if view.c_contiguous else view.tobytes() for view in views)
+
+
 def _value(answer: Any) -> Buffer | None:
     """A value of another type is somebody else's: nothing of ours is there."""
     if isinstance(answer, redis.ResponseError):
@@ -359,13 +298,15 @@ def _expect_no_error(answers: Sequence[Any]) -> None:
             raise answer
 
 
-def _broken(error: Exception) -> bool:
+def _broken(error: BaseException) -> bool:
     """Whether a connection broke or was refused, which a server that was restarted or replaced may mend."""
     refused = isinstance(error, _REFUSED) or isinstance(error.__context__, ssl.SSLError)
     return isinstance(error, redis.ConnectionError) and not refused
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RedisClusterException):  # no node answers, or none serves the slot
+        return "gone" if error.__cause__ is None else _reason(error.__cause__)
     if isinstance(error, redis.TimeoutError | TimeoutError):
         return "timeout"
     if isinstance(error, redis.exceptions.OutOfMemoryError):

@@ -14,15 +14,21 @@ import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote
 
 from ragkv.errors import ConfigError
-from ragkv.kvstore.stores.redis_link import Address
 
 SCHEMES = ("redis", "rediss", "unix", *(f"redis{s}+{kind}" for s in ("", "s") for kind in ("sentinel", "cluster")))
 PORTS = {"single": 6379, "sentinel": 26379, "cluster": 6379}
 _HOST = re.compile(r"(\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<name>[A-Za-z0-9._-]{1,253}))(:(?P<port>[0-9]{1,5}))?")
+
+
+class Address(NamedTuple):
+    """Where a server listens: a host (a name or an IP address) and a port, or a socket's path and 0."""
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def parse_location(url: str) -> Location:
         options["ssl_check_hostname"] = False
     if kind == "cluster" and options.pop("db", 0):
         raise _fault(text, "a cluster has only database 0")
+    if kind == "cluster" and "ssl_min_version" in options:  # redis-py would drop it silently
+        raise _fault(text, "ssl_min_version is not supported for a cluster; it is TLS 1.2 at least")
     tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
     secrets = [each.get(name) for each in (options, sentinel) for name in ("password", "ssl_password")]
     return Location(

@@ -128,7 +128,16 @@ def _tokens(value: Any) -> int:
 
 
 def _flag(value: Any) -> bool:
-    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    known = {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "off": False,
+        "0": False,
+    }
     if str(value).strip().lower() not in known:
         raise ValueError("true or false")
     return known[str(value).strip().lower()]

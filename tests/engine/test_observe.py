@@ -16,7 +16,10 @@ from ragkv.cli import app
 from ragkv.scrape import scrape
 
 ROOT = Path(__file__).resolve().parents[2]
-PANELS = {f"{panel.row} / {panel.title}": panel for panel in observe.panels(json.loads(observe.shipped()["dashboard.json"]))}
+PANELS = {
+    f"{panel.row} / {panel.title}": panel
+    for panel in observe.panels(json.loads(observe.shipped()["dashboard.json"]))
+}
 NEED_A_GPU = {"Engine and GPU / GPU utilisation", "Engine and GPU / GPU memory"}
 
 

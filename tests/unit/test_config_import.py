@@ -15,6 +15,7 @@ from ragkv.config.settings import keys
 from ragkv.errors import ConfigError
 from ragkv.lmcache_import import RULES, read
 
+
 @pytest.fixture
 def given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -102,7 +103,8 @@ def test_a_relative_folder_is_seen_from_here(given, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "disk", [{"local_disk": "/mnt/a"}, {"local_disk": "/mnt/a", "max_local_disk_size": 0}, {"max_local_disk_size": 1}]
+    "disk",
+    [{"local_disk": "/mnt/a"}, {"local_disk": "/mnt/a", "max_local_disk_size": 0}, {"max_local_disk_size": 1}],
 )
 def test_a_disk_without_a_size_was_none_and_a_size_without_a_disk_is_none(given, disk):
     found = read(given(chunk_size=256, cache_policy="LRU", **disk))

@@ -216,7 +216,9 @@ def test_up_writes_a_folder_that_is_whole(tmp_path):
     assert written == shipped
     assert yaml.safe_load((folder / "targets.yml").read_text()) == [{"targets": ["gpu1:8000", "gpu2:8000"]}]
     assert yaml.safe_load((folder / "gpu_targets.yml").read_text()) == [{"targets": ["gpu1:9400"]}]
-    assert json.loads((folder / "dashboard.json").read_text()) == json.loads(observe.files(price=0.5)["dashboard.json"])
+    assert json.loads((folder / "dashboard.json").read_text()) == json.loads(
+        observe.files(price=0.5)["dashboard.json"]
+    )
 
 
 def test_what_is_mounted_is_there(tmp_path):
