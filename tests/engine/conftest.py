@@ -61,6 +61,7 @@ def shared_ragkv(model):
         "float32",
         max_model_len=4096,
         environment=ENVIRONMENT,
+        one_process=True,
         llm={"logits_processors": [PROCESSOR]},  # idle but for requests that ask to be measured
     )
     with Resting(options) as engine:

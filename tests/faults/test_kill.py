@@ -15,7 +15,7 @@ import pytest
 from ragkv.kvstore.codec import Header, decode, encode
 from ragkv.kvstore.stores.disk import DiskStore
 
-KILLS = 200
+KILLS = 80
 KEYS, TENSORS = 8, 24
 MOST_ACKNOWLEDGED = 12
 

@@ -12,7 +12,7 @@ from simulated_engine import play
 CHANCE = st.randoms(use_true_random=False)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(CHANCE)
 def test_every_byte_is_right_in_any_order_that_streams_and_events_allow(chance):
     play(chance)

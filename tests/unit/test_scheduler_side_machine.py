@@ -226,4 +226,4 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.parametrize(("tiers", "own"), [*((name, True) for name in TIERS), ("none", False)])
 def test_machine(tiers, own):
     made = type("MachineOfThese", (Machine,), {"tiers": staticmethod(TIERS[tiers]), "own": own})
-    run_state_machine_as_test(made, settings=settings(max_examples=80, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(made, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
