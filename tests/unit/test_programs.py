@@ -10,7 +10,7 @@ import pytest
 
 from ragkv.benchmarks.demo import Turn, draw, summarize
 from ragkv.benchmarks.engine import Answer
-from ragkv.benchmarks.plan import run as run_plan
+from ragkv.benchmarks.internal.plan import run as run_plan
 from ragkv.benchmarks.report import reusable_tokens
 
 
@@ -70,19 +70,19 @@ def test_the_plan_benchmark_writes_its_figures(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("check", "good.yaml"), 0, ("good.yaml: good",)),
+        (("check", "good.yaml"), 0, ("good.yaml", "Nothing to do.")),
         (("check", "bad.yaml"), 1, ("memory.capacity", "'lots'", "GiB")),
-        (("check", "large.yaml"), 1, ("memory.capacity = 900TiB", "has free")),
-        (("check", "--config", "good.yaml"), 0, ("good.yaml: good", "RAGKV_MEMORY_POLICY")),
+        (("check", "large.yaml"), 1, ("too small: /dev/shm", "900TiB wanted")),
+        (("check", "--config", "good.yaml"), 0, ("from RAGKV_MEMORY_POLICY, good.yaml", "Nothing to do.")),
         (("check", "good.yaml", "--config", "bad.yaml"), 1, ("allowed: one file",)),
-        (("check", "disk.yaml"), 1, ("disk: /dev/null/kv cannot be written to",)),
+        (("check", "disk.yaml"), 1, ("/dev/null/kv cannot be written to", "disk.path")),
         (("show", "--config", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--file", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--extra", "[]"), 1, ("--extra", "a JSON object")),
         (("show", "--extra", '{"redis": {"url": "redis://:hunter2@host"'), 1, ("--extra", "***@host")),
         (("show", "--extra", '{"redis": {"url": "redis://u:hunter2@host"}}'), 0, ("redis://u:***@host",)),
         (("show", "--extra", '{"redis": {"password": "hunter2"}}'), 1, ("redis.password = ***", "redis.url")),
-        (("check", "redis.yaml"), 1, ("redis: ", "redis.yaml: does not hold here")),
+        (("check", "redis.yaml"), 1, ("redis.yaml", "Connection refused", "redis: start the server")),
         (("check", "badredis.yaml"), 1, ("redis.url = ['redis://:***@host']",)),
     ],
 )

@@ -1,4 +1,4 @@
-"""What fusion costs in quality and saves in time, against full prefill (`ragkv bench fusion`).
+"""What fusion costs in quality and saves in time, against full prefill (`internal fusion`).
 
 A trial is a prompt of passages that were stored before, elsewhere. Each trial is prefilled in full and fused with
 every setting, on one engine, the order turned round from trial to trial; figures are compared within a trial.
@@ -15,8 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine
-from ragkv.benchmarks.fusion_measure import SELECTIONS, ask, hints, measure, options, prefill, store
-from ragkv.benchmarks.fusion_trials import Shape, Trial, build_trial, choose_filings
+from ragkv.benchmarks.internal.fusion_measure import SELECTIONS, ask, hints, measure, options, prefill, store
+from ragkv.benchmarks.internal.fusion_trials import Shape, Trial, build_trial, choose_filings
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import FLOOR, PLAIN, median_ratio, new_figure, save_figure, write_json
 

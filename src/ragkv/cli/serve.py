@@ -1,4 +1,4 @@
-"""The command `ragkv serve`: vLLM's server with ragkv's connector, its settings checked first."""
+"""`ragkv serve`: vLLM's server with ragkv's connector, its settings checked first."""
 
 import importlib.metadata
 import importlib.util

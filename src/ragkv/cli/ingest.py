@@ -1,4 +1,4 @@
-"""The command `ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
+"""`ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ragkv.benchmarks.report import write_json
+from ragkv.cli.common import OutputOption
 from ragkv.config import cache_folder
 from ragkv.ingest import FileReport, Ingest, Journal, read_text, run
 from ragkv.rag import Server
 from ragkv.shown import printable
+
+EPILOG = "Example: ragkv ingest filings/*.txt --url http://localhost:8000 --system-prompt system.txt"
 
 
 def ingest(
@@ -30,9 +33,7 @@ def ingest(
     again: Annotated[bool, typer.Option("--again", help="Send also what the journal says is stored.")] = False,
     journal: Annotated[Path | None, typer.Option(help="What is stored where; else in the user's cache.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")
-    ] = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Prefill passages behind the system prompt. What was interrupted goes on where it stopped."""
     notes = Journal(journal or default_journal())
