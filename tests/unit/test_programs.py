@@ -1,5 +1,7 @@
 """What the programs write and say: the demonstration's report and picture, the plan benchmark, `ragkv config`."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -7,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ragkv.benchmarks.demo import Turn, draw, summarize
+from ragkv.benchmarks.demo import Turn, draw, show, summarize
 from ragkv.benchmarks.engine import Answer
 from ragkv.benchmarks.internal.plan import run as run_plan
 from ragkv.benchmarks.report import reusable_tokens
@@ -52,6 +55,14 @@ def test_the_demonstrations_report_and_picture(tmp_path):
     assert not summarize([*turns, turn(4, 1.0, 1.0, tokens=(1, 3))])["outputs_equal"]
     draw(turns, summary, tmp_path / "out" / "demo.png")
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demonstrations_table_fits_80_columns():
+    console = Console(width=80, file=io.StringIO())
+    long = dataclasses.replace(turn(2, 5.0, 0.1, cached=81), filing="NORTHWIND MARITIME HOLDINGS INCORPORATED")
+    show(console, [turn(1, 5.0, 5.5), long], summarize([turn(1, 5.0, 5.5), long]))
+    text = console.file.getvalue()
+    assert all(cell in text for cell in ("81 host", "5000 ms", "100 ms", "50.0x")) and "…" not in text
 
 
 def test_reusable_tokens_leave_out_the_last():
