@@ -38,6 +38,10 @@ class Snapshot:
         """Sum over all series (all engines, all models); 0 where there is none."""
         return sum(value for _, value in self.samples(name, **labels))
 
+    def most(self, name: str, **labels: str) -> float | None:
+        """The largest value of the series with these labels; None where there is none."""
+        return max((value for _, value in self.samples(name, **labels)), default=None)
+
     def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
         """Sums by the values of one label, in order."""
         sums: dict[str, float] = {}
