@@ -20,15 +20,14 @@ from typing import Literal
 from ragkv.config import Settings
 from ragkv.config.settings import rough_size
 from ragkv.errors import ConfigError, RagKVError, StoreError
-from ragkv.kvstore.backing import backing
 from ragkv.kvstore.budget import there
 from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
-from ragkv.kvstore.segment import available_bytes, sweep
+from ragkv.kvstore.segment import available_bytes
 from ragkv.kvstore.stores.contract import KEY_BYTES, Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
 from ragkv.policies import POLICIES, make_policy
-from ragkv.preflight import read_settings, read_token
+from ragkv.preflight import check_room, read_settings, read_token
 
 MIB = 1 << 20
 SPEED_BYTES = 64 * MIB
@@ -85,27 +84,20 @@ def check_settings(file: Path | None, environ: Mapping[str, str]) -> tuple[Findi
 
 
 def check_memory(settings: Settings) -> Finding:
-    """Room for the memory tier in shared memory, and memory to back it."""
-    folder, want = SHARED_MEMORY, settings.memory.capacity
+    """Room for the memory tier in shared memory, and memory to back it, by the rule that stops a start."""
     try:
-        sweep()
-        free, stats = available_bytes(folder), os.statvfs(folder)
-    except (RagKVError, OSError) as error:
-        return Finding("shared memory", "fail", str(error), f"mount a tmpfs at {folder}")
-    size = stats.f_blocks * stats.f_frsize
-    said = f"{folder}: {rough_size(free)} free of {rough_size(size)}, {rough_size(want)} wanted"
-    if want > free:
+        check_room(settings)
+        free = available_bytes()
+    except ConfigError as error:
         todo = (
-            f"set memory.capacity to at most {free // MIB}MiB, or give {folder} more room (containers: "
-            "--ipc=host or --shm-size; Kubernetes: an emptyDir of medium Memory); what engines that run here hold "
-            "is taken already"
+            f"set memory.capacity to what is allowed, or give {SHARED_MEMORY} more room (containers: --ipc=host "
+            "or --shm-size; Kubernetes: an emptyDir of medium Memory); what engines that run here hold is taken "
+            "already"
         )
-        return Finding("shared memory", "fail", f"too small: {said}", todo)
-    found = backing()
-    if found is not None and want > found.bytes:
-        said += f"; {found.source} leaves {rough_size(found.bytes)} to back it, and the engine would be killed"
-        todo = f"set memory.capacity to at most {found.bytes // MIB}MiB, or give the engine more memory"
-        return Finding("shared memory", "fail", said, todo)
+        return Finding("shared memory", "fail", str(error).removeprefix("ragkv: "), todo)
+    except (RagKVError, OSError) as error:
+        return Finding("shared memory", "fail", str(error), f"mount a tmpfs at {SHARED_MEMORY}")
+    said = f"{SHARED_MEMORY}: {rough_size(free)} free, {rough_size(settings.memory.capacity)} wanted"
     return Finding("shared memory", "ok", said)
 
 
@@ -176,7 +168,7 @@ def check_policies(settings: Settings) -> list[Finding]:
             make_policy(name)
         except Exception as error:  # of the package, which may do anything
             said = f"{section}.policy = {name!r}: {type(error).__name__}: {error}"
-            todo = "mend the package that brings it, or name another policy; the engine would run without reuse"
+            todo = "repair the package that brings it, or name another policy; the engine would run without reuse"
             findings.append(Finding("policy", "fail", said, todo))
     return findings
 

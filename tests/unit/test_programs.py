@@ -83,7 +83,7 @@ def test_the_plan_benchmark_writes_its_figures(tmp_path):
     [
         (("check", "good.yaml"), 0, ("good.yaml", "Nothing to do.")),
         (("check", "bad.yaml"), 1, ("memory.capacity", "'lots'", "GiB")),
-        (("check", "large.yaml"), 1, ("too small: /dev/shm", "900TiB wanted")),
+        (("check", "large.yaml"), 1, ("memory.capacity = 900TiB: allowed: at most what shared", "--shm-size")),
         (("check", "--config", "good.yaml"), 0, ("from RAGKV_MEMORY_POLICY, good.yaml", "Nothing to do.")),
         (("check", "good.yaml", "--config", "bad.yaml"), 1, ("allowed: one file",)),
         (("check", "disk.yaml"), 1, ("/dev/null/kv cannot be written to", "disk.path")),

@@ -9,18 +9,18 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
+from ragkv import config
 from ragkv.cli.common import JsonFlag, print_json
 from ragkv.errors import RagKVError
 from ragkv.scrape import Snapshot, scrape
 
+SHIPPED = Path(config.__file__).parent / "observe"
 DASHBOARD, RULES = "dashboard.json", "rules.yml"
 TARGETS, GPU_TARGETS = "targets.yml", "gpu_targets.yml"
 DEFAULT_TARGET = "localhost:8000"
@@ -85,7 +85,8 @@ class Panel:
 
 def shipped() -> dict[str, str]:
     """All files of the folder, by their paths in it, as they come with ragkv."""
-    return dict(_files(resources.files("ragkv.config") / "observe", ""))
+    found = (file for file in SHIPPED.rglob("*") if file.is_file())
+    return {str(file.relative_to(SHIPPED)): file.read_text(encoding="utf-8") for file in found}
 
 
 def files(
@@ -163,14 +164,6 @@ def missing(snapshot: Snapshot, names: Iterable[str]) -> list[str]:
     return sorted(
         name for name in names if not snapshot.knows(name) and not snapshot.knows(name.removesuffix("_total"))
     )
-
-
-def _files(folder: Traversable, prefix: str) -> Iterable[tuple[str, str]]:
-    for each in folder.iterdir():
-        if each.is_dir():
-            yield from _files(each, f"{prefix}{each.name}/")
-        else:
-            yield prefix + each.name, each.read_text(encoding="utf-8")
 
 
 def _priced(dashboard: str, price: float) -> str:
