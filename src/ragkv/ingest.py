@@ -1,9 +1,9 @@
-"""Prefill passages ahead of time, each behind the system prompt, so that a server has their KV when asked.
+"""Prefill passages ahead of time, each after the system prompt, so that a server has their KV when it is asked.
 
-One request a passage, of one token, never fused: its KV is then exact, and was computed in the context in which
-it fuses best (CacheBlend's chunks behind a shared prefix). A passage that the server says is stored as a whole
-goes into a journal, and is passed over the next time. A server may not know yet when it answers: then it is asked
-again.
+Each passage is one request of one output token, never fused: its KV is exact, and was computed in the context in
+which it fuses best (CacheBlend's chunks after a shared prefix). When the server reports that all of a passage is
+stored, the passage goes into a journal, and is skipped the next time. Stores are asynchronous, so a server that does
+not report this at once is asked again.
 """
 
 import hashlib
@@ -30,19 +30,16 @@ _CUTS = (re.compile(r"\n"), re.compile(r"(?<=[.!?;:])\s+"), re.compile(r"\s+"))
 
 @dataclass(slots=True)
 class FileReport:
-    """What became of a file. `known`: passages the journal had; `answered`: passages that were sent; `tokens`:
-    of all its passages, without the system prompt; `stored_tokens`, `hit_tokens`: what the server says is stored
-    now, and was there before, of the requests, with the system prompt; `error`: why not all of the file is done.
-    """
+    """The result for one file."""
 
     file: str
     passages: int = 0
-    known: int = 0
-    answered: int = 0
-    tokens: int = 0
-    stored_tokens: int = 0
-    hit_tokens: int = 0
-    error: str | None = None
+    known: int = 0  # passages that the journal had
+    answered: int = 0  # passages that were sent
+    tokens: int = 0  # of all passages, without the system prompt
+    stored_tokens: int = 0  # of the requests, system prompt included, as the server reports
+    hit_tokens: int = 0  # the same, of what was stored before
+    error: str | None = None  # why not all of the file is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Answer:
 
 
 class Journal:
-    """Passages that a server has, in a file of JSON lines. A line that a crash left unfinished is passed over."""
+    """The passages that a server has, in a file of JSON lines. A line that a crash cut short is skipped."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -172,10 +169,10 @@ class Ingest:
 def run(
     ingest: Ingest, files: Sequence[Path], journal: Journal, concurrency: int, tick: Callable[[int, int], None]
 ) -> list[FileReport]:
-    """Do all files, and say what became of each, in their order.
+    """Prefill all files; returns their reports, in the same order.
 
-    A file that fails does not hold up the others; the rest of it is not sent. `tick(done, all)` is called as
-    passages are done.
+    A file that fails does not stop the others; its remaining passages are not sent. `tick(done, all)` is called
+    with counts of passages.
     """
     reports = [FileReport(str(file)) for file in files]
     names = Counter(file.name for file in files)

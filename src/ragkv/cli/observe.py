@@ -106,8 +106,8 @@ def files(
 
 
 def write(folder: Path, wanted: Mapping[str, str], *, force: bool = False) -> list[Path]:
-    """Write files into a folder, which is made; the paths of those that were not there, or not so. RagKVError:
-    some are there and differ, and `force` is not set: then nothing is written."""
+    """Write files into a folder, which is made; returns the paths of new and changed files. Raises RagKVError, and
+    writes nothing, where files exist with another content and `force` is not set."""
     new = {name: text for name, text in wanted.items() if _read(folder / name) != text}
     differing = [name for name in sorted(new) if (folder / name).exists()]
     if differing and not force:
@@ -134,9 +134,10 @@ def panels(model: Mapping[str, Any]) -> list[Panel]:
     return found
 
 
-def needed(wanted: Mapping[str, str] | None = None) -> dict[str, list[str]]:
-    """The metrics that dashboard and rules ask of a server, each with who asks. GPU exporters' are left out."""
-    wanted = shipped() if wanted is None else wanted
+def needed() -> dict[str, list[str]]:
+    """The metrics that dashboard and rules ask of a server, each with the panels and rules that ask for it. Those
+    of GPU exporters are left out."""
+    wanted = shipped()
     asking = [
         (f"panel {panel.row} / {panel.title}", query)
         for panel in panels(json.loads(wanted[DASHBOARD]))
