@@ -2,8 +2,8 @@
 
 Each passage is one request of one output token, never fused: its KV is exact, and was computed in the context in
 which it fuses best (CacheBlend's chunks after a shared prefix). When the server reports that all of a passage is
-stored, the passage goes into a journal, and is skipped the next time. Stores are asynchronous, so a server that does
-not report this at once is asked again.
+stored, the passage goes into a journal, and is skipped the next time. Stores are asynchronous, so a server that
+does not report this at once is asked again.
 """
 
 import hashlib
