@@ -54,11 +54,11 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server said of one passage; `kept`: all of it is stored there."""
+    """What a server reports of one passage. `complete`: all of it is stored."""
 
     stored_tokens: int
     hit_tokens: int
-    kept: bool
+    complete: bool
 
 
 class Journal:
@@ -96,7 +96,7 @@ class Journal:
 
 
 class Ingest:
-    """Cuts files, and prefills what the journal does not have (everything, where there is none).
+    """Cuts files into passages and prefills them. `known`: whether a passage with that key needs no request.
 
     `passage_tokens`: the most tokens of a passage; None: a file is one. No passage is longer than what the
     server takes behind the system prompt. Raises RagKVError where the server does not answer, or has no room.
@@ -105,7 +105,7 @@ class Ingest:
     def __init__(
         self, server: Server, system: str, passage_tokens: int | None, known: Callable[[str], bool]
     ) -> None:
-        self._server, self._system, self._known = server, system, known
+        self._server, self._system, self.known = server, system, known
         self._passage_tokens = passage_tokens
         self.url = server.url
         server.model, longest = served(server.models(), server.model)
@@ -153,11 +153,6 @@ class Ingest:
                 return Answer(stored, had, True)
         return Answer(stored, had or 0, False)
 
-    def split(self, passages: Sequence[Passage]) -> tuple[list[Passage], int]:
-        """Those to prefill, and how many are known."""
-        fresh = [passage for passage in passages if not self._known(passage.key)]
-        return fresh, len(passages) - len(fresh)
-
     def _count(self, text: str) -> int:
         return len(self._server.encode(closed(text)))
 
@@ -178,7 +173,7 @@ def run(
     names = Counter(file.name for file in files)
     labels = [file.name if names[file.name] == 1 else str(file) for file in files]
     pool = ThreadPoolExecutor(concurrency)
-    read = [pool.submit(_read, ingest, label, file) for label, file in zip(labels, files, strict=True)]
+    read = [pool.submit(_passages, ingest, label, file) for label, file in zip(labels, files, strict=True)]
     waiting: dict[Future[Answer | None], tuple[FileReport, Passage]] = {}
     try:
         for report, each in zip(reports, read, strict=True):
@@ -187,14 +182,20 @@ def run(
             except (RagKVError, OSError, ValueError) as error:
                 report.error = _reason(error)
                 continue
-            fresh, report.known = ingest.split(passages)
-            report.passages, report.tokens = len(passages), sum(passage.tokens for passage in passages)
-            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in fresh)
+            unknown = [passage for passage in passages if not ingest.known(passage.key)]
+            report.passages, report.known = len(passages), len(passages) - len(unknown)
+            report.tokens = sum(passage.tokens for passage in passages)
+            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in unknown)
             tick(0, len(waiting))
         for done, future in enumerate(as_completed(waiting), 1):
             answer = future.result()
             if answer is not None:
-                _book(*waiting[future], answer, journal)
+                report, passage = waiting[future]
+                report.answered += 1
+                report.stored_tokens += answer.stored_tokens
+                report.hit_tokens += answer.hit_tokens
+                if answer.complete:
+                    journal.add(passage)
             tick(done, len(waiting))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -269,7 +270,7 @@ def _near(text: str, middle: int, reach: int, end: int) -> list[re.Match[str]]:
     return []
 
 
-def _read(ingest: Ingest, label: str, file: Path) -> list[Passage]:
+def _passages(ingest: Ingest, label: str, file: Path) -> list[Passage]:
     return ingest.passages(label, read_text(file))
 
 
@@ -290,14 +291,6 @@ def _send(ingest: Ingest, report: FileReport, passage: Passage) -> Answer | None
         except RagKVError as error:
             report.error = f"{passage.id}: {error}"
     return None
-
-
-def _book(report: FileReport, passage: Passage, answer: Answer, journal: Journal) -> None:
-    report.answered += 1
-    report.stored_tokens += answer.stored_tokens
-    report.hit_tokens += answer.hit_tokens
-    if answer.kept:
-        journal.add(passage)
 
 
 def _reason(error: Exception) -> str:
