@@ -36,11 +36,11 @@ OURS = {
 }
 SHUTDOWN_OPTION = "--shutdown-timeout"
 DETAILS_OPTION = "--enable-prompt-tokens-details"
-OPTION_SOURCES = (
-    "engine/arg_utils.py",
+ENGINE_OPTIONS = "engine/arg_utils.py"  # names options as "--an-option"
+SERVER_OPTIONS = (
     "entrypoints/launchers/cli_args.py",
-    "entrypoints/openai/cli_args.py",  # of older vLLM
-)
+    "entrypoints/openai/cli_args.py",
+)  # an_option; new and old vLLM
 SHORTEST = len("--kv-")  # a shorter abbreviation is ambiguous, and vLLM refuses it
 PLUGINS = "VLLM_PLUGINS"
 PLUGIN = "ragkv"
@@ -148,10 +148,10 @@ def _vllm_knows(option: str) -> bool:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False
-    for source in OPTION_SOURCES:
+    field = option.removeprefix("--").replace("-", "_")
+    for source, text in ((ENGINE_OPTIONS, f'"{option}"'), *((source, field) for source in SERVER_OPTIONS)):
         with contextlib.suppress(OSError):
-            text = (Path(spec.origin).parent / source).read_text("utf-8")
-            if f'"{option}"' in text or option.removeprefix("--").replace("-", "_") in text:
+            if text in (Path(spec.origin).parent / source).read_text("utf-8"):
                 return True
     return False
 
