@@ -58,7 +58,7 @@ def step_1(_: Mapping[str, Check]) -> Iterator[Check]:
 
 def step_2(_: Mapping[str, Check]) -> Iterator[Check]:
     """vLLM itself."""
-    from ragkv.doctor import check_vllm
+    from ragkv.checks import check_vllm
 
     yield judge_findings(check_vllm(False, os.environ))
 

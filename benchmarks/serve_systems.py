@@ -26,7 +26,8 @@ from typing import Any
 from ragkv.benchmarks.server import HOST, POLL_SECONDS, START_SECONDS, Server, ServerError, fetch, free_port
 from ragkv.config.settings import format_size
 from ragkv.errors import RagKVError
-from ragkv.scrape import ScrapeError, parse
+from ragkv.fetch import AnswerError
+from ragkv.scrape import parse
 
 PLAIN, RAGKV, FUSION, OFFLOAD, LMCACHE = SYSTEMS = ("plain", "ragkv", "ragkv+fusion", "vllm-offload", "lmcache")
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
@@ -100,7 +101,7 @@ class System:
         """Prompt tokens since its start, all of them under "" and those that were hit under their source; none
         where it does not say."""
         found: Counter[str] = Counter()
-        with contextlib.suppress(OSError, http.client.HTTPException, ScrapeError):
+        with contextlib.suppress(OSError, http.client.HTTPException, AnswerError):
             seen = parse(fetch(f"{self.url}/metrics"), time.monotonic())
             if seen.values.get(PROMPTS):
                 hits = {source: int(count) for source, count in seen.by(HITS, "source").items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.fusion_measure import ask as ask_with_hints
+from ragkv.benchmarks.internal.fusion_measure import ask as ask_with_hints
 from ragkv.connectors.vllm.tryout import MODEL
 
 LENGTH = 700

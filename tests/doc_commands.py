@@ -1,6 +1,6 @@
 """The shell commands that README and docs show, and whether `ragkv` knows what they ask it for.
 
-A command stands in a block (indented or fenced) or, for `ragkv …`, between backquotes in the text. In a block in
+A command stands in a block (indented or fenced) or, for ragkv's own, between backquotes in the text. In a block in
 which any line begins with a known program, every line but comments must. A command that no test can run says so
 in a comment at its end, or in a comment line at the head of its block: `# needs a GPU`, `# needs Docker`.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from ragkv.benchmarks.internal.__main__ import app as internal
 from ragkv.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def commands(path: Path) -> list[Command]:
         found += _of_block(path.name, start, language, block)
     for number, line in enumerate(lines):
         if number not in inside:
-            for text in re.findall(r"`(ragkv [^`]+)`", line):
+            for text in re.findall(r"`((?:ragkv|python -m ragkv[\w.]+) [^`]+)`", line):
                 found.append(Command(path.name, number + 1, text, inline=True))
     return found
 
@@ -129,11 +130,11 @@ def _without_comment(text: str) -> str:
 
 
 def unknown(words: list[str]) -> str | None:
-    """What `ragkv` does not know of a command line's words, of its commands and options; None: all is well.
+    """What ragkv does not know of a command line's words, of its commands and options; None: all is well.
     A synopsis may stand there too: [--option VALUE], and `ls | show KEY` for commands of one group."""
     words = [word if word.startswith(("{", "[{")) else word.strip("[]") for word in words]
-    group = command = typer.main.get_command(app)
-    rest = words[1:]
+    whose, rest = (internal, words[3:]) if words[0] == "python" else (app, words[1:])
+    group = command = typer.main.get_command(whose)
     while rest:
         word, *rest = rest
         if word == "|" and hasattr(group, "commands"):

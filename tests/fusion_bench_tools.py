@@ -1,4 +1,4 @@
-"""Tokenizers for the tests of `ragkv bench fusion`."""
+"""Tokenizers for the tests of `internal fusion`."""
 
 import re
 

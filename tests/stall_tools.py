@@ -1,4 +1,4 @@
-"""What the tests of `ragkv bench stall` and `hints` share: an engine whose steps take as long as the test says."""
+"""What the tests of `internal stall` and `hints` share: an engine whose steps take as long as the test says."""
 
 from types import SimpleNamespace
 

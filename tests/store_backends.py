@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.benchmarks.redis_server import Server, find_server
+from ragkv.benchmarks.internal.redis_server import Server, find_server
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.folder import SUFFIX, value_name

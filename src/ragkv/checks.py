@@ -1,33 +1,41 @@
-"""What ragkv needs of a machine, checked one by one by trying it. Each check gives findings and raises nothing."""
+"""What ragkv needs of a machine, checked by trying it. A check returns findings and raises nothing.
+
+`ragkv doctor` and `ragkv config check` show the same findings about settings; the doctor adds vLLM and a server.
+"""
 
 import contextlib
+import json
 import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ragkv.config import Settings
-from ragkv.config.settings import format_size
+from ragkv.config.settings import rough_size
 from ragkv.errors import ConfigError, RagKVError, StoreError
-from ragkv.kvstore.backing import backing
 from ragkv.kvstore.budget import there
 from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
-from ragkv.kvstore.segment import available_bytes, sweep
+from ragkv.kvstore.segment import available_bytes
 from ragkv.kvstore.stores.contract import KEY_BYTES, Room
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.redis_url import Location, parse_location
 from ragkv.policies import POLICIES, make_policy
-from ragkv.preflight import read_settings, read_token
+from ragkv.preflight import check_room, read_settings, read_token
 
 MIB = 1 << 20
 SPEED_BYTES = 64 * MIB
 QUESTIONS = 20
 SLOW_SECONDS = 0.01
 FEW_FILES = 10_000
+TRYOUT = "ragkv.connectors.vllm.tryout"
+TRYOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,30 @@ class Finding:
     status: Literal["ok", "warn", "fail"]
     said: str
     todo: str = ""
+
+
+def examine_settings(
+    file: Path | None, environ: Mapping[str, str], speed_bytes: int = 0, *, beside_server: bool = False
+) -> list[Finding]:
+    """The findings about the settings of `file` and the variables, on this machine.
+
+    `speed_bytes` are written to the disk tier's folder to measure it. `beside_server`: an engine with these
+    settings runs here and holds its memory, so too little free memory is a warning.
+    """
+    found, settings = check_settings(file, environ)
+    if settings is None:
+        return [found]
+    memory = check_memory(settings)
+    if beside_server and memory.status == "fail":
+        memory = replace(memory, status="warn")
+    return [
+        found,
+        memory,
+        *check_disk(settings, speed_bytes),
+        *check_redis(settings),
+        *check_files(settings),
+        *check_policies(settings),
+    ]
 
 
 def check_settings(file: Path | None, environ: Mapping[str, str]) -> tuple[Finding, Settings | None]:
@@ -52,26 +84,20 @@ def check_settings(file: Path | None, environ: Mapping[str, str]) -> tuple[Findi
 
 
 def check_memory(settings: Settings) -> Finding:
-    """Room for the memory tier in shared memory, and memory to back it."""
-    folder, want = SHARED_MEMORY, settings.memory.capacity
+    """Room for the memory tier in shared memory, and memory to back it, by the rule that stops a start."""
     try:
-        sweep()
-        free, stats = available_bytes(folder), os.statvfs(folder)
-    except (RagKVError, OSError) as error:
-        return Finding("shared memory", "fail", str(error), f"mount a tmpfs at {folder}")
-    said = f"{folder}: {_size(free)} free of {_size(stats.f_blocks * stats.f_frsize)}, {_size(want)} wanted"
-    if want > free:
+        check_room(settings)
+        free = available_bytes()
+    except ConfigError as error:
         todo = (
-            f"set memory.capacity to at most {free // MIB}MiB, or give {folder} more room (containers: "
-            "--ipc=host or --shm-size; Kubernetes: an emptyDir of medium Memory); what engines that run here hold "
-            "is taken already"
+            f"set memory.capacity to what is allowed, or give {SHARED_MEMORY} more room (containers: --ipc=host "
+            "or --shm-size; Kubernetes: an emptyDir of medium Memory); what engines that run here hold is taken "
+            "already"
         )
-        return Finding("shared memory", "fail", f"too small: {said}", todo)
-    found = backing()
-    if found is not None and want > found.bytes:
-        said += f"; {found.source} leaves {_size(found.bytes)} to back it, and the engine would be killed"
-        todo = f"set memory.capacity to at most {found.bytes // MIB}MiB, or give the engine more memory"
-        return Finding("shared memory", "fail", said, todo)
+        return Finding("shared memory", "fail", str(error).removeprefix("ragkv: "), todo)
+    except (RagKVError, OSError) as error:
+        return Finding("shared memory", "fail", str(error), f"mount a tmpfs at {SHARED_MEMORY}")
+    said = f"{SHARED_MEMORY}: {rough_size(free)} free, {rough_size(settings.memory.capacity)} wanted"
     return Finding("shared memory", "ok", said)
 
 
@@ -90,9 +116,9 @@ def check_disk(settings: Settings, speed_bytes: int = SPEED_BYTES) -> list[Findi
     except (StoreError, OSError, RuntimeError, ValueError) as error:  # the last: of the name of a folder
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return [Finding("disk", "fail", f"{path} cannot be written to: {text}", todo)]
-    said = f"{path}: {'unknown' if room is None else _size(room.free)} free, {_size(sum(sizes))} kept"
+    said = f"{path}: {'unknown' if room is None else rough_size(room.free)} free, {rough_size(sum(sizes))} kept"
     if speed_bytes:
-        said += f", writes {_size(wrote)}/s, reads {_size(read)}/s"
+        said += f", writes {rough_size(int(wrote))}/s, reads {rough_size(int(read))}/s"
     findings = [Finding("disk", "ok", said)]
     if store.warning and folder == path:
         findings.append(Finding("disk", "warn", store.warning, f"chmod 700 {path}, owned by the engine's user"))
@@ -104,7 +130,7 @@ def _disk_limits(path: Path, capacity: int, room: Room, sizes: Sequence[int]) ->
     most, files = there(room, sum(sizes), len(sizes))
     findings = []
     if most < capacity:
-        said = f"{path} has room for {_size(most)}, less than disk.capacity = {_size(capacity)}"
+        said = f"{path} has room for {rough_size(most)}, less than disk.capacity = {rough_size(capacity)}"
         todo = f"make room, or set disk.capacity to at most {most // MIB}MiB: the engine keeps to that anyway"
         findings.append(Finding("disk", "warn", said, todo))
     if files < FEW_FILES:
@@ -142,7 +168,7 @@ def check_policies(settings: Settings) -> list[Finding]:
             make_policy(name)
         except Exception as error:  # of the package, which may do anything
             said = f"{section}.policy = {name!r}: {type(error).__name__}: {error}"
-            todo = "mend the package that brings it, or name another policy; the engine would run without reuse"
+            todo = "repair the package that brings it, or name another policy; the engine would run without reuse"
             findings.append(Finding("policy", "fail", said, todo))
     return findings
 
@@ -191,12 +217,11 @@ def _redis_limits(location: Location, seconds: float) -> list[Finding]:
     """What one server says of its memory; others, and those that do not say, are not judged."""
     import redis
 
+    from ragkv.kvstore.stores.redis_clients import connect
+
     if location.kind != "single":
         return []
-    host, port = location.addresses[0]
-    where = {"unix_socket_path": host} if location.transport == "unix" else {"host": host, "port": port}
-    options = {**location.options, "socket_timeout": seconds, "socket_connect_timeout": seconds}
-    client = redis.Redis(**where, ssl=location.transport == "tls", **options)
+    client = connect(location, seconds, 1)
     try:
         info = client.info("memory")
         most, policy = int(info["maxmemory"]), str(info.get("maxmemory_policy", ""))
@@ -208,9 +233,9 @@ def _redis_limits(location: Location, seconds: float) -> list[Finding]:
     if most == 0:
         return [Finding("redis", "warn", "the server has no maxmemory: it grows until its machine is full", todo)]
     if policy == "noeviction":
-        said = f"maxmemory {_size(most)} with policy noeviction: once full, ragkv removes chunks itself"
+        said = f"maxmemory {rough_size(most)} with policy noeviction: once full, ragkv removes chunks itself"
         return [Finding("redis", "warn", said, todo)]
-    return [Finding("redis", "ok", f"maxmemory {_size(most)}, policy {policy}")]
+    return [Finding("redis", "ok", f"maxmemory {rough_size(most)}, policy {policy}")]
 
 
 @contextlib.contextmanager
@@ -253,11 +278,35 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-def _size(size: float) -> str:
-    """Rounded down, so that less than what is wanted never reads like it."""
-    whole = int(size)
-    for name in ("TiB", "GiB", "MiB"):
-        unit = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": MIB}[name]
-        if whole >= unit:
-            return f"{int(whole / unit * 10) / 10:g} {name}"
-    return format_size(whole)
+def check_vllm(quick: bool, environ: Mapping[str, str], seconds: float = TRYOUT_SECONDS) -> list[Finding]:
+    """Version, connector interface and KV layout of this environment's vLLM, tried in a process of its own."""
+    command = [sys.executable, "-m", TRYOUT, *(["--quick"] if quick else [])]
+    clean = {name: value for name, value in environ.items() if not name.startswith("RAGKV_")}
+    status, out, errors = _run_alone(command, clean, seconds)
+    findings = [Finding(**json.loads(line)) for line in out.splitlines()]
+    if status is None:
+        findings.append(Finding("vllm", "fail", f"no answer within {seconds:g} s", "look at what holds it up"))
+    elif status:
+        end = signal.Signals(-status).name if status < 0 else f"status {status}"
+        last = (errors.strip().splitlines() or ["without a word"])[-1][:300]
+        todo = "start the same vLLM without ragkv: where that fails too, the cause lies there"
+        findings.append(Finding("vllm", "fail", f"trying it ended with {end}: {last}", todo))
+    return findings
+
+
+def _run_alone(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> tuple[int | None, str, str]:
+    """Exit status (None: it took longer), output and errors. What it leaves running is ended, and waited for by
+    nobody: output goes to files, since a pipe ends only with the last that holds it."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, env=environ, start_new_session=True)
+        try:
+            status: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        return status, out.read().decode(errors="replace"), errors.read().decode(errors="replace")

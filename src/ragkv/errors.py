@@ -1,23 +1,24 @@
 """The errors that ragkv raises on purpose.
 
     RagKVError
-    ├── ConfigError      (also a ValueError)  a setting that cannot be: names key, value and what is allowed
+    ├── ConfigError      (also a ValueError)  invalid settings: names key, value and what is allowed
     ├── LayoutError      the engine's cache layout cannot be proven, or is of a kind that is not supported
-    ├── SegmentError     shared memory cannot be had or does not fit
-    ├── FusionError      a model whose keys cannot be moved to another position; exact reuse goes on
-    ├── PayloadError     bytes that are not a whole, unharmed payload of this version
-    └── StoreError       a storage backend cannot answer: gone, full, slow, refusing
+    ├── SegmentError     shared memory is not available, or too small
+    ├── FusionError      keys of this model cannot be moved to another position; exact reuse still works
+    ├── PayloadError     bytes that are not a complete, undamaged payload of this version
+    ├── StoreError       a storage backend cannot answer: gone, full, slow, refusing
+    └── AnswerError      (in ragkv.fetch)  a server cannot be reached, refuses, or gives another kind of answer
 
 Misses, full tiers and refused stores are results, not errors.
 """
 
 
 class RagKVError(Exception):
-    """Root of the tree; its text is one line meant for people."""
+    """Root of the tree. Its text is one line for people."""
 
 
 class ConfigError(RagKVError, ValueError):
-    """Settings that cannot be. The text names every faulty key, its value, and what is allowed."""
+    """Invalid settings. The text names every faulty key, its value, and what is allowed."""
 
 
 class LayoutError(RagKVError):
@@ -29,11 +30,11 @@ class SegmentError(RagKVError):
 
 
 class FusionError(RagKVError):
-    """A model, or a setting, that fusion cannot serve; the engine then runs with exact reuse."""
+    """A model, or a setting, that fusion does not support; the engine then runs with exact reuse."""
 
 
 class PayloadError(RagKVError):
-    """Bytes that are not a whole, unharmed payload of this version. `reason`: one word for the metrics."""
+    """Bytes that are not a complete, undamaged payload of this version. `reason`: one word for the metrics."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)

@@ -1,9 +1,9 @@
-"""Prefill passages ahead of time, each behind the system prompt, so that a server has their KV when asked.
+"""Prefill passages ahead of time, each after the system prompt, so that a server has their KV when it is asked.
 
-One request a passage, of one token, never fused: its KV is then exact, and was computed in the context in which
-it fuses best (CacheBlend's chunks behind a shared prefix). A passage that the server says is stored as a whole
-goes into a journal, and is passed over the next time. A server may not know yet when it answers: then it is asked
-again.
+Each passage is one request of one output token, never fused: its KV is exact, and was computed in the context in
+which it fuses best (CacheBlend's chunks after a shared prefix). When the server reports that all of a passage is
+stored, the passage goes into a journal, and is skipped the next time. Stores are asynchronous, so a server that
+does not report this at once is asked again.
 """
 
 import hashlib
@@ -30,19 +30,16 @@ _CUTS = (re.compile(r"\n"), re.compile(r"(?<=[.!?;:])\s+"), re.compile(r"\s+"))
 
 @dataclass(slots=True)
 class FileReport:
-    """What became of a file. `known`: passages the journal had; `answered`: passages that were sent; `tokens`:
-    of all its passages, without the system prompt; `stored_tokens`, `hit_tokens`: what the server says is stored
-    now, and was there before, of the requests, with the system prompt; `error`: why not all of the file is done.
-    """
+    """The result for one file."""
 
     file: str
     passages: int = 0
-    known: int = 0
-    answered: int = 0
-    tokens: int = 0
-    stored_tokens: int = 0
-    hit_tokens: int = 0
-    error: str | None = None
+    known: int = 0  # passages that the journal had
+    answered: int = 0  # passages that were sent
+    tokens: int = 0  # of all passages, without the system prompt
+    stored_tokens: int = 0  # of the requests, system prompt included, as the server reports
+    hit_tokens: int = 0  # the same, of what was stored before
+    error: str | None = None  # why not all of the file is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +54,15 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server said of one passage; `kept`: all of it is stored there."""
+    """What a server reports of one passage. `complete`: all of it is stored."""
 
     stored_tokens: int
     hit_tokens: int
-    kept: bool
+    complete: bool
 
 
 class Journal:
-    """Passages that a server has, in a file of JSON lines. A line that a crash left unfinished is passed over."""
+    """The passages that a server has, in a file of JSON lines. A line that a crash cut short is skipped."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +96,7 @@ class Journal:
 
 
 class Ingest:
-    """Cuts files, and prefills what the journal does not have (everything, where there is none).
+    """Cuts files into passages and prefills them. `known`: whether a passage with that key needs no request.
 
     `passage_tokens`: the most tokens of a passage; None: a file is one. No passage is longer than what the
     server takes behind the system prompt. Raises RagKVError where the server does not answer, or has no room.
@@ -108,7 +105,7 @@ class Ingest:
     def __init__(
         self, server: Server, system: str, passage_tokens: int | None, known: Callable[[str], bool]
     ) -> None:
-        self._server, self._system, self._known = server, system, known
+        self._server, self._system, self.known = server, system, known
         self._passage_tokens = passage_tokens
         self.url = server.url
         server.model, longest = served(server.models(), server.model)
@@ -156,11 +153,6 @@ class Ingest:
                 return Answer(stored, had, True)
         return Answer(stored, had or 0, False)
 
-    def split(self, passages: Sequence[Passage]) -> tuple[list[Passage], int]:
-        """Those to prefill, and how many are known."""
-        fresh = [passage for passage in passages if not self._known(passage.key)]
-        return fresh, len(passages) - len(fresh)
-
     def _count(self, text: str) -> int:
         return len(self._server.encode(closed(text)))
 
@@ -172,16 +164,16 @@ class Ingest:
 def run(
     ingest: Ingest, files: Sequence[Path], journal: Journal, concurrency: int, tick: Callable[[int, int], None]
 ) -> list[FileReport]:
-    """Do all files, and say what became of each, in their order.
+    """Prefill all files; returns their reports, in the same order.
 
-    A file that fails does not hold up the others; the rest of it is not sent. `tick(done, all)` is called as
-    passages are done.
+    A file that fails does not stop the others; its remaining passages are not sent. `tick(done, all)` is called
+    with counts of passages.
     """
     reports = [FileReport(str(file)) for file in files]
     names = Counter(file.name for file in files)
     labels = [file.name if names[file.name] == 1 else str(file) for file in files]
     pool = ThreadPoolExecutor(concurrency)
-    read = [pool.submit(_read, ingest, label, file) for label, file in zip(labels, files, strict=True)]
+    read = [pool.submit(_passages, ingest, label, file) for label, file in zip(labels, files, strict=True)]
     waiting: dict[Future[Answer | None], tuple[FileReport, Passage]] = {}
     try:
         for report, each in zip(reports, read, strict=True):
@@ -190,14 +182,20 @@ def run(
             except (RagKVError, OSError, ValueError) as error:
                 report.error = _reason(error)
                 continue
-            fresh, report.known = ingest.split(passages)
-            report.passages, report.tokens = len(passages), sum(passage.tokens for passage in passages)
-            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in fresh)
+            unknown = [passage for passage in passages if not ingest.known(passage.key)]
+            report.passages, report.known = len(passages), len(passages) - len(unknown)
+            report.tokens = sum(passage.tokens for passage in passages)
+            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in unknown)
             tick(0, len(waiting))
         for done, future in enumerate(as_completed(waiting), 1):
             answer = future.result()
             if answer is not None:
-                _book(*waiting[future], answer, journal)
+                report, passage = waiting[future]
+                report.answered += 1
+                report.stored_tokens += answer.stored_tokens
+                report.hit_tokens += answer.hit_tokens
+                if answer.complete:
+                    journal.add(passage)
             tick(done, len(waiting))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -272,7 +270,7 @@ def _near(text: str, middle: int, reach: int, end: int) -> list[re.Match[str]]:
     return []
 
 
-def _read(ingest: Ingest, label: str, file: Path) -> list[Passage]:
+def _passages(ingest: Ingest, label: str, file: Path) -> list[Passage]:
     return ingest.passages(label, read_text(file))
 
 
@@ -293,14 +291,6 @@ def _send(ingest: Ingest, report: FileReport, passage: Passage) -> Answer | None
         except RagKVError as error:
             report.error = f"{passage.id}: {error}"
     return None
-
-
-def _book(report: FileReport, passage: Passage, answer: Answer, journal: Journal) -> None:
-    report.answered += 1
-    report.stored_tokens += answer.stored_tokens
-    report.hit_tokens += answer.hit_tokens
-    if answer.kept:
-        journal.add(passage)
 
 
 def _reason(error: Exception) -> str:

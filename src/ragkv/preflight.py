@@ -1,4 +1,4 @@
-"""Settings, read and judged before anything is started: by vLLM's plug-in and by the commands, in one way."""
+"""Settings, read and checked before a start: by vLLM's plug-in and by the commands, with the same rules."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ STOP_SECONDS = 10  # of vLLM's shutdown timeout beside writing down: for running
 def read_settings(
     extra: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, file: Path | None = None
 ) -> Loaded:
-    """As `ragkv.config.load`, and the Redis URL is looked at too. ConfigError: they cannot be, on any machine."""
+    """As `ragkv.config.load`, with the Redis URL parsed too. Raises ConfigError for settings that are invalid on
+    every machine."""
     loaded = load(extra, environ, file)
     if loaded.settings.redis.url is not None:
         parse_location(loaded.settings.redis.url)
@@ -30,8 +31,8 @@ def read_settings(
 
 
 def check_room(settings: Settings) -> None:
-    """ConfigError: shared memory has no room for these settings, also without what dead engines left there; or
-    there is no memory to back it, and the engine would be killed for it."""
+    """Raises ConfigError where shared memory has no room for the memory tier, after the segments of dead engines
+    are removed, or where the memory limit is too small to back it, so that the engine would be killed."""
     sweep()
     check_shared_memory(settings, available_bytes())
     there, want = backing(), settings.memory.capacity
@@ -43,7 +44,7 @@ def check_room(settings: Settings) -> None:
 
 
 def read_token(file: Path) -> str:
-    """The token in a file. OSError: it cannot be read; ValueError: it holds none, or too short a one."""
+    """The token in a file. Raises OSError where it cannot be read, ValueError where it is missing or short."""
     with file.expanduser().open(encoding="ascii") as stream:
         token = stream.read(LONGEST_TOKEN).strip()
     if len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token:
@@ -52,7 +53,7 @@ def read_token(file: Path) -> str:
 
 
 def has_lower_tier(settings: Settings) -> bool:
-    """Whether anything is kept beyond the engine's end."""
+    """Whether a tier keeps chunks after the engine has stopped."""
     return settings.disk.path is not None or settings.redis.url is not None
 
 

@@ -25,23 +25,18 @@ the text where none is given. The server says what it did in `answer.kv_transfer
 
 import functools
 import hashlib
-import http.client
-import json
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from ragkv.config.settings import SELECTION_NAMES
 from ragkv.errors import RagKVError
+from ragkv.fetch import fetch_json
 
 SEPARATOR = "\n\n"
 SHORTEST_TRIMMED = 8  # tokens; a shorter rest of a passage could stand anywhere
 CACHED_TEXTS = 1024
-SHOWN = 300  # characters of a server's complaint
-MOST_BYTES = 64 << 20  # of one answer
 
 Passage: TypeAlias = str | tuple[str, str]
 
@@ -91,10 +86,7 @@ class Server:
             raise ValueError(f"url = {url!r}; allowed: http://host:port or https://host:port")
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.model = model
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout = timeout
+        self._api_key, self._timeout = api_key, timeout
         self._encoded = functools.lru_cache(CACHED_TEXTS)(self._encode)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -119,24 +111,7 @@ class Server:
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """POST a body, or GET where there is none."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                raw = response.read(MOST_BYTES + 1)
-                answer = json.loads(raw) if len(raw) <= MOST_BYTES else None
-        except urllib.error.HTTPError as error:
-            with error:
-                raise RagKVError(f"{self.url}{path}: {error.code}: {_complaint(error)}") from None
-        except urllib.error.URLError as error:
-            raise RagKVError(f"{self.url}{path}: {error.reason}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise RagKVError(f"{self.url}{path}: {error or type(error).__name__}") from None
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise RagKVError(f"{self.url}{path}: the answer is no JSON object")
-        return answer
+        return fetch_json(self.url + path, body, token=self._api_key, timeout=self._timeout)
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         return self._tokenize({"prompt": text, "add_special_tokens": special})
@@ -309,16 +284,3 @@ def _find(tokens: list[int], run: list[int], start: int) -> int | None:
 def _short(value: Any) -> str:
     """A faulty value, for a message."""
     return f"{value!r:.80}"
-
-
-def _complaint(error: urllib.error.HTTPError) -> str:
-    """What a server says is wrong, on one line."""
-    try:
-        text = error.read(MOST_BYTES).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        text = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = text or error.reason
-    return " ".join(str(text).split())[:SHOWN]

@@ -1,24 +1,17 @@
 """A server's metrics at one moment: read, asked for sums, and compared with an earlier moment."""
 
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from ragkv.errors import RagKVError
+from ragkv.fetch import AnswerError, fetch
 from ragkv.shown import printable
 
 SECONDS = 5.0
-MOST_BYTES = 64 << 20  # of one answer
 Labels = tuple[tuple[str, str], ...]
-
-
-class ScrapeError(RagKVError):
-    """A server that does not answer, or whose answer is no metrics."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,10 @@ class Snapshot:
     def total(self, name: str, **labels: str) -> float:
         """Sum over all series (all engines, all models); 0 where there is none."""
         return sum(value for _, value in self.samples(name, **labels))
+
+    def most(self, name: str, **labels: str) -> float | None:
+        """The largest value of the series with these labels; None where there is none."""
+        return max((value for _, value in self.samples(name, **labels)), default=None)
 
     def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
         """Sums by the values of one label, in order."""
@@ -86,7 +83,7 @@ class Snapshot:
 
 
 def parse(text: str, taken: float) -> Snapshot:
-    """A snapshot from Prometheus' text format. ScrapeError: it is none."""
+    """A snapshot from Prometheus' text format. AnswerError: the text has another format."""
     names = set()
     values: dict[str, dict[Labels, float]] = {}
     try:
@@ -96,24 +93,15 @@ def parse(text: str, taken: float) -> Snapshot:
                 key = tuple(sorted((name, printable(value)) for name, value in sample.labels.items()))
                 values.setdefault(sample.name, {})[key] = sample.value
     except (ValueError, KeyError, IndexError) as error:
-        raise ScrapeError(f"not metrics in Prometheus' format: {error}") from None
+        raise AnswerError(f"not metrics in Prometheus' format: {error}") from None
     return Snapshot(taken, frozenset(names), values)
 
 
-def scrape(url: str, seconds: float = SECONDS) -> Snapshot:
-    """What the server at `url` has under /metrics. ScrapeError, in one line. RagKVError: that is no address."""
+def scrape(url: str) -> Snapshot:
+    """The metrics that the server at `url` has under /metrics. Raises AnswerError where it gives none, and
+    RagKVError where `url` is not an address."""
     address = url.rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise RagKVError(f"--url = {url!r}; allowed: the address of a server, such as http://localhost:8000")
     address = address if address.endswith("/metrics") else f"{address}/metrics"
-    try:
-        with urllib.request.urlopen(address, timeout=seconds) as answer:
-            raw = answer.read(MOST_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        raise ScrapeError(f"{address}: status {error.code}") from None
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ScrapeError(f"{address} does not answer: {getattr(reason, 'strerror', None) or reason}") from None
-    if len(raw) > MOST_BYTES:
-        raise ScrapeError(f"{address}: more than {MOST_BYTES} bytes of metrics")
-    return parse(raw.decode("utf-8", "replace"), time.monotonic())
+    return parse(fetch(address, timeout=SECONDS).decode("utf-8", "replace"), time.monotonic())

@@ -1,9 +1,8 @@
-"""What others chose (keys, labels, names of files, answers of servers), as it may be shown on a terminal."""
+"""Text from elsewhere (keys, labels, file names, answers of servers), made safe to show on a terminal."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text in which control characters (but those in `keep`), halves of characters and whatever else is not
-    shown as itself stand as escapes: "\\x1b"."""
+    """A text with an escape such as "\\x1b" for each character that is not printable and not in `keep`."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each in keep else _escaped(each) for each in text)

@@ -13,10 +13,10 @@ import yaml
 from engine_tools import BLOCK, filing_tokens
 from otlp_collector import collecting
 from ragkv.benchmarks.engine import EngineOptions, Resting
-from ragkv.benchmarks.fusion_measure import ENVIRONMENT, PROCESSOR
+from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT, PROCESSOR
+from ragkv.benchmarks.internal.redis_server import Server as Redis
+from ragkv.benchmarks.internal.redis_server import find_server
 from ragkv.benchmarks.model import ensure_model
-from ragkv.benchmarks.redis_server import Server as Redis
-from ragkv.benchmarks.redis_server import find_server
 from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays

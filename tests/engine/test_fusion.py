@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from engine_tools import BLOCK, ROOT, break_fusion, fused_kv, in_workers, set_turning, watch_fusion
-from ragkv.benchmarks.fusion_measure import ask, prefill, quality, store
-from ragkv.benchmarks.fusion_trials import Trial
+from ragkv.benchmarks.internal.fusion_measure import ask, prefill, quality, store
+from ragkv.benchmarks.internal.fusion_trials import Trial
 from reference import Llama, divergence
 
 ANSWER = 12

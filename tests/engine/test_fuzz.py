@@ -1,6 +1,6 @@
 """A minute of the fuzzer of engines, and whether it sees what it is for: wrong KV."""
 
-from ragkv.benchmarks.engine_fuzz import DISTINCT, FuzzOptions, fuzz
+from ragkv.benchmarks.internal.engine_fuzz import DISTINCT, FuzzOptions, fuzz
 
 
 def spoil_a_token_of_some_loads():

@@ -7,7 +7,7 @@ import pytest
 
 from engine_tools import in_workers
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.fusion_measure import ask as ask_hinted
+from ragkv.benchmarks.internal.fusion_measure import ask as ask_hinted
 from ragkv.benchmarks.model import random_llama
 
 OURS = {

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from observe_load import DOCUMENTS, drive
 from prometheus_tools import Prometheus, filled_in, needs_prometheus
-from ragkv import observe
-from ragkv.cli import app
+from ragkv.cli import app, observe
 from ragkv.scrape import scrape
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,9 +3,9 @@
 import pytest
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.internal.redis_server import Server as Redis
+from ragkv.benchmarks.internal.redis_server import find_server
 from ragkv.benchmarks.model import random_llama
-from ragkv.benchmarks.redis_server import Server as Redis
-from ragkv.benchmarks.redis_server import find_server
 
 UNGATED = {"memory": {"capacity": "64MiB"}, "placement": {"gate": False}}
 TRIES = 50

@@ -14,7 +14,7 @@ from engine_tools import (
     watch_fusion,
 )
 from ragkv.benchmarks.engine import Engine, EngineOptions, descendants
-from ragkv.benchmarks.fusion_measure import ENVIRONMENT, ask
+from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT, ask
 from ragkv.benchmarks.model import random_llama
 
 SHM = Path("/dev/shm")

@@ -1,9 +1,9 @@
-"""The load of `ragkv bench soak` on a real server with all tiers, for half a minute: everything that users do."""
+"""The load of `internal soak` on a real server with all tiers, for half a minute: everything that users do."""
 
 import functools
 import json
 
-from ragkv.benchmarks import soak
+from ragkv.benchmarks.internal import soak
 from ragkv.benchmarks.serve_systems import PLAIN, RAGKV
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from engine_tools import ask_with_params, filing_tokens
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.redis_server import Server, find_server, wait_until
+from ragkv.benchmarks.internal.redis_server import Server, find_server, wait_until
 from ragkv.kvstore import metrics as m
 
 TOKENS, ANSWER = 900, 6

@@ -10,7 +10,7 @@ import torch
 
 from engine_tools import in_workers, scale_weights
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.fusion_measure import ENVIRONMENT
+from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT
 
 TOKENS, ANSWER = 400, 8
 BOUND = 256  # steps within which a change must be noticed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis.crc import key_slot
 
-from ragkv.benchmarks.redis_server import HOST, SERVICE, Cluster, Server, wait_until
+from ragkv.benchmarks.internal.redis_server import HOST, SERVICE, Cluster, Server, wait_until
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.stores.redis import RedisStore
 from ragkv.kvstore.tier import StoreTier
@@ -348,7 +348,7 @@ def test_a_cluster_with_a_hanging_and_then_a_dead_node():
 
 ABANDON = """
 import os, signal
-from ragkv.benchmarks.redis_server import Server
+from ragkv.benchmarks.internal.redis_server import Server
 server = Server()
 server.stop()
 print(server.pid, server.folder, flush=True)

@@ -1,4 +1,4 @@
-"""`ragkv demo`, `ragkv bench prefix`, `restart` and `plan` as users call them, on engines that only count."""
+"""`ragkv demo`, `ragkv bench prefix`, and our programs `restart` and `plan`, on engines that only count."""
 
 import json
 
@@ -8,8 +8,10 @@ import transformers
 from typer.testing import CliRunner
 
 from fusion_bench_tools import Words
-from ragkv.benchmarks import demo, prefix, restart
+from ragkv.benchmarks import demo, prefix
 from ragkv.benchmarks.engine import Answer
+from ragkv.benchmarks.internal import restart
+from ragkv.benchmarks.internal.__main__ import app as internal
 from ragkv.benchmarks.report import shared_prefix
 from ragkv.cli import app
 
@@ -82,7 +84,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def run(*arguments, app=app):
         done = CliRunner().invoke(app, [*arguments, "--json", "report.json"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return json.loads((tmp_path / "report.json").read_text())
@@ -113,7 +115,7 @@ def test_bench_prefix(run):
 
 
 def test_bench_restart(run):
-    report = run("bench", "restart", "--tier", "disk", "--tokens", "200", "--rounds", "2")
+    report = run("restart", "--tier", "disk", "--tokens", "200", "--rounds", "2", app=internal)
     assert report["hit_fraction"] == 1 and report["below_over_memory"] == pytest.approx(1)
     assert min(report["seconds"]["cold"]) > 100 * max(report["seconds"]["below"])
 
@@ -122,12 +124,12 @@ def test_bench_fingerprint(run, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a.weight": torch.ones(300, 200), "b.weight": torch.ones(200)}, tmp_path / "m.safetensors")
-    report = run("bench", "fingerprint", "--model", str(tmp_path))
+    report = run("fingerprint", "--model", str(tmp_path), app=internal)
     assert report["tensors"] == 2 and report["weight_bytes"] == 4 * 60_200
     assert 0 < report["round_bytes"] <= 2 * 4 * 128
     assert all(report[f"{what}_seconds"] > 0 for what in ("look", "step", "part", "round"))
 
 
 def test_bench_plan(run):
-    report = run("bench", "plan", "--tokens", "1000", "--chunks", "1000")
+    report = run("plan", "--tokens", "1000", "--chunks", "1000", app=internal)
     assert report["chunks"] >= 1000 and report["plan_hit_s"] > 0

@@ -1,4 +1,4 @@
-"""`ragkv bench hints` on an engine whose steps take as long as the test says."""
+"""`internal hints` on an engine whose steps take as long as the test says."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from ragkv.benchmarks import hints as bench
-from ragkv.benchmarks import stall
-from ragkv.cli import app
+from ragkv.benchmarks.internal import hints as bench
+from ragkv.benchmarks.internal import stall
+from ragkv.benchmarks.internal.__main__ import app as internal
 from ragkv.connectors.vllm.hints import HINT_NAMES, read_hints
 from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 
@@ -39,8 +39,8 @@ def test_bench_hints(monkeypatch, tmp_path):
     monkeypatch.setattr(stall, "time", Hinted.clock)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "hints", "--tokens", "400", "--rounds", "3", "--json", "hints.json"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    command = ["hints", "--tokens", "400", "--rounds", "3", "--json", "hints.json"]
+    done = CliRunner().invoke(internal, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "hints.json").read_text())
     assert {kind: each["longer_s"] for kind, each in report["kinds"].items()} == pytest.approx(LONGER)

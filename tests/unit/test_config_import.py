@@ -10,10 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from ragkv.cli import app
+from ragkv.cli.lmcache import RULES, read
 from ragkv.config import load
 from ragkv.config.settings import keys
 from ragkv.errors import ConfigError
-from ragkv.lmcache_import import RULES, read
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_check_and_show_as_json(tmp_path):
     file.write_text("memory: {capacity: 2MiB}\n")
     good = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
     told = json.loads(good.stdout)
-    assert [each["check"] for each in told.pop("findings")] == ["shared memory", "disk", "redis"]
+    assert [each["check"] for each in told.pop("findings")] == ["settings", "shared memory", "disk", "redis"]
     wanted = {"file": str(file), "good": True, "error": None, "variables": []}
     assert (good.exit_code, told) == (0, wanted)
     file.write_text("memory: {capacity: 2MiB}\nredis: {url: 'redis://:hunter2@127.0.0.1:1'}\n")

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from ragkv.benchmarks import engine_fuzz, engine_fuzz_play, engine_fuzz_report
 from ragkv.benchmarks.engine import EngineError
-from ragkv.benchmarks.engine_fuzz import Faults, FuzzOptions, judge
-from ragkv.benchmarks.engine_fuzz_plan import (
+from ragkv.benchmarks.internal import engine_fuzz, engine_fuzz_play, engine_fuzz_report
+from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.engine_fuzz import Faults, FuzzOptions, judge
+from ragkv.benchmarks.internal.engine_fuzz_plan import (
     LONGEST_ANSWER,
     LONGEST_PROMPT,
     Abort,
@@ -24,9 +25,8 @@ from ragkv.benchmarks.engine_fuzz_plan import (
     Step,
     asks_of,
 )
-from ragkv.benchmarks.engine_fuzz_play import Output, Played, injected, play
+from ragkv.benchmarks.internal.engine_fuzz_play import Output, Played, injected, play
 from ragkv.benchmarks.report import shared_prefix
-from ragkv.cli import app
 from ragkv.errors import RagKVError, StoreError
 
 VOCABULARY = 512
@@ -156,8 +156,8 @@ def test_a_near_tie_is_told_from_a_wrong_answer(tokens, tops, verdict):
 
 def test_right_answers_are_counted(fake, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "fuzz", "--engine", "--prompts", "200", "--json", "report.json"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    command = ["fuzz", "--engine", "--prompts", "200", "--json", "report.json"]
+    done = CliRunner().invoke(internal, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["prompts"] == 200 and report["equal"] == report["outputs"] > 200, "some were asked for n > 1"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from hand_lanes import Bench, Lower, key, redis
-from ragkv.benchmarks.redis_server import HOST, SERVICE, Cluster, Server, wait_until
+from ragkv.benchmarks.internal.redis_server import HOST, SERVICE, Cluster, Server, wait_until
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.budget import LOOK_SECONDS, there
 from ragkv.kvstore.stores import disk

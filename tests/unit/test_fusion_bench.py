@@ -1,4 +1,4 @@
-"""`ragkv bench fusion` without an engine: what is asked in which order, what a row holds, the report."""
+"""`internal fusion` without an engine: what is asked in which order, what a row holds, the report."""
 
 import json
 from types import SimpleNamespace
@@ -7,10 +7,11 @@ import pytest
 
 from fusion_bench_tools import Words
 from ragkv import cli
-from ragkv.benchmarks import fusion, fusion_measure, fusion_quality
-from ragkv.benchmarks.fusion_measure import Full, Reply, hints, measure, prefill, store, work
-from ragkv.benchmarks.fusion_quality import Divergence
-from ragkv.benchmarks.fusion_trials import Trial
+from ragkv.benchmarks.internal import fusion, fusion_measure, fusion_quality
+from ragkv.benchmarks.internal.__main__ import app
+from ragkv.benchmarks.internal.fusion_measure import Full, Reply, hints, measure, prefill, store, work
+from ragkv.benchmarks.internal.fusion_quality import Divergence
+from ragkv.benchmarks.internal.fusion_trials import Trial
 from ragkv.connectors.vllm.hints import read_hints
 from ragkv.kvstore.fusion.selection import Look
 
@@ -233,9 +234,9 @@ def no_engine(monkeypatch, tmp_path):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["ragkv", "bench", "fusion", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", ["internal", "fusion", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run(app)
     return ended.value.code or 0
 
 

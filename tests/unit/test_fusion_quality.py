@@ -1,4 +1,4 @@
-"""What `ragkv bench fusion` keeps of an engine's logits, and how two such records are compared."""
+"""What `internal fusion` keeps of an engine's logits, and how two such records are compared."""
 
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from ragkv.benchmarks import fusion_measure, fusion_quality
-from ragkv.benchmarks.fusion_quality import RECORDS, Divergence, Forced, compare, divergence, forget
+from ragkv.benchmarks.internal import fusion_measure, fusion_quality
+from ragkv.benchmarks.internal.fusion_quality import RECORDS, Divergence, Forced, compare, divergence, forget
 
 logits = st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5)
 

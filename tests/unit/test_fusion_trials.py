@@ -1,9 +1,9 @@
-"""The prompts of `ragkv bench fusion`."""
+"""The prompts of `internal fusion`."""
 
 import pytest
 
 from fusion_bench_tools import Talker, Words, text_of
-from ragkv.benchmarks.fusion_trials import STORED, TEXTS, Shape, build_trial, choose_filings
+from ragkv.benchmarks.internal.fusion_trials import STORED, TEXTS, Shape, build_trial, choose_filings
 from ragkv.benchmarks.tenk import Filing, Question
 
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from fake_vllm import BOS, ToyTokenizer, serving
 from ragkv import rag
 from ragkv.cli import app
+from ragkv.cli.ingest import default_journal
 from ragkv.errors import RagKVError
 from ragkv.ingest import ASKED, Ingest, Journal, Passage, cut, served
-from ragkv.ingest_command import default_journal
 
 SYSTEM = "Answer from the passages."
 PARAGRAPH = "A sentence of seven words stands here. "

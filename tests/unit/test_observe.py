@@ -13,12 +13,11 @@ from typer.testing import CliRunner
 
 import ragkv.config
 from prometheus_tools import Prometheus, filled_in, needs_prometheus, needs_promtool, promtool
-from ragkv import observe
-from ragkv.cli import app
+from ragkv.cli import app, observe
+from ragkv.cli.top_figures import STATES
 from ragkv.errors import RagKVError
 from ragkv.kvstore.metrics import METRICS
 from ragkv.scrape import parse
-from ragkv.top import STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Path(ragkv.config.__file__).parent / "observe"
@@ -303,14 +302,14 @@ def test_missing_metrics_are_named_with_who_asks(tmp_path, monkeypatch):
     there = [(name, kind(name)) for name in needed]
     assert observe.missing(parse(page(there), 0.0), needed) == []
     lacking = [each for each in there if each[0] != "ragkv_tier_state"]
-    monkeypatch.setattr("ragkv.scrape.scrape", lambda url: parse(page(lacking), 0.0))
+    monkeypatch.setattr("ragkv.cli.observe.scrape", lambda url: parse(page(lacking), 0.0))
     said = CliRunner().invoke(app, ["observe", "check"])
     assert said.exit_code == 1
     assert "ragkv_tier_state: missing; asked for by panel Overview / Tiers at rest" in said.output
     assert "alert RagKVTierAtRest" in said.output
     told = json.loads(CliRunner().invoke(app, ["observe", "check", "--json"]).output)
     assert list(told["missing"]) == ["ragkv_tier_state"] and set(told["needed"]) == set(needed)
-    monkeypatch.setattr("ragkv.scrape.scrape", lambda url: parse(page(there), 0.0))
+    monkeypatch.setattr("ragkv.cli.observe.scrape", lambda url: parse(page(there), 0.0))
     assert CliRunner().invoke(app, ["observe", "check"]).exit_code == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import ragkv
 
 ROOT = Path(__file__).resolve().parents[2]
+INTERNAL = Path("benchmarks/internal")  # ours alone
 PACKAGES = ("benchmarks", "config", "connectors", "kvstore", "policies")
 DIST_INFO = f"ragkv-{ragkv.__version__}.dist-info"
 
@@ -54,11 +55,12 @@ def test_the_packages_are_relative_links() -> None:
 def test_the_wheel_holds_the_tree(tree: Path, wheel: zipfile.Path) -> None:
     expected = {"ragkv/__init__.py", "ragkv/py.typed", "ragkv/config/probe/deep/Dockerfile"}
     expected |= {f"ragkv/{file.name}" for file in (tree / "src/ragkv").glob("*.py")}
+    expected |= {f"ragkv/cli/{file.name}" for file in (tree / "src/ragkv/cli").glob("*.py")}
     for package in PACKAGES:
         for file in (tree / package).rglob("*"):
             path = file.relative_to(tree)
             waste = any(part == "__pycache__" or part.startswith(".") for part in path.parts)
-            if file.is_file() and not waste:
+            if file.is_file() and not waste and INTERNAL not in path.parents:
                 expected.add(f"ragkv/{path.as_posix()}")
     assert {name for name in names(wheel) if not name.startswith(DIST_INFO)} == expected
 

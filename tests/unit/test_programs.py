@@ -1,5 +1,7 @@
 """What the programs write and say: the demonstration's report and picture, the plan benchmark, `ragkv config`."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -7,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ragkv.benchmarks.demo import Turn, draw, summarize
+from ragkv.benchmarks.demo import Turn, draw, show, summarize
 from ragkv.benchmarks.engine import Answer
-from ragkv.benchmarks.plan import run as run_plan
+from ragkv.benchmarks.internal.plan import run as run_plan
 from ragkv.benchmarks.report import reusable_tokens
 
 
@@ -54,6 +57,14 @@ def test_the_demonstrations_report_and_picture(tmp_path):
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_demonstrations_table_fits_80_columns():
+    console = Console(width=80, file=io.StringIO())
+    long = dataclasses.replace(turn(2, 5.0, 0.1, cached=81), filing="NORTHWIND MARITIME HOLDINGS INCORPORATED")
+    show(console, [turn(1, 5.0, 5.5), long], summarize([turn(1, 5.0, 5.5), long]))
+    text = console.file.getvalue()
+    assert all(cell in text for cell in ("81 host", "5000 ms", "100 ms", "50.0x")) and "…" not in text
+
+
 def test_reusable_tokens_leave_out_the_last():
     assert reusable_tokens([1, 2, 3], [[1, 2, 9], [1, 5]]) == 2
     assert reusable_tokens([1, 2, 3], [[1, 2, 3, 4]]) == 2
@@ -70,19 +81,19 @@ def test_the_plan_benchmark_writes_its_figures(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("check", "good.yaml"), 0, ("good.yaml: good",)),
+        (("check", "good.yaml"), 0, ("good.yaml", "Nothing to do.")),
         (("check", "bad.yaml"), 1, ("memory.capacity", "'lots'", "GiB")),
-        (("check", "large.yaml"), 1, ("memory.capacity = 900TiB", "has free")),
-        (("check", "--config", "good.yaml"), 0, ("good.yaml: good", "RAGKV_MEMORY_POLICY")),
+        (("check", "large.yaml"), 1, ("memory.capacity = 900TiB: allowed: at most what shared", "--shm-size")),
+        (("check", "--config", "good.yaml"), 0, ("from RAGKV_MEMORY_POLICY, good.yaml", "Nothing to do.")),
         (("check", "good.yaml", "--config", "bad.yaml"), 1, ("allowed: one file",)),
-        (("check", "disk.yaml"), 1, ("disk: /dev/null/kv cannot be written to",)),
+        (("check", "disk.yaml"), 1, ("/dev/null/kv cannot be written to", "disk.path")),
         (("show", "--config", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--file", "good.yaml"), 0, ("memory.capacity", "2MiB", "RAGKV_MEMORY_POLICY")),
         (("show", "--extra", "[]"), 1, ("--extra", "a JSON object")),
         (("show", "--extra", '{"redis": {"url": "redis://:hunter2@host"'), 1, ("--extra", "***@host")),
         (("show", "--extra", '{"redis": {"url": "redis://u:hunter2@host"}}'), 0, ("redis://u:***@host",)),
         (("show", "--extra", '{"redis": {"password": "hunter2"}}'), 1, ("redis.password = ***", "redis.url")),
-        (("check", "redis.yaml"), 1, ("redis: ", "redis.yaml: does not hold here")),
+        (("check", "redis.yaml"), 1, ("redis.yaml", "Connection refused", "redis: start the server")),
         (("check", "badredis.yaml"), 1, ("redis.url = ['redis://:***@host']",)),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.benchmarks.redis_server import SERVICE, Cluster, Server, wait_until
+from ragkv.benchmarks.internal.redis_server import SERVICE, Cluster, Server, wait_until
 from ragkv.benchmarks.server import HOST
 from ragkv.errors import StoreError
 from ragkv.kvstore.stores import redis as module

@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 import fake_server
-from ragkv import serving_command
 from ragkv.benchmarks import serve as module
 from ragkv.benchmarks import serve_systems
 from ragkv.benchmarks.serve import Options, check_systems, play_rounds, run
@@ -20,7 +19,7 @@ from ragkv.benchmarks.serve_setup import make_work
 from ragkv.benchmarks.serve_systems import System
 from ragkv.benchmarks.serve_workload import Shape
 from ragkv.benchmarks.server import Server, free_port
-from ragkv.cli import app
+from ragkv.cli import app, bench
 from ragkv.errors import ConfigError
 
 SMALL = Shape(filings=2, turns=2, tokens=200, answer_tokens=3, concurrency=1)
@@ -161,7 +160,7 @@ def test_one_that_fails_rests_all_the_same(fakes, monkeypatch):
 
 
 def test_the_command_names_every_system():
-    assert serving_command.SYSTEMS == serve_systems.SYSTEMS
+    assert bench.SYSTEMS == serve_systems.SYSTEMS
 
 
 @pytest.mark.parametrize("names", [[""], ["plain", "other"], ["plain", "plain"], []])

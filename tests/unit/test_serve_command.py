@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ragkv.cli.serve import OURS, prepare
 from ragkv.config import load
 from ragkv.errors import RagKVError
-from ragkv.serve_command import OURS, prepare
 
 RAGKV = str(Path(sys.executable).parent / "ragkv")
 

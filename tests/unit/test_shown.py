@@ -7,14 +7,15 @@ from typer.testing import CliRunner
 
 from config_tools import fault
 from fake_vllm import serving
-from ragkv import cli, control_command, rag, scrape
+from ragkv import cli, fetch, rag, scrape
 from ragkv.checks import Finding
+from ragkv.cli import config, control
+from ragkv.cli.lmcache import read as read_lmcache
+from ragkv.cli.serve import _keys
 from ragkv.config import load
 from ragkv.config.yaml_files import MOST_BYTES, read_yaml
 from ragkv.errors import RagKVError
 from ragkv.ingest import Journal, read_text
-from ragkv.lmcache_import import read as read_lmcache
-from ragkv.serve_command import _keys
 from ragkv.shown import printable
 
 ESCAPE = "\x1b]0;mine\x07\x1b[31m"
@@ -120,19 +121,18 @@ def test_labels_of_metrics_are_printable():
 
 
 def test_a_servers_answer_is_bounded(monkeypatch):
-    monkeypatch.setattr(rag, "MOST_BYTES", 1000)
-    monkeypatch.setattr(scrape, "MOST_BYTES", 1000)
+    monkeypatch.setattr(fetch, "MOST_BYTES", 1000)
     with serving() as fake:
         server = rag.Server(fake.url)
         fake.answers["/v1/models"] = lambda body: (200, {"data": [{"id": "m" * 5000}]})
-        with pytest.raises(RagKVError, match="the answer is no JSON object"):
+        with pytest.raises(RagKVError, match="the answer has more than 1000 bytes"):
             server.models()
         fake.answers["/tokenize"] = lambda body: (500, {"error": {"message": "m" * 5000}})
         with pytest.raises(RagKVError, match="500: ") as caught:
             server.encode("text")
         assert len(str(caught.value)) < 500
         fake.answers["/metrics"] = lambda body: (200, b"# " + b"x" * 5000)
-        with pytest.raises(RagKVError, match="more than 1000 bytes of metrics"):
+        with pytest.raises(RagKVError, match="the answer has more than 1000 bytes"):
             scrape.scrape(fake.url)
 
 
@@ -150,21 +150,20 @@ def test_answers_that_are_too_deep_are_no_answers():
             server.encode("text")
         fake.answers["/stats"] = lambda body: (200, DEEP.encode())
         with pytest.raises(RagKVError, match="/stats: "):
-            control_command.ask(fake.url, "token", "stats")
+            control.ask(fake.url, "token", "stats")
 
 
 def test_a_running_engines_figures_are_printable(monkeypatch, tmp_path):
     (tmp_path / "token").write_text("token")
-    monkeypatch.setattr(control_command, "ask", lambda *asked: {f"odd{ESCAPE}": ESCAPE})
+    monkeypatch.setattr(control, "ask", lambda *asked: {f"odd{ESCAPE}": ESCAPE})
     command = ["control", "stats", "--url", "http://nowhere", "--token-file", str(tmp_path / "token")]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0 and "\\x1b" in result.output and "\x1b" not in result.output
 
 
 def test_what_is_checked_is_shown_printable(monkeypatch):
-    monkeypatch.setattr(
-        "ragkv.config_command._look", lambda file: [Finding("disk", "warn", ESCAPE, f"[/red]{ESCAPE}")]
-    )
+    found = [Finding("disk", "warn", ESCAPE, f"[/red]{ESCAPE}")]
+    monkeypatch.setattr(config, "examine_settings", lambda file, environ: found)
     for options in ([], ["--json"]):
         output = CliRunner().invoke(cli.app, ["config", "check", f"a{ESCAPE}\x9b.yaml", *options]).output
         assert "mine" in output and not {"\x1b", "\x07", "\x9b"} & set(output)

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from ragkv.benchmarks import soak, soak_load
-from ragkv.benchmarks.soak import DISK, PLAIN, RAGKV, Reading, growth, judge
-from ragkv.benchmarks.soak_load import Users
-from ragkv.cli import app
+from ragkv.benchmarks.internal import soak, soak_load
+from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.soak import DISK, PLAIN, RAGKV, Reading, growth, judge
+from ragkv.benchmarks.internal.soak_load import Users
 
 FLAT = [Reading(n, 10 * n, 0, 1000 << 20, 50, 30, disk=DISK) for n in range(1, 13)]
 
@@ -82,14 +82,14 @@ def test_bench_soak(monkeypatch, tmp_path):
     players = {PLAIN: Standing(), RAGKV: Standing()}
     monkeypatch.setattr(soak, "_start", lambda *_: players)
     file = tmp_path / "soak.json"
-    arguments = ["bench", "soak", "--minutes", "12", "--model", str(tmp_path), "--output", str(file)]
-    said = CliRunner().invoke(app, arguments)
+    arguments = ["soak", "--minutes", "12", "--model", str(tmp_path), "--output", str(file)]
+    said = CliRunner().invoke(internal, arguments)
     assert said.exit_code == 0 and said.output.rstrip().endswith("Flat."), said.output
     report = json.loads(file.read_text())
     assert [len(each) for each in report["readings"].values()] == [12, 12] and report["findings"] == []
     players.update({name: Standing() for name in players})
     players[RAGKV]._left[-1] = replace(FLAT[-1], failed=1)
-    said = CliRunner().invoke(app, arguments)
+    said = CliRunner().invoke(internal, arguments)
     assert said.exit_code == 1 and "ragkv: 1 requests failed" in said.output
 
 

@@ -1,4 +1,4 @@
-"""`ragkv bench stall` on an engine whose steps take as long as the test says."""
+"""`internal stall` on an engine whose steps take as long as the test says."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from ragkv.benchmarks import stall
-from ragkv.cli import app
+from ragkv.benchmarks.internal import stall
+from ragkv.benchmarks.internal.__main__ import app as internal
 from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 
 PREFILL = 8.0
@@ -26,8 +26,8 @@ def test_bench_stall(monkeypatch, tmp_path):
     monkeypatch.setattr(stall, "time", Side.clock)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: Tokenizer())
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "stall", "--tokens", "200", "--rounds", "3", "--json", "stall.json"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    command = ["stall", "--tokens", "200", "--rounds", "3", "--json", "stall.json"]
+    done = CliRunner().invoke(internal, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "stall.json").read_text())
     assert report["hit_fraction"] == 1 and report["rounds"] == 3 == len(report["samples"]["load"])

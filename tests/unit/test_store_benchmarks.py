@@ -1,4 +1,4 @@
-"""`ragkv bench tiers` and `ragkv bench fuzz`: what they write and say, and that the fuzzer finds what there is."""
+"""`internal tiers` and `internal fuzz`: what they write and say, and that the fuzzer finds what there is."""
 
 import dataclasses
 import json
@@ -6,7 +6,8 @@ import json
 import pytest
 
 from ragkv import cli
-from ragkv.benchmarks import fuzz, redis_server, tiers
+from ragkv.benchmarks.internal import fuzz, redis_server, tiers
+from ragkv.benchmarks.internal.__main__ import app
 from ragkv.errors import RagKVError, StoreError
 from ragkv.kvstore import codec
 
@@ -19,9 +20,9 @@ def quick(monkeypatch):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["ragkv", "bench", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", ["internal", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run(app)
     return ended.value.code or 0
 
 

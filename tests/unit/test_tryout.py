@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ragkv.doctor import check_vllm
+from ragkv.checks import check_vllm
 
 pytestmark = pytest.mark.slow
 

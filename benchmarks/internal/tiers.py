@@ -145,7 +145,7 @@ def media(
 
 
 def _start_server(stack: contextlib.ExitStack) -> str | None:
-    from ragkv.benchmarks.redis_server import Server, find_server
+    from ragkv.benchmarks.internal.redis_server import Server, find_server
 
     return stack.enter_context(Server()).url if find_server() else None
 

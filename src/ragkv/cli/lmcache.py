@@ -7,11 +7,13 @@ the flags of its multiprocess server, written with `-` or `_`. docs/lmcache.md s
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from ragkv.config import load
 from ragkv.config.settings import format_size, keys
@@ -128,19 +130,10 @@ def _tokens(value: Any) -> int:
 
 
 def _flag(value: Any) -> bool:
-    known = {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "off": False,
-        "0": False,
-    }
-    if str(value).strip().lower() not in known:
-        raise ValueError("true or false")
-    return known[str(value).strip().lower()]
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("true or false") from None
 
 
 def _text(value: Any) -> str:
@@ -162,12 +155,9 @@ def _chunks(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     return {"chunks.max_tokens": longest, **rest}
 
 
-def _capacity(key: str) -> Rule:
-    def rule(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-        size = int(_number(value, "a number of GB, from 0 on") * GIB)
-        return {key: format_size(size)} if size else {}
-
-    return rule
+def _capacity(key: str, value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    size = int(_number(value, "a number of GB, from 0 on") * GIB)
+    return {key: format_size(size)} if size else {}
 
 
 def _disk(folders: Any) -> dict[str, Any]:
@@ -178,12 +168,12 @@ def _disk(folders: Any) -> dict[str, Any]:
 
 def _local_disk(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """Without a size LMCache keeps nothing on disk."""
-    size = _capacity("disk.capacity")(data.get("max_local_disk_size") or 0, data)
+    size = _capacity("disk.capacity", data.get("max_local_disk_size") or 0, data)
     return _disk(value) if size else {}
 
 
 def _disk_size(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    size = _capacity("disk.capacity")(value, data)
+    size = _capacity("disk.capacity", value, data)
     return size if data.get("local_disk") else {}
 
 
@@ -191,7 +181,7 @@ def _old_size(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """`max_cache_size` of older releases; `local_device` says of what: cuda, cpu, or a folder's file://."""
     device = str(data.get("local_device") or "cpu")
     key = {"cuda": "device.capacity", "cpu": "memory.capacity"}.get(device, "disk.capacity")
-    return _capacity(key)(value, data)
+    return _capacity(key, value, data)
 
 
 def _old_device(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,8 +240,8 @@ def _ratio(value: Any, data: Mapping[str, Any]) -> dict[str, Any]:
 
 RULES: dict[str, Rule] = {
     "chunk_size": _chunks,
-    "max_local_cpu_size": _capacity("memory.capacity"),
-    "l1_size_gb": _capacity("memory.capacity"),
+    "max_local_cpu_size": partial(_capacity, "memory.capacity"),
+    "l1_size_gb": partial(_capacity, "memory.capacity"),
     "local_disk": _local_disk,
     "max_local_disk_size": _disk_size,
     "local_device": _old_device,

@@ -1,4 +1,4 @@
-"""What many users do to a server, all at once and for as long as it takes: the load of `ragkv bench soak`.
+"""What many users do to a server, all at once and for as long as it takes: the load of `internal soak`.
 
 Documents that come again and new ones, two documents in changing order (to be fused, where the server fuses),
 tenants, several answers to a prompt, hints that are right and hints that are not, clients that leave in the middle

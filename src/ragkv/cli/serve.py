@@ -1,5 +1,6 @@
-"""The command `ragkv serve`: vLLM's server with ragkv's connector, its settings checked first."""
+"""`ragkv serve`: vLLM's server with ragkv's connector, its settings checked first."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -7,17 +8,20 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+import yaml
 
+from ragkv.cli.common import ConfigOption, settings_file
+from ragkv.config import Settings
+from ragkv.config.sources import FILE_VARIABLE
+from ragkv.config.yaml_files import read_yaml
 from ragkv.errors import RagKVError
-
-if TYPE_CHECKING:
-    from ragkv.config import Settings
+from ragkv.preflight import check_room, has_lower_tier, read_settings, shutdown_seconds
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 EPILOG = """Examples:\n
@@ -32,10 +36,14 @@ OURS = {
 }
 SHUTDOWN_OPTION = "--shutdown-timeout"
 DETAILS_OPTION = "--enable-prompt-tokens-details"
-DETAILS_SOURCES = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")  # new and old vLLM
+ENGINE_OPTIONS = "engine/arg_utils.py"  # names options as "--an-option"
+SERVER_OPTIONS = (
+    "entrypoints/launchers/cli_args.py",
+    "entrypoints/openai/cli_args.py",
+)  # an_option; new and old vLLM
+SHORTEST = len("--kv-")  # a shorter abbreviation is ambiguous, and vLLM refuses it
 PLUGINS = "VLLM_PLUGINS"
 PLUGIN = "ragkv"
-FILE_VARIABLE = "RAGKV_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def serve(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[VLLM_ARGUMENTS]", help="What vLLM's server takes.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; else RAGKV_CONFIG's.")] = None,
+    config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and run nothing.")] = False,
 ) -> None:
     """Serve MODEL by vLLM with ragkv. Options that are not ragkv's go to vLLM; after -- all of them do."""
@@ -78,19 +86,15 @@ def prepare(model: str, arguments: Sequence[str], file: Path | None, environ: Ma
     """
     if model.startswith("-"):
         raise RagKVError(f"ragkv serve: MODEL = {model!r}; allowed: the model first, then vLLM's options")
-    for argument in arguments:
-        _refuse_ours(argument)
-    named = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
+    for argument, (option, why) in itertools.product(arguments, OURS.items()):
+        if _names(argument, option):
+            raise RagKVError(f"ragkv serve: {argument.partition('=')[0]} = …; allowed: not here, since {why}")
+    named = settings_file(file, environ)
     settings = _check(named, environ)
     transfer: dict[str, object] = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
     if named is not None:
         transfer["kv_connector_extra_config"] = {"config": str(named.expanduser().absolute())}
-    ours = (
-        "--kv-transfer-config",
-        json.dumps(transfer),
-        *_shutdown_timeout(settings, arguments),
-        *_details(arguments),
-    )
+    ours = ("--kv-transfer-config", json.dumps(transfer), *_options(settings, arguments))
     command = (*_server(model), *ours, *arguments)
     return Launch(command, {name: value for name, value in environ.items() if name != FILE_VARIABLE})
 
@@ -102,17 +106,7 @@ def start(launch: Launch) -> NoReturn:
     os.execve(launch.command[0], launch.command, dict(launch.environment))
 
 
-def _refuse_ours(argument: str) -> None:
-    """vLLM takes options also with underscores, abbreviated, and with dots for parts of a JSON value."""
-    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
-    for option, why in OURS.items():
-        if name.startswith("--kv-") and len(name) > len("--kv-") and option.startswith(name):
-            raise RagKVError(f"ragkv serve: {argument.partition('=')[0]} = …; allowed: not here, since {why}")
-
-
-def _check(file: Path | None, environ: Mapping[str, str]) -> "Settings":
-    from ragkv.preflight import check_room, read_settings
-
+def _check(file: Path | None, environ: Mapping[str, str]) -> Settings:
     settings = read_settings(environ=environ, file=file).settings
     check_room(settings)
     plugins = environ.get(PLUGINS)
@@ -126,56 +120,40 @@ def _check(file: Path | None, environ: Mapping[str, str]) -> "Settings":
     return settings
 
 
-def _shutdown_timeout(settings: "Settings", arguments: Sequence[str]) -> tuple[str, ...]:
-    """vLLM's option without which SIGTERM kills the engine before it has written down what waits; nothing where
-    nothing would be written, where the user has set it, and where this vLLM does not know it."""
-    from ragkv.preflight import has_lower_tier, shutdown_seconds
+def _options(settings: Settings, arguments: Sequence[str]) -> Iterator[str]:
+    """vLLM's options that ragkv wants set, except those that the user sets, either way, or this vLLM lacks.
 
-    if not has_lower_tier(settings) or settings.placement.flush <= 0:
-        return ()
-    if any(_names_shutdown(argument) for argument in arguments) or not _vllm_knows(SHUTDOWN_OPTION):
-        return ()
-    if any(SHUTDOWN_OPTION.lstrip("-") in _keys(file) for file in _vllm_files(arguments)):
-        return ()
-    return SHUTDOWN_OPTION, str(shutdown_seconds(settings))
-
-
-def _details(arguments: Sequence[str]) -> tuple[str, ...]:
-    """vLLM's option that has answers tell how many tokens of a prompt were hit; nothing where the user has set it,
-    either way, and where this vLLM does not know it."""
-    field = DETAILS_OPTION.removeprefix("--").replace("-", "_")
-    known = any(_vllm_says(field, source) for source in DETAILS_SOURCES)
-    if not known or any(_names_details(argument) for argument in arguments):
-        return ()
-    keys = set().union(*(_keys(file) for file in _vllm_files(arguments)))
-    names = {DETAILS_OPTION.removeprefix("--"), f"no-{DETAILS_OPTION.removeprefix('--')}"}
-    return () if keys & names else (DETAILS_OPTION,)
+    Without a shutdown timeout, SIGTERM kills the engine before it has written what is queued for a lower tier.
+    """
+    wanted: dict[str, tuple[str, ...]] = {DETAILS_OPTION: ()}
+    if has_lower_tier(settings) and settings.placement.flush > 0:
+        wanted[SHUTDOWN_OPTION] = (str(shutdown_seconds(settings)),)
+    in_files = set().union(*(_keys(file) for file in _vllm_files(arguments)))
+    for option, values in wanted.items():
+        name = option.removeprefix("--")
+        given = any(_names(argument, option) for argument in arguments)
+        if not given and not in_files & {name, f"no-{name}"} and _vllm_knows(option):
+            yield from (option, *values)
 
 
-def _names_details(argument: str) -> bool:
-    name = argument.partition("=")[0].replace("_", "-").replace("--no-", "--", 1)
-    return len(name) > len("--enable-prompt-") and DETAILS_OPTION.startswith(name)
-
-
-def _names_shutdown(argument: str) -> bool:
-    name = argument.partition("=")[0].replace("_", "-")
-    return len(name) > len("--s") and SHUTDOWN_OPTION.startswith(name)
+def _names(argument: str, option: str) -> bool:
+    """Whether an argument is a long option of vLLM: vLLM takes it also with underscores, abbreviated, negated, and
+    with dots for the parts of a JSON value."""
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-").replace("--no-", "--", 1)
+    return len(name) > SHORTEST and option.startswith(name)
 
 
 def _vllm_knows(option: str) -> bool:
-    """Whether the installed vLLM has an engine option."""
-    return _vllm_says(f'"{option}"', "engine/arg_utils.py")
-
-
-def _vllm_says(text: str, source: str) -> bool:
-    """Whether a text stands in a file of the installed vLLM, since importing that takes seconds."""
+    """Whether the installed vLLM has an option, from its source: to import it takes seconds."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False
-    try:
-        return text in (Path(spec.origin).parent / source).read_text("utf-8")
-    except OSError:
-        return False
+    field = option.removeprefix("--").replace("-", "_")
+    for source, text in ((ENGINE_OPTIONS, f'"{option}"'), *((source, field) for source in SERVER_OPTIONS)):
+        with contextlib.suppress(OSError):
+            if text in (Path(spec.origin).parent / source).read_text("utf-8"):
+                return True
+    return False
 
 
 def _vllm_files(arguments: Sequence[str]) -> list[str]:
@@ -186,10 +164,6 @@ def _vllm_files(arguments: Sequence[str]) -> list[str]:
 
 def _keys(file: str) -> set[str]:
     """The options that a file of vLLM's sets; none where it cannot be read, which vLLM will say."""
-    import yaml
-
-    from ragkv.config.yaml_files import read_yaml
-
     try:
         found = read_yaml(Path(file))
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,6 +1,6 @@
 """Does a server with ragkv stay as it is, however long it works?
 
-Plain vLLM and vLLM with ragkv and all its tiers take turns under the same load (`ragkv.benchmarks.soak_load`); the
+Plain vLLM and vLLM with ragkv and all its tiers take turns under the same load (`soak_load`); the
 one that does not play is stopped. After each turn, when all is answered, a server is read: memory, descriptors,
 threads, what its tiers hold. vLLM's own memory grows too for a while, so that of ragkv is compared with it; all
 else must not grow at all once it has warmed up, and no request may fail.
@@ -21,14 +21,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ragkv.benchmarks.internal.redis_server import Server as Redis
+from ragkv.benchmarks.internal.redis_server import find_server
+from ragkv.benchmarks.internal.soak_load import Users
 from ragkv.benchmarks.model import ensure_model
-from ragkv.benchmarks.redis_server import Server as Redis
-from ragkv.benchmarks.redis_server import find_server
 from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.serve_setup import CPU_BLOCK, GPU_BLOCK, on_cpu
 from ragkv.benchmarks.serve_systems import PLAIN, RAGKV, Setup, vllm_command, vllm_environment
 from ragkv.benchmarks.server import Server, free_port, terminated_kindly
-from ragkv.benchmarks.soak_load import Users
 from ragkv.config.settings import format_size
 from ragkv.kvstore import metrics as m
 from ragkv.scrape import scrape

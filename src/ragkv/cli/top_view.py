@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ragkv.config.settings import format_size
-from ragkv.top import COMPUTED, OWN, Frame, TierFigures
+from ragkv.cli.top_figures import COMPUTED, OWN, Frame, TierFigures
+from ragkv.config.settings import rough_size
 
 WIDE = 110
 BAR = 24
@@ -169,7 +169,4 @@ def _seconds(value: float | None) -> str:
 
 
 def _size(size: float) -> str:
-    for name, unit in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return format_size(int(size)) if size else "-"
+    return rough_size(int(size)) if size else "-"

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana for ragkv's servers: a ready folder, and which metrics a server owes it.
+"""`ragkv observe`: a folder with Prometheus and Grafana, and whether a server has every metric they ask for.
 
 The files lie in `ragkv.config`, in `observe/`; what is written differs from them in the targets and the price.
 """
@@ -6,26 +6,72 @@ The files lie in `ragkv.config`, in `observe/`; what is written differs from the
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
+from ragkv import config
+from ragkv.cli.common import JsonFlag, print_json
 from ragkv.errors import RagKVError
-from ragkv.scrape import Snapshot
+from ragkv.scrape import Snapshot, scrape
 
+SHIPPED = Path(config.__file__).parent / "observe"
 DASHBOARD, RULES = "dashboard.json", "rules.yml"
 TARGETS, GPU_TARGETS = "targets.yml", "gpu_targets.yml"
 DEFAULT_TARGET = "localhost:8000"
 DEFAULT_PRICE = 1.0
 GPU_PREFIX = "DCGM_"  # what only an exporter beside a GPU has
+app = typer.Typer(no_args_is_help=True, help="Watch servers with Prometheus and Grafana.")
+
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _METRIC = re.compile(r"(?:ragkv_|vllm:|http_|DCGM_)\w+")  # `ragkv:` begins what our rules record
 _PARTS = re.compile(r"_(bucket|sum|count)$")  # of a histogram
+
+
+@app.command(epilog="Example: ragkv observe up watch --target gpu1:8000 --target gpu2:8000 --price 0.50")
+def up(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder; it is made.")],
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A vLLM server; localhost:8000 if none is given.")
+    ] = None,
+    gpu_target: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="An exporter of NVIDIA's DCGM.")
+    ] = None,
+    price: Annotated[float, typer.Option(help="Of a million prompt tokens; the dashboard can change it.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
+) -> None:
+    """Write Prometheus' configuration, alert rules, a Grafana dashboard, and a compose file that runs both."""
+    wanted = files(target or [DEFAULT_TARGET], gpu_target or [], price)
+    written = write(folder, wanted, force=force)
+    where = shlex.quote(str(folder))
+    typer.echo(f"{folder}: {len(wanted)} files, {len(written)} of them written. Next:")
+    for server in target or [DEFAULT_TARGET]:
+        typer.echo(f"  ragkv observe check --url http://{server}")
+    typer.echo(f"  docker compose -f {where}/compose.yaml up -d   # http://localhost:3000 and :9090")
+    typer.echo(f"or, with a Prometheus of your own:\n  prometheus --config.file={where}/prometheus.yml")
+
+
+@app.command(epilog="Example: ragkv observe check --url http://localhost:8000")
+def check(
+    url: Annotated[str, typer.Option(help="A vLLM server with ragkv.")] = "http://localhost:8000",
+    as_json: JsonFlag = False,
+) -> None:
+    """Name the metrics that dashboard and rules ask for and a server lacks; exit status 1 if there are any."""
+    asked = needed()
+    lacking = missing(scrape(url), asked)
+    if as_json:
+        print_json({"needed": sorted(asked), "missing": {name: asked[name] for name in lacking}})
+    else:
+        for name in lacking:
+            typer.echo(f"{name}: missing; asked for by {', '.join(asked[name])}")
+        typer.echo(f"{url}: {len(asked) - len(lacking)} of {len(asked)} metrics")
+    if lacking:
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +85,8 @@ class Panel:
 
 def shipped() -> dict[str, str]:
     """All files of the folder, by their paths in it, as they come with ragkv."""
-    return dict(_files(resources.files("ragkv.config") / "observe", ""))
+    found = (file for file in SHIPPED.rglob("*") if file.is_file())
+    return {str(file.relative_to(SHIPPED)): file.read_text(encoding="utf-8") for file in found}
 
 
 def files(
@@ -59,8 +106,8 @@ def files(
 
 
 def write(folder: Path, wanted: Mapping[str, str], *, force: bool = False) -> list[Path]:
-    """Write files into a folder, which is made; the paths of those that were not there, or not so. RagKVError:
-    some are there and differ, and `force` is not set: then nothing is written."""
+    """Write files into a folder, which is made; returns the paths of new and changed files. Raises RagKVError, and
+    writes nothing, where files exist with another content and `force` is not set."""
     new = {name: text for name, text in wanted.items() if _read(folder / name) != text}
     differing = [name for name in sorted(new) if (folder / name).exists()]
     if differing and not force:
@@ -87,9 +134,10 @@ def panels(model: Mapping[str, Any]) -> list[Panel]:
     return found
 
 
-def needed(wanted: Mapping[str, str] | None = None) -> dict[str, list[str]]:
-    """The metrics that dashboard and rules ask of a server, each with who asks. GPU exporters' are left out."""
-    wanted = shipped() if wanted is None else wanted
+def needed() -> dict[str, list[str]]:
+    """The metrics that dashboard and rules ask of a server, each with the panels and rules that ask for it. Those
+    of GPU exporters are left out."""
+    wanted = shipped()
     asking = [
         (f"panel {panel.row} / {panel.title}", query)
         for panel in panels(json.loads(wanted[DASHBOARD]))
@@ -117,14 +165,6 @@ def missing(snapshot: Snapshot, names: Iterable[str]) -> list[str]:
     return sorted(
         name for name in names if not snapshot.knows(name) and not snapshot.knows(name.removesuffix("_total"))
     )
-
-
-def _files(folder: Traversable, prefix: str) -> Iterable[tuple[str, str]]:
-    for each in folder.iterdir():
-        if each.is_dir():
-            yield from _files(each, f"{prefix}{each.name}/")
-        else:
-            yield prefix + each.name, each.read_text(encoding="utf-8")
 
 
 def _priced(dashboard: str, price: float) -> str:

@@ -1,4 +1,4 @@
-"""One trial of `ragkv bench fusion` on an engine: store its passages, prefill in full, fuse, compare.
+"""One trial of `internal fusion` on an engine: store its passages, prefill in full, fuse, compare.
 
 Every request runs by itself, with vLLM's own prefix cache emptied before it. Full prefill is asked under a
 `cache_salt` of its own, another namespace, so that it neither finds anything nor leaves its prefix to others.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.fusion_trials import Trial
+from ragkv.benchmarks.internal.fusion_trials import Trial
 from ragkv.connectors.vllm.fusing import QUESTION
 from ragkv.kvstore.fusion.selection import SELECTIONS as CHOOSERS
 from ragkv.kvstore.fusion.selection import Look
@@ -19,7 +19,7 @@ from ragkv.kvstore.fusion.selection import Look
 SELECTIONS = ("none", "random", "first_tokens", "deviation", "query", "query_deviation", "full")
 ANSWER_TOKENS = 16
 FULL, OTHER = "full", "other"
-PROCESSOR = "ragkv.benchmarks.fusion_quality:Forced"
+PROCESSOR = "ragkv.benchmarks.internal.fusion_quality:Forced"
 # Every plan is carried out as asked, whether or not it pays: the table is to show that.
 SETTINGS: Mapping[str, Any] = {"memory": {"capacity": "2GiB"}, "placement": {"gate": False}}
 ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # functions that run in the workers
@@ -200,6 +200,6 @@ def _ask(llm: Any, prompt: list[int], max_tokens: int, arguments: dict[str, Any]
 
 
 def _compare(llm: Any, full: str, other: str, tokens: list[int]) -> Any:
-    from ragkv.benchmarks.fusion_quality import compare
+    from ragkv.benchmarks.internal.fusion_quality import compare
 
     return next(found for found in llm.collective_rpc(compare, args=(full, other, tokens)) if found is not None)

@@ -20,11 +20,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
+from ragkv.benchmarks.internal.stall import RUNNING_PROMPT, SETTINGS, Stall, stall
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.prefix import documents
 from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.server import terminated_kindly
-from ragkv.benchmarks.stall import RUNNING_PROMPT, SETTINGS, Stall, stall
 
 LIMIT = 0.020  # seconds: hints may make others wait so much longer
 SPANS = 4000

@@ -1,4 +1,4 @@
-"""What fusion costs in quality and saves in time, against full prefill (`ragkv bench fusion`).
+"""What fusion costs in quality and saves in time, against full prefill (`internal fusion`).
 
 A trial is a prompt of passages that were stored before, elsewhere. Each trial is prefilled in full and fused with
 every setting, on one engine, the order turned round from trial to trial; figures are compared within a trial.
@@ -7,6 +7,7 @@ every setting, on one engine, the order turned round from trial to trial; figure
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine
-from ragkv.benchmarks.fusion_measure import SELECTIONS, ask, hints, measure, options, prefill, store
-from ragkv.benchmarks.fusion_trials import Shape, Trial, build_trial, choose_filings
+from ragkv.benchmarks.internal.fusion_measure import SELECTIONS, ask, hints, measure, options, prefill, store
+from ragkv.benchmarks.internal.fusion_trials import Shape, Trial, build_trial, choose_filings
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import FLOOR, PLAIN, median_ratio, new_figure, save_figure, write_json
+from ragkv.benchmarks.tenk import Filing
 
 RATIOS = "0.05,0.15,0.3"
 FIXED = {"none": 0.0, "full": 1.0}
@@ -176,35 +178,11 @@ def run(
     console.width = max(console.width, 110)  # of the table
     model = ensure_model(progress=console.print)
     layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = choose_filings(filings, trials + 1, shape)
-    built = [build_trial(tokenizer, texts, number, shape) for number in range(trials + 1)]
-    longest = max(len(trial.prompt) for trial in built) + max(shape.continuation, 32)
-    if longest > MODEL_TOKENS:
-        raise ValueError(f"prompts and answers take {longest} tokens; allowed: at most {MODEL_TOKENS}")
+    built = _trials(model, choose_filings(filings, trials + 1, shape), shape, trials + 1)
     console.print("starting an engine, vLLM with ragkv")
-    with (
-        Engine(options(model, dtype=dtype, max_model_len=MODEL_TOKENS)) as engine,
-        Progress(console=console) as bar,
-    ):
-        warm_up(engine, built.pop(), settings)
-        task = bar.add_task("measuring", total=trials * len(settings))
-        measured = [
-            run_trial(
-                engine,
-                trial,
-                settings,
-                continuation=shape.continuation,
-                layers=layers,
-                backwards=number % 2 == 1,
-                progress=lambda: bar.advance(task),
-            )
-            for number, trial in enumerate(built)
-        ]
-    results = summarize(measured)
-    prompt = statistics.fmean(len(trial.prompt) for trial in built)
+    with Engine(options(model, dtype=dtype, max_model_len=MODEL_TOKENS)) as engine:
+        results = summarize(_measure(engine, built, settings, shape.continuation, layers, console))
+    prompt = statistics.fmean(len(trial.prompt) for trial in built[:-1])
     title = (
         f"{shape.passages} passages of {shape.passage_tokens} tokens ({shape.text}, stored {shape.stored}), "
         f"prompts of {prompt:.0f}, {trials} trials"
@@ -213,12 +191,8 @@ def run(
         "results": results,
         "model": model.name,
         "dtype": dtype,
-        "passages": shape.passages,
-        "passage_tokens": shape.passage_tokens,
+        **asdict(shape),
         "prompt_tokens": prompt,
-        "stored": shape.stored,
-        "text": shape.text,
-        "continuation": shape.continuation,
         "trials": trials,
         "filings": "generated" if filings is None else "real",
     }
@@ -232,3 +206,42 @@ def run(
     if plot is not None:
         draw(results, title, plot)
     return report
+
+
+def _trials(model: Path, filings: Sequence[Filing], shape: Shape, count: int) -> list[Trial]:
+    """So many trials. ValueError: their prompts and answers exceed the model's length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    built = [build_trial(tokenizer, filings, number, shape) for number in range(count)]
+    longest = max(len(trial.prompt) for trial in built) + max(shape.continuation, 32)
+    if longest > MODEL_TOKENS:
+        raise ValueError(f"prompts and answers take {longest} tokens; allowed: at most {MODEL_TOKENS}")
+    return built
+
+
+def _measure(
+    engine: Engine,
+    built: list[Trial],
+    settings: Sequence[Setting],
+    continuation: int,
+    layers: int,
+    console: Console,
+) -> list[list[Row]]:
+    """The rows of each trial, after a warm-up with the last one, which is not measured."""
+    *trials, first = built
+    warm_up(engine, first, settings)
+    with Progress(console=console) as bar:
+        task = bar.add_task("measuring", total=len(trials) * len(settings))
+        return [
+            run_trial(
+                engine,
+                trial,
+                settings,
+                continuation=continuation,
+                layers=layers,
+                backwards=number % 2 == 1,
+                progress=lambda: bar.advance(task),
+            )
+            for number, trial in enumerate(trials)
+        ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ragkv.benchmarks.engine import SOURCES, Engine, EngineError, EngineOptions
-from ragkv.benchmarks.engine_fuzz_plan import (
+from ragkv.benchmarks.internal.engine_fuzz_plan import (
     LONGEST_ANSWER,
     LONGEST_PROMPT,
     WAVE_ASKS,
@@ -28,7 +28,7 @@ from ragkv.benchmarks.engine_fuzz_plan import (
     Tokens,
     asks_of,
 )
-from ragkv.benchmarks.engine_fuzz_play import Faults, Output, Played, injected, play
+from ragkv.benchmarks.internal.engine_fuzz_play import Faults, Output, Played, injected, play
 from ragkv.benchmarks.model import tiny_llama
 from ragkv.benchmarks.report import reusable_tokens
 from ragkv.errors import RagKVError

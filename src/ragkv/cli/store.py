@@ -1,10 +1,9 @@
-"""The commands `ragkv store …`: look into a disk store's folder, check it, and tidy it up."""
+"""`ragkv store`: look into a disk store's folder, check it, and remove values."""
 
 import itertools
-import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from ragkv.cli.common import JsonFlag, print_json
+from ragkv.config.settings import rough_size
 from ragkv.kvstore.stores.inventory import Inventory, Value
 from ragkv.shown import printable
 
@@ -22,8 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Look into the folder of the disk t
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder; engines may be using it.")]
 NamespaceOption = Annotated[str, typer.Option(help="Only namespaces that begin with these hexadecimal digits.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SHORT = 8
+SHORT = 8  # hexadecimal digits of a namespace in a list; a key has twice as many
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -32,72 +32,58 @@ def list_values(
     folder: FolderArgument,
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0: all.")] = 50,
     namespace: NamespaceOption = "",
-    as_json: JsonOption = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """List values, the last used first, with the first digits of their keys."""
-    table = Table("key", "tokens", "size", "last used", "namespace")
-    more = False
     values = _selected(Inventory(folder), namespace)
+    listed = itertools.islice(values, limit or None)
     if as_json:
-        typer.echo(json.dumps([_described(value) for value in itertools.islice(values, limit or None)], indent=2))
+        print_json([_fields(value) for value in listed])
         return
-    for value in values:
-        more = bool(limit) and table.row_count == limit
-        if more:
-            break
+    table = Table("key", "tokens", "size", "last used", "namespace")
+    for value in listed:
         tokens, space = f"bad: {printable(str(value.fault))}", ""
         if value.header:
             tokens, space = str(value.header.token_count), value.header.namespace.hex()[:SHORT]
-        table.add_row(value.key.hex()[: 2 * SHORT], Text(tokens), _size(value.size), _date(value.used), space)
-    console = Console()
-    console.print(table)
-    if more:
-        console.print("There are more; --limit 0 shows all.")
+        row = (value.key.hex()[: 2 * SHORT], Text(tokens), rough_size(value.size), _date(value.used), space)
+        table.add_row(*row)
+    Console().print(table)
+    if limit and next(values, None):
+        Console().print("There are more; --limit 0 shows all.")
 
 
 @app.command(epilog="Example: ragkv store show /var/cache/ragkv 3f2a")
 def show(
     folder: FolderArgument,
     key: Annotated[str, typer.Argument(help="The first hexadecimal digits of a key, as many as it takes.")],
-    as_json: JsonOption = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Show what a value says of itself. Token ids stay where they are."""
+    """Show the fields of a value's header, without its token ids."""
     inventory = Inventory(folder)
     value = inventory.value(inventory.resolve(key))
     if value is None or value.header is None:
         raise ValueError(f"KEY = {key!r}; {'gone meanwhile' if value is None else f'bad: {value.fault}'}")
-    header = value.header
+    fields = _fields(value)
     if as_json:
-        typer.echo(json.dumps(_described(value), indent=2))
+        print_json(fields)
         return
-    table = Table("field", "value")
-    for name, text in {
-        "key": value.key.hex(),
-        "parent": header.parent.hex(),
-        "namespace": header.namespace.hex(),
-        "tokens": str(header.token_count),
-        "position": str(header.position),
-        "open": "yes" if header.open else "no",
-        "shape": " x ".join(map(str, header.shape)),
-        "dtype": header.dtype,
-        "created": _date(header.created),
-        "expires": _date(header.expires) if header.expires else "never",
-        "last used": _date(value.used),
-        "size": f"{_size(value.size)} ({_size(header.raw_bytes)} of KV)",
-    }.items():
-        table.add_row(name, text)
-    Console().print(table)
+    fields |= {name: _date(getattr(value.header, name)) for name in ("created", "expires")}
+    fields |= {"used": _date(value.used), "shape": " x ".join(map(str, value.header.shape))}
+    fields["open"] = "yes" if value.header.open else "no"
+    fields |= {
+        name: rough_size(size) for name, size in (("size", value.size), ("kv_bytes", value.header.raw_bytes))
+    }
+    _print_fields({name: field for name, field in fields.items() if name != "fault"})
 
 
 @app.command(epilog="Example: ragkv store verify /var/cache/ragkv --quarantine")
 def verify(
     folder: FolderArgument,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is bad out of the way.")] = False,
-    as_json: JsonOption = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Move bad values into a folder aside.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Read and check every byte; exit status 1 where a value is bad."""
-    inventory = Inventory(folder)
-    console = Console()
+    inventory, console = Inventory(folder), Console()
     checked = read_bytes = 0
     bad: list[Value] = []
     for value in track(inventory.values(whole=True), "checking", disable=not console.is_terminal, transient=True):
@@ -112,12 +98,10 @@ def verify(
             console.print(Text(printable(f"{value.key.hex()}: {value.fault}")))
     if as_json:
         faults = {value.key.hex(): value.fault for value in bad}
-        typer.echo(
-            json.dumps({"values": checked, "bytes": read_bytes, "bad": faults, "moved": quarantine}, indent=2)
-        )
+        print_json({"values": checked, "bytes": read_bytes, "bad": faults, "moved": quarantine})
     else:
         moved = ", moved into quarantine" if quarantine and bad else ""
-        console.print(f"{checked} values, {_size(read_bytes)}: {len(bad)} bad{moved}")
+        console.print(f"{checked} values, {rough_size(read_bytes)}: {len(bad)} bad{moved}")
     if bad:
         raise typer.Exit(1)
 
@@ -133,8 +117,7 @@ def rm(
 ) -> None:
     """Remove values; a running engine sees misses from then on."""
     inventory = Inventory(folder)
-    filters = bool(namespace or older_than)
-    if sum((bool(keys), everything, filters)) != 1:
+    if sum((bool(keys), everything, bool(namespace or older_than))) != 1:
         raise ValueError("ragkv store rm: give either KEYs, or --all, or --namespace and --older-than")
     if keys:
         found = (inventory.value(key) for key in {inventory.resolve(key) for key in keys})
@@ -142,9 +125,9 @@ def rm(
     else:
         before = time.time() - _age(older_than) if older_than else float("inf")
         values = [value for value in _selected(inventory, namespace) if value.used < before]
-    size = _size(sum(value.size for value in values))
     bad = inventory.quarantined() if everything else 0
     if (values or bad) and not yes:
+        size = rough_size(sum(value.size for value in values))
         more = f", and {bad} in quarantine" if bad else ""
         typer.confirm(f"Remove {len(values)} values, {size}{more}, from {folder}?", abort=True)
     removed = sum(inventory.remove(value.key) for value in values)
@@ -153,22 +136,23 @@ def rm(
 
 
 @app.command(epilog="Example: ragkv store stats /var/cache/ragkv --json")
-def stats(folder: FolderArgument, as_json: JsonOption = False) -> None:
+def stats(folder: FolderArgument, as_json: JsonFlag = False) -> None:
     """Sums over the folder."""
-    totals = Inventory(folder).totals()
+    totals = asdict(Inventory(folder).totals())
     if as_json:
-        typer.echo(json.dumps(asdict(totals), indent=2))
+        print_json(totals)
         return
-    table = Table("", "")
-    for name, figure in asdict(totals).items():
-        shown = {"bytes": _size, "oldest": _date, "newest": _date}.get(name, "{:,}".format)
-        table.add_row(name, shown(figure))
-    Console().print(table)
+    shown = {name: f"{figure:,}" for name, figure in totals.items()}
+    _print_fields(
+        shown
+        | {name: _date(totals[name]) for name in ("oldest", "newest")}
+        | {"bytes": rough_size(totals["bytes"])}
+    )
 
 
-def _described(value: Value) -> dict[str, object]:
+def _fields(value: Value) -> dict[str, object]:
     """A value as JSON has it: sizes in bytes, times in seconds since the epoch (0: never)."""
-    described: dict[str, object] = {
+    fields: dict[str, object] = {
         "key": value.key.hex(),
         "size": value.size,
         "used": value.used,
@@ -176,7 +160,7 @@ def _described(value: Value) -> dict[str, object]:
     }
     header = value.header
     if header is not None:
-        described |= {
+        fields |= {
             "tokens": header.token_count,
             "namespace": header.namespace.hex(),
             "parent": header.parent.hex(),
@@ -188,11 +172,18 @@ def _described(value: Value) -> dict[str, object]:
             "expires": header.expires,
             "kv_bytes": header.raw_bytes,
         }
-    return described
+    return fields
+
+
+def _print_fields(fields: Mapping[str, object]) -> None:
+    table = Table("field", "value")
+    for name, value in fields.items():
+        table.add_row(name, str(value))
+    Console().print(table)
 
 
 def _selected(inventory: Inventory, namespace: str) -> Iterator[Value]:
-    """Values of the namespaces asked for. Where all are, those too whose header cannot be read."""
+    """Values of the namespaces asked for; without one, all values, also those whose header cannot be read."""
     if re.fullmatch(r"[0-9a-f]{0,32}", namespace) is None:
         raise ValueError(f"--namespace = {namespace!r}; allowed: up to 32 hexadecimal digits")
     for value in inventory.values():
@@ -206,14 +197,6 @@ def _age(text: str) -> float:
     if match is None:
         raise ValueError(f"--older-than = {text!r}; allowed: a number with s, m, h or d, such as 7d")
     return float(match[1]) * SECONDS[match[2]]
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _date(seconds: float) -> str:

@@ -94,7 +94,15 @@ def run(tokens: int, chunks: int, json_file: Path | None) -> dict[str, Any]:
         / median_seconds(lambda: [chain_key(space, each) for each in raw], REPEATS),
         "catalogue_bytes_per_chunk": used / len(store),
     }
-    table = Table("", "", title=f"{tokens:,} tokens against {len(store):,} chunks, medians of {REPEATS}")
+    console.print(_table(report))
+    write_json(json_file, report)
+    return report
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(
+        "", "", title=f"{report['tokens']:,} tokens against {report['chunks']:,} chunks, medians of {REPEATS}"
+    )
     table.add_row("plan, all known", f"{report['plan_hit_s'] * 1000:.2f} ms")
     table.add_row("plan, nothing known", f"{report['plan_miss_s'] * 1000:.2f} ms")
     table.add_row("chunking", f"{report['chunking_tokens_per_s'] / 1e6:.0f} M tokens/s")
@@ -103,6 +111,4 @@ def run(tokens: int, chunks: int, json_file: Path | None) -> dict[str, Any]:
     table.add_row(
         "catalogue and tier, beside the tokens", f"{report['catalogue_bytes_per_chunk']:.0f} bytes a chunk"
     )
-    console.print(table)
-    write_json(json_file, report)
-    return report
+    return table

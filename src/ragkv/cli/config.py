@@ -1,25 +1,26 @@
-"""`ragkv config`: look at settings, and take them over from LMCache."""
+"""`ragkv config`: look at settings, and take LMCache's over."""
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ragkv.checks import examine_settings
+from ragkv.cli import lmcache
+from ragkv.cli.common import ConfigOption, JsonFlag, print_json, settings_file
+from ragkv.cli.doctor import show as show_findings
+from ragkv.config import load
+from ragkv.config.sources import FILE_VARIABLE, PREFIX, hide_password
 from ragkv.errors import RagKVError
-
-if TYPE_CHECKING:
-    from ragkv.checks import Finding
+from ragkv.shown import printable
 
 app = typer.Typer(no_args_is_help=True, help="Look at settings, or take LMCache's over.")
-
-ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of settings; else RAGKV_CONFIG's.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 @app.command()
@@ -32,33 +33,21 @@ def check(
 
     Example: ragkv config check ragkv.yaml
     """
-    from ragkv.config.sources import FILE_VARIABLE, PREFIX
-    from ragkv.shown import printable
-
-    named = _one_file(file, config) or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
-    variables = sorted(name for name in os.environ if name.startswith(PREFIX) and name != FILE_VARIABLE)
-    try:
-        findings = _look(named)
-    except RagKVError as error:
-        if not as_json:
-            raise
-        _print_json({"file": named and str(named), "good": False, "error": str(error), "variables": variables})
-        raise typer.Exit(1) from None
+    named = settings_file(_one_file(file, config))
+    findings = examine_settings(named, os.environ)
     failed = [each for each in findings if each.status == "fail"]
     if as_json:
-        error_text = "; ".join(f"{each.check}: {each.said}" for each in failed) or None
-        told = [asdict(each) for each in findings]
-        shown = {"file": named and str(named), "good": not failed, "error": error_text, "variables": variables}
-        _print_json({**shown, "findings": told})
+        print_json(
+            {
+                "file": named and str(named),
+                "good": not failed,
+                "error": "; ".join(f"{each.check}: {each.said}" for each in failed) or None,
+                "variables": sorted({name for name in os.environ if name.startswith(PREFIX)} - {FILE_VARIABLE}),
+                "findings": [asdict(each) for each in findings],
+            }
+        )
     else:
-        if variables:
-            typer.echo(printable(f"variables, stronger than a file: {', '.join(variables)}"))
-        for each in findings:
-            if each.status != "ok":
-                typer.echo(printable(f"{each.check}: {each.said}; {each.todo}"), err=each.status == "fail")
-        warned = ", with warnings" if any(each.status == "warn" for each in findings) else ""
-        place = printable(str(named or "defaults and variables"))
-        typer.echo(f"{place}: {'does not hold here' if failed else f'good{warned}'}")
+        show_findings(findings)
     if failed:
         raise typer.Exit(1)
 
@@ -74,15 +63,14 @@ def show(
 
     Example: ragkv config show --extra '{"memory": {"capacity": "32GiB"}}'
     """
-    from ragkv.config import load
-
     loaded = load(_mapping(extra), file=_one_file(file, config))
     if as_json:
         values = loaded.settings.model_dump()
-        origins = {key: origin for key, _, origin in loaded.rows()}
-        _print_json(
-            {key: {"value": values[key.split(".")[0]][key.split(".")[1]], "from": origins[key]} for key in origins}
-        )
+        shown = {}
+        for key, _, origin in loaded.rows():
+            section, name = key.split(".")
+            shown[key] = {"value": _hidden(values[section][name]), "from": origin}
+        print_json(shown)
         return
     table = Table("setting", "value", "from")
     for row in loaded.rows():
@@ -102,15 +90,14 @@ def import_(
 
     Example: ragkv config import lmcache.yaml --output ragkv.yaml
     """
-    from ragkv.lmcache_import import read
-    from ragkv.shown import printable
-
-    found = read(file)
+    found = lmcache.read(file)
     if output is not None:
         _write(output, found.text(file.name, passwords=True))
     if as_json:
-        settings = {key: {"value": value, "from": found.origins[key]} for key, value in found.settings.items()}
-        _print_json({"settings": settings, "left": found.left, "output": output and str(output)})
+        settings = {
+            key: {"value": _hidden(value), "from": found.origins[key]} for key, value in found.settings.items()
+        }
+        print_json({"settings": settings, "left": found.left, "output": output and str(output)})
         return
     shown = found.text(file.name, passwords=False)
     if output is None:
@@ -129,17 +116,6 @@ def _one_file(file: Path | None, config: Path | None) -> Path | None:
     return file or config
 
 
-def _look(file: Path | None) -> "list[Finding]":
-    """What this machine has for the settings. ConfigError: they cannot be, or their memory is not to be had."""
-    from ragkv.checks import check_disk, check_files, check_memory, check_policies, check_redis
-    from ragkv.preflight import check_room, read_settings
-
-    settings = read_settings(environ=os.environ, file=file).settings
-    check_room(settings)
-    others = [*check_redis(settings), *check_files(settings), *check_policies(settings)]
-    return [check_memory(settings), *check_disk(settings, 0), *others]
-
-
 def _write(path: Path, text: str) -> None:
     """A new file that only its owner may read."""
     try:
@@ -151,8 +127,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _mapping(text: str) -> dict[str, object]:
-    from ragkv.config.sources import hide_password
-
     try:
         value = json.loads(text)
     except ValueError:
@@ -162,16 +136,6 @@ def _mapping(text: str) -> dict[str, object]:
     return value
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    """JSON on stdout, with no password in it."""
-    from ragkv.config.sources import hide_password
-
-    typer.echo(json.dumps(_hidden(value, hide_password), indent=2))
-
-
-def _hidden(value: Any, hide: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _hidden(each, hide) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_hidden(each, hide) for each in value]
-    return hide(value) if isinstance(value, str) else value
+def _hidden(value: object) -> object:
+    """A setting's value without the password in it."""
+    return hide_password(value) if isinstance(value, str) else value

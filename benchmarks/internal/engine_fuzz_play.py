@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ragkv.benchmarks.engine_fuzz_plan import Abort, Ask, Operation, Reset, Step, Tokens
+from ragkv.benchmarks.internal.engine_fuzz_plan import Abort, Ask, Operation, Reset, Step, Tokens
 from ragkv.errors import RagKVError
 
 TOP = 4  # log probabilities of each token, the likeliest first

@@ -1,135 +1,116 @@
-"""`ragkv bench`: what is measured. Heavy imports wait until a command needs them."""
+"""The runner: `python -m ragkv.benchmarks.internal NAME`. Each command imports its program late."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ragkv import completion
-from ragkv.serving_command import compare, serve
+from ragkv import cli
+from ragkv.cli.common import FilingsOption, OutputOption, PlotOption, one_of, some_of
 
-app = typer.Typer(no_args_is_help=True, help="Measure.")
-
-FilingsOption = Annotated[
-    Path | None, typer.Option(help="A folder of filings (*.txt) instead of the generated ones.")
-]
 SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
 TIERS = ("disk", "redis")
-JsonOption = Annotated[
-    Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")
-]
+
+app = typer.Typer(no_args_is_help=True, context_settings=cli.HELP, help="Measure and fuzz ragkv, from a clone.")
 
 
-@app.command(epilog="Example: ragkv bench prefix --tokens 6000 --output prefix.json")
-def prefix(
-    tier: Annotated[str, typer.Option(help="The tier to load from: memory.")] = "memory",
-    tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each measured on both engines.")] = 4,
-    starts: Annotated[int, typer.Option(min=1, max=50, help="Times that both engines are started.")] = 5,
-    filings: FilingsOption = None,
-    json_file: JsonOption = None,
-) -> None:
-    """TTFT cold and warm against plain vLLM, paired, over several starts of both."""
-    from ragkv.benchmarks.prefix import run
-
-    run(tier, tokens, rounds, starts, filings, json_file)
-
-
-@app.command(epilog="Example: ragkv bench stall --tokens 6000 --output stall.json")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal stall --tokens 6000 --output stall.json")
 def stall(
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens that the other request loads.")] = 6000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each loaded and prefilled once.")] = 5,
     filings: FilingsOption = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """The longest gap in a running answer while another request is loaded, or prefilled by plain vLLM."""
-    from ragkv.benchmarks.stall import run
+    from ragkv.benchmarks.internal.stall import run
 
     run(tokens, rounds, filings, json_file)
 
 
-@app.command(epilog="Example: ragkv bench hints --tokens 6000 --output hints.json")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal hints --tokens 6000 --output hints.json")
 def hints(
     tokens: Annotated[int, typer.Option(min=400, max=7000, help="Tokens of the prompt that brings hints.")] = 6000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Pairs of each kind of hints.")] = 9,
     filings: FilingsOption = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """The longest gap in a running answer while the worst hints come, against the same prompt without them."""
-    from ragkv.benchmarks.hints import run
+    from ragkv.benchmarks.internal.hints import run
 
     run(tokens, rounds, filings, json_file)
 
 
-@app.command(epilog="Example: ragkv bench soak --minutes 30 --output soak.json")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal soak --minutes 30 --output soak.json")
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long each server is under load.")] = 30,
     turn: Annotated[float, typer.Option(min=1, help="Seconds of a turn; the servers take turns.")] = 60,
     model: Annotated[Path | None, typer.Option(help="A model's folder, instead of SmolLM2.")] = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Whether a server with all tiers stays as it is under load: memory, descriptors, threads, what tiers hold."""
-    from ragkv.benchmarks.soak import run
+    from ragkv.benchmarks.internal.soak import run
 
     run(minutes, turn, model, json_file)
 
 
-@app.command(epilog="Example: ragkv bench restart --tier redis")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal restart --tier redis")
 def restart(
     tier: Annotated[
-        str, typer.Option(help="What outlives the engine: disk or redis.", autocompletion=completion.one_of(TIERS))
+        str, typer.Option(help="What outlives the engine: disk or redis.", autocompletion=one_of(TIERS))
     ] = "disk",
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens of each document.")] = 3000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents.")] = 8,
     redis: Annotated[str | None, typer.Option(help="URL of a server, instead of one of its own.")] = None,
     filings: FilingsOption = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """TTFT and hits of a second engine, from what a first one left."""
-    from ragkv.benchmarks.restart import run
+    from ragkv.benchmarks.internal.restart import run
 
     run(tier, tokens, rounds, filings, redis, json_file)
 
 
-@app.command(epilog="Example: ragkv bench fingerprint --model ~/models/SmolLM2-135M-Instruct")
+@app.command(
+    epilog="Example: python -m ragkv.benchmarks.internal fingerprint --model ~/models/SmolLM2-135M-Instruct"
+)
 def fingerprint(
     model: Annotated[Path | None, typer.Option(help="A folder with *.safetensors; the demo's model.")] = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """What it costs to know a model's weights: a full look at them, and the samples of a running engine."""
-    from ragkv.benchmarks.fingerprint import run
+    from ragkv.benchmarks.internal.fingerprint import run
 
     run(None if model is None else model.expanduser(), json_file)
 
 
-@app.command(epilog="Example: ragkv bench plan --tokens 100000 --chunks 1000000")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal plan --tokens 100000 --chunks 1000000")
 def plan(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the prompt.")] = 100_000,
     chunks: Annotated[int, typer.Option(min=1000, help="Chunks in the catalogue.")] = 1_000_000,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Time to plan a long prompt against a large catalogue."""
-    from ragkv.benchmarks.plan import run
+    from ragkv.benchmarks.internal.plan import run
 
     run(tokens, chunks, json_file)
 
 
-@app.command(epilog="Example: ragkv bench tiers --tier disk --folder /var/cache")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal tiers --tier disk --folder /var/cache")
 def tiers(
     tier: Annotated[
-        str, typer.Option(help="Which: disk, redis, or both.", autocompletion=completion.some_of(TIERS))
+        str, typer.Option(help="Which: disk, redis, or both.", autocompletion=some_of(TIERS))
     ] = "disk,redis",
     folder: Annotated[Path | None, typer.Option(help="On the disk to measure.")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of a server; else one is started.")] = None,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Bytes a second of the disk and Redis tiers, beside plain reads and writes."""
-    from ragkv.benchmarks.tiers import run
+    from ragkv.benchmarks.internal.tiers import run
 
     run(tier.split(","), folder, redis, json_file)
 
 
-@app.command(epilog="Example: ragkv bench fuzz --engine --prompts 1000 --seed 1")
+@app.command(epilog="Example: python -m ragkv.benchmarks.internal fuzz --engine --prompts 1000 --seed 1")
 def fuzz(
     engine: Annotated[bool, typer.Option("--engine", help="Fuzz an engine with ragkv instead.")] = False,
     inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
@@ -143,29 +124,29 @@ def fuzz(
         float, typer.Option(min=0, max=1, help="With --engine: share of copies to and from the engine that fail.")
     ] = 0.0,
     fusion: Annotated[bool, typer.Option("--fusion", help="With --engine: fuse, all moved tokens anew.")] = False,
-    json_file: JsonOption = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Give harmed payloads to the codec: it must refuse them. With --engine: ask an engine with ragkv thousands of
     prompts, under evictions, preemptions, aborts and faults: it must answer as plain vLLM does."""
     if not engine:
-        from ragkv.benchmarks.fuzz import run
+        from ragkv.benchmarks.internal.fuzz import run
 
         run(inputs, seed, json_file)
         return
-    from ragkv.benchmarks.engine_fuzz import FuzzOptions
-    from ragkv.benchmarks.engine_fuzz_report import run as run_engines
+    from ragkv.benchmarks.internal.engine_fuzz import FuzzOptions
+    from ragkv.benchmarks.internal.engine_fuzz_report import run as run_engines
 
     options = FuzzOptions(prompts, seed, only, store_faults=faults, copy_faults=copy_faults, fusion=fusion)
     run_engines(options, json_file)
 
 
-@app.command(epilog="Example: ragkv bench fusion --selections deviation,query --ratios 0.15 --trials 5")
+@app.command(
+    epilog="Example: python -m ragkv.benchmarks.internal fusion --selections query --ratios 0.15 --trials 5"
+)
 def fusion(
     selections: Annotated[
         str,
-        typer.Option(
-            help="Which tokens are computed again.", autocompletion=completion.some_of(SELECTIONS.split(","))
-        ),
+        typer.Option(help="Which tokens are computed again.", autocompletion=some_of(SELECTIONS.split(","))),
     ] = SELECTIONS,
     ratios: Annotated[str, typer.Option(help="How many of them, as shares.")] = "0.05,0.15,0.3",
     passages: Annotated[int, typer.Option(min=1, max=100, help="Passages of a prompt.")] = 6,
@@ -181,12 +162,12 @@ def fusion(
     trials: Annotated[int, typer.Option(min=1, max=100, help="Prompts, each measured with every setting.")] = 6,
     dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "auto",
     filings: FilingsOption = None,
-    json_file: JsonOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture into this file.")] = None,
+    json_file: OutputOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Quality and TTFT of fused passages against full prefill. Lists are separated by commas."""
-    from ragkv.benchmarks.fusion import run
-    from ragkv.benchmarks.fusion_trials import Shape
+    from ragkv.benchmarks.internal.fusion import run
+    from ragkv.benchmarks.internal.fusion_trials import Shape
 
     run(
         selections=selections,
@@ -200,16 +181,5 @@ def fusion(
     )
 
 
-@app.command(epilog="Example: ragkv bench gpu --output gpu.json")
-def gpu(
-    steps: Annotated[str, typer.Option(help="Which steps, separated by commas.")] = "1,2,3,4,5,6",
-    json_file: JsonOption = None,
-) -> None:
-    """Whether copies, hits, faults, times and fusion are as they must be on this machine's GPU."""
-    from ragkv.benchmarks.gpu import run
-
-    run(steps, json_file)
-
-
-app.command()(serve)
-app.command()(compare)
+if __name__ == "__main__":
+    cli.run(app)

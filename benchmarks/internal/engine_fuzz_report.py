@@ -1,4 +1,4 @@
-"""`ragkv bench fuzz --engine`: runs the fuzzer of engines, prints what it found, writes the report."""
+"""`internal fuzz --engine`: runs the fuzzer of engines, prints what it found, writes the report."""
 
 import time
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ragkv.benchmarks.engine_fuzz import Findings, FuzzOptions, Wrong, fuzz
+from ragkv.benchmarks.internal.engine_fuzz import Findings, FuzzOptions, Wrong, fuzz
 from ragkv.benchmarks.report import write_json
 from ragkv.errors import RagKVError
 
@@ -113,7 +113,8 @@ def again(wrong: Wrong, options: FuzzOptions) -> str:
     """The command that plays the episode again."""
     faults = f" --faults {options.store_faults:g} --copy-faults {options.copy_faults:g}"
     fusion = " --fusion" if options.fusion else ""
-    return f"ragkv bench fuzz --engine --seed {options.seed} --only {wrong.episode}{faults}{fusion}"
+    only = f"--seed {options.seed} --only {wrong.episode}"
+    return f"python -m ragkv.benchmarks.internal fuzz --engine {only}{faults}{fusion}"
 
 
 def _as_json(wrong: Wrong, options: FuzzOptions) -> dict[str, Any]:

@@ -1,20 +1,23 @@
-"""The command `ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
+"""`ragkv ingest`: have a server compute and keep passages before anybody asks about them."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ragkv.benchmarks.report import write_json
+from ragkv.cli.common import OutputOption
 from ragkv.config import cache_folder
 from ragkv.ingest import FileReport, Ingest, Journal, read_text, run
 from ragkv.rag import Server
 from ragkv.shown import printable
+
+EPILOG = "Example: ragkv ingest filings/*.txt --url http://localhost:8000 --system-prompt system.txt"
 
 
 def ingest(
@@ -30,9 +33,7 @@ def ingest(
     again: Annotated[bool, typer.Option("--again", help="Send also what the journal says is stored.")] = False,
     journal: Annotated[Path | None, typer.Option(help="What is stored where; else in the user's cache.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--output", "--json", help="Write the figures, as JSON, to this file.")
-    ] = None,
+    json_file: OutputOption = None,
 ) -> None:
     """Prefill passages behind the system prompt. What was interrupted goes on where it stopped."""
     notes = Journal(journal or default_journal())
@@ -59,7 +60,8 @@ def ingest(
             work, files, notes, concurrency, lambda done, total: bar.update(task, completed=done, total=total)
         )
     _show(reports, work)
-    write_json(json_file, _figures(reports, work))
+    head = {name: getattr(work, name) for name in ("url", "model", "system_tokens", "reported")}
+    write_json(json_file, head | {"files": [asdict(report) for report in reports]})
     if any(report.error for report in reports):
         raise typer.Exit(1)
 
@@ -84,11 +86,12 @@ def _text(given: str) -> str:
 def _show(reports: list[FileReport], work: Ingest) -> None:
     console = Console()
     table = Table("file", "passages", "known before", "tokens", "stored now", "found there")
-    for report in reports:
-        table.add_row(*_row(report))
+    rows = [(each.passages, each.known, each.tokens, each.stored_tokens, each.hit_tokens) for each in reports]
+    for report, row in zip(reports, rows, strict=True):
+        table.add_row(Text(printable(report.file)), *(f"{figure:,}" for figure in row))
     if len(reports) > 1:
         table.add_section()
-        table.add_row(*_row(_total(reports)))
+        table.add_row("all", *(f"{sum(column):,}" for column in zip(*rows, strict=True)))
     console.print(table)
     lines = [(f"{work.model}, behind a system prompt of {work.system_tokens:,} tokens", "")]
     if not work.reported and any(report.answered for report in reports):
@@ -96,25 +99,3 @@ def _show(reports: list[FileReport], work: Ingest) -> None:
     lines += [(f"{report.file}: {report.error}", "red") for report in reports if report.error]
     for line, style in lines:
         console.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _row(report: FileReport) -> list[str]:
-    figures = (report.passages, report.known, report.tokens, report.stored_tokens, report.hit_tokens)
-    return [escape(printable(report.file)), *(f"{figure:,}" for figure in figures)]
-
-
-def _total(reports: list[FileReport]) -> FileReport:
-    total = FileReport("all")
-    for name in ("passages", "known", "answered", "tokens", "stored_tokens", "hit_tokens"):
-        setattr(total, name, sum(getattr(report, name) for report in reports))
-    return total
-
-
-def _figures(reports: list[FileReport], work: Ingest) -> dict[str, Any]:
-    return {
-        "url": work.url,
-        "model": work.model,
-        "system_tokens": work.system_tokens,
-        "reported": work.reported,
-        "files": [asdict(report) for report in reports],
-    }

@@ -1,4 +1,4 @@
-"""The command `ragkv top`: a live view of a server."""
+"""`ragkv top`: a live view of a server."""
 
 import contextlib
 import json
@@ -9,15 +9,17 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
-if TYPE_CHECKING:
-    from ragkv.scrape import Snapshot
-    from ragkv.top import Frame
+from ragkv.cli.common import JsonFlag
+from ragkv.cli.top_figures import Frame, make_frame
+from ragkv.cli.top_view import render, trouble
+from ragkv.fetch import AnswerError
+from ragkv.scrape import Snapshot, scrape
 
 EPILOG = """Examples:\n
   ragkv top --url http://localhost:8000\n
@@ -33,14 +35,16 @@ def top(
     once: Annotated[
         bool, typer.Option("--once", help="Print the figures since the server's start, and end.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each look.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Hit rates, tiers, turns of conversations and the busiest documents of a server, live."""
     watch = Watch(url, window)
     console = Console()
     with contextlib.suppress(KeyboardInterrupt):
-        if once:
-            _print(watch.look(), as_json, console)
+        if once and as_json:
+            typer.echo(json.dumps(asdict(watch.look())))
+        elif once:
+            console.print(render(watch.look(), console.width))
         elif as_json:
             _follow(watch, interval)
         else:
@@ -54,14 +58,11 @@ class Watch:
         self.url, self._window = url, window
         self._seen: deque[Snapshot] = deque()
 
-    def look(self) -> "Frame":
-        """The figures now. ScrapeError: no answer; then rates begin anew. RagKVError: a server without ragkv."""
-        from ragkv.scrape import ScrapeError, scrape
-        from ragkv.top import make_frame
-
+    def look(self) -> Frame:
+        """The figures now. AnswerError: no answer; then rates begin anew. RagKVError: a server without ragkv."""
         try:
             seen = scrape(self.url)
-        except ScrapeError:
+        except AnswerError:
             self._seen.clear()
             raise
         while len(self._seen) > 1 and seen.taken - self._seen[1].taken >= self._window:
@@ -71,23 +72,12 @@ class Watch:
         return frame
 
 
-def _print(frame: "Frame", as_json: bool, console: Console) -> None:
-    from ragkv.top_view import render
-
-    if as_json:
-        typer.echo(json.dumps(asdict(frame)))
-    else:
-        console.print(render(frame, console.width))
-
-
 def _follow(watch: Watch, interval: float) -> None:
     """A line of JSON for each look; one that failed says so in `error`."""
-    from ragkv.scrape import ScrapeError
-
     while True:
         try:
             found = asdict(watch.look())
-        except ScrapeError as error:
+        except AnswerError as error:
             found = {"url": watch.url, "error": str(error)}
         typer.echo(json.dumps(found))
         sys.stdout.flush()
@@ -95,14 +85,11 @@ def _follow(watch: Watch, interval: float) -> None:
 
 
 def _show(watch: Watch, interval: float, console: Console) -> None:
-    from ragkv.scrape import ScrapeError
-    from ragkv.top_view import render, trouble
-
     with _keys() as pressed, Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         while True:
             try:
                 live.update(render(watch.look(), console.width), refresh=True)
-            except ScrapeError as error:
+            except AnswerError as error:
                 live.update(trouble(watch.url, str(error)), refresh=True)
             if pressed.within(interval):
                 return

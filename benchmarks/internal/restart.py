@@ -33,7 +33,7 @@ def place(tier: str, redis_url: str | None) -> Iterator[dict[str, Any]]:
     elif redis_url is not None:
         yield {"redis": {"url": redis_url, "prefix": "ragkv-bench"}}
     else:
-        from ragkv.benchmarks.redis_server import Server
+        from ragkv.benchmarks.internal.redis_server import Server
 
         with Server() as server:
             yield {"redis": {"url": server.url}}
