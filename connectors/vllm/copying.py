@@ -14,7 +14,8 @@ import torch
 
 from ragkv.connectors.vllm.faults import Faults
 from ragkv.connectors.vllm.protocol import Job, StepOrders
-from ragkv.connectors.vllm.transfer import Mover, Ticket, pieces
+from ragkv.connectors.vllm.streams import Ticket
+from ragkv.connectors.vllm.transfer import Mover, pieces
 from ragkv.errors import RagKVError
 
 

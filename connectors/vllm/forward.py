@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ragkv.connectors.vllm.protocol import Indices, Run, TokenIds, positions_of, slots_of
-from ragkv.connectors.vllm.streams import Event, Packed, Stream, make_streams
+from ragkv.connectors.vllm.streams import Event, Packed, compute_stream
 
 MOST_TOKENS = 2048  # of one forward: vLLM's memory profiling did not see it, so its activations must be small
 ATTENTION_INPUTS = ("query", "key", "value")
@@ -44,7 +44,7 @@ class EngineForward:
         scheduler = vllm_config.scheduler_config
         self._most_runs = scheduler.max_num_seqs
         self._most_tokens = min(scheduler.max_num_batched_tokens, MOST_TOKENS)
-        self._compute: Stream = make_streams(device).compute
+        self._compute = compute_stream(device)
         self._last: Event | None = None  # behind the last forward
 
     def compute(self, tokens: TokenIds, positions: Indices, blocks: Indices) -> None:

@@ -7,9 +7,10 @@ import torch
 
 from ragkv.connectors.vllm.forward import EngineForward
 from ragkv.connectors.vllm.identity import Shape
-from ragkv.connectors.vllm.layout import RAW, LayerCache
+from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.rope import rotations
+from ragkv.connectors.vllm.tiles import RAW
 from ragkv.connectors.vllm.transfer import Prepare, Turn
 from ragkv.errors import FusionError
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ragkv.connectors.vllm.streams import Event, Stream
-from ragkv.connectors.vllm.tiles import WIDE
+from ragkv.connectors.vllm.tiles import RAW
 
 PARTS = 32  # of a round: a step has less than 1% more to do
 PASSES = 8  # rounds until the same elements have their turn again
@@ -136,7 +136,7 @@ def _places(model: Any, device: torch.device) -> Iterator[_Place]:
 
 
 def _can_be_viewed(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.element_size() in WIDE and not tensor.is_conj()
+    return tensor.layout is torch.strided and tensor.element_size() in RAW and not tensor.is_conj()
 
 
 def _part(places: Sequence[_Place]) -> _Part:
@@ -147,7 +147,7 @@ def _part(places: Sequence[_Place]) -> _Part:
 def _elements(tensor: torch.Tensor) -> list[torch.Tensor]:
     """For each pass a view of at most LINES * LINE elements, spread over the whole tensor, as integers."""
     plain: torch.Tensor = tensor.detach().as_subclass(torch.Tensor)
-    plain = plain.view(WIDE[tensor.element_size()])
+    plain = plain.view(RAW[tensor.element_size()])
     rows = plain.permute(sorted(range(plain.dim()), key=lambda dim: plain.stride(dim), reverse=True))
     if rows.is_contiguous():
         flat = rows.view(-1)

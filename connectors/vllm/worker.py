@@ -7,13 +7,13 @@ vLLM calls first: what it calls in a step without a forward, and in which order,
 
 import time
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
-from ragkv.connectors.vllm.equipment import Equipment, equip
+from ragkv.connectors.vllm.equipment import Equipment
 from ragkv.connectors.vllm.faults import Faults, in_words, logger
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
@@ -21,8 +21,8 @@ from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.sampling import LONG_STEP, Sample, Sampler
-from ragkv.connectors.vllm.streams import make_streams
-from ragkv.connectors.vllm.timing import Stopwatch, Timing
+from ragkv.connectors.vllm.sizes import step_bytes
+from ragkv.connectors.vllm.streams import Event, Stream, Ticket, compute_stream
 from ragkv.connectors.vllm.transfer import Prepare
 from ragkv.connectors.vllm.weights import Look
 from ragkv.errors import FusionError, RagKVError
@@ -31,6 +31,16 @@ from ragkv.kvstore.metrics import Metrics
 
 LEAST_TOKENS = 32  # of a step whose time says something of prefill
 SOME_STEPS = 64  # of the other steps one in so many is timed: they tell what a step costs by itself
+
+
+class _Timed(NamedTuple):
+    """What the device was timed at. `number`: under which a trace is told too, with when it `began`, in ns."""
+
+    kind: Literal["prefills", "fusions"]
+    work: float
+    ticket: Ticket
+    number: int = 0
+    began: int = 0
 
 
 class WorkerSide:
@@ -48,10 +58,9 @@ class WorkerSide:
         self._model: Any = None
         self._sampler: Sampler | None = None
         self._round = 0  # of samples, under way
-        self._stopwatch: Stopwatch | None = None
-        self._forward: tuple[float, Any] | None = None  # work and beginning of the step under way
-        self._timings: list[tuple[Literal["prefills", "fusions"], float, Timing]] = []
-        self._mended: list[tuple[Fusion, int, Timing]] = []  # fusions to be timed, and when they began
+        self._compute: Stream | None = None  # where the engine's forwards run
+        self._forward: tuple[float, Event] | None = None  # work and beginning of the step under way
+        self._timed: list[_Timed] = []  # whose seconds are not known yet
         self._fuser: Fuser | None = None
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
@@ -67,7 +76,7 @@ class WorkerSide:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
         try:
-            self._equipment = equip(self._vllm_config, self._kv_cache_config, self._settings, caches)
+            self._equipment = Equipment(self._vllm_config, self._kv_cache_config, self._settings, caches)
             self._begin_copying(self._equipment)
             self._refusal = None
         except RagKVError as error:
@@ -116,8 +125,8 @@ class WorkerSide:
         self._orders = orders
         self._steps += 1
         self._forward = None
-        if self._stopwatch is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
-            self._forward = orders.work, self._stopwatch.start()
+        if self._compute is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
+            self._forward = orders.work, self._compute.record()
 
     def carry_out(self) -> None:
         """Do what was ordered in this step, behind its forward; again: nothing but note what has ended."""
@@ -171,16 +180,16 @@ class WorkerSide:
         self._finishing |= orders.finishing
 
     def _forward_over(self) -> None:
-        if self._forward is not None and self._stopwatch is not None:
-            work, beginning = self._forward
-            self._timings.append(("prefills", work, self._stopwatch.stop(beginning)))
+        if self._forward is not None and self._compute is not None:
+            work, start = self._forward
+            self._timed.append(_Timed("prefills", work, Ticket(self._compute.record(), start)))
         self._forward = None
 
     def _fuse(self, fusion: Fusion, block_tokens: int) -> None:
         """Mend one request's moved tokens. Where that fails vLLM computes them."""
         self._received.add(fusion.request)
-        assert self._stopwatch is not None
-        beginning, started, began = self._stopwatch.start(), time.perf_counter(), time.time_ns()
+        assert self._compute is not None
+        start, started, began = self._compute.record(), time.perf_counter(), time.time_ns()
         try:
             if self._fuser is None:
                 raise FusionError("an order to fuse, and no way to")
@@ -191,9 +200,8 @@ class WorkerSide:
             self._report.unfused.add(fusion.request)
             self._note_time(fusion.timed, began, failed=True)
             return
-        timing = self._stopwatch.stop(beginning)
-        self._timings.append(("fusions", fusion.work, timing))
-        self._mended += [(fusion, began, timing)] if fusion.timed else []
+        ticket = Ticket(self._compute.record(), start)
+        self._timed.append(_Timed("fusions", fusion.work, ticket, fusion.timed, began))
         self._metrics.observe(m.FUSION_SECONDS, time.perf_counter() - started)
 
     def _collect(self) -> None:
@@ -203,18 +211,13 @@ class WorkerSide:
         for request in [each for each in self._finishing if not self._copier.stores_left(each)]:
             self._finishing.discard(request)
             self._sent.add(request)
-        unknown = []
-        for kind, tokens, timing in self._timings:
-            if (seconds := timing.seconds()) is None:
-                unknown.append((kind, tokens, timing))
+        timed, self._timed = self._timed, []
+        for each in timed:
+            if (seconds := each.ticket.seconds()) is None:
+                self._timed.append(each)
             else:
-                getattr(self._report, kind).append((tokens, seconds))
-        self._timings = unknown
-        for each in self._mended[:]:
-            fusion, began, timing = each
-            if timing.seconds() is not None:
-                self._note_time(fusion.timed, began, timing.seconds())
-                self._mended.remove(each)
+                getattr(self._report, each.kind).append((each.work, seconds))
+                self._note_time(each.number, each.began, seconds)
 
     def _end(self, running: Running) -> None:
         job = running.job
@@ -243,33 +246,26 @@ class WorkerSide:
             self._report.times[number] = began, ended, 1, failed
 
     def _begin_copying(self, made: Equipment) -> None:
-        self._stopwatch = Stopwatch(made.device)
-        geometry = made.shape.geometry
-        self._copier = Copier({}, made.page.page_tokens, geometry.token_bytes, made.step_bytes, self._faults)
+        self._compute, token_bytes = compute_stream(made.device), made.shape.geometry.token_bytes
+        most, page_tokens = step_bytes(self._settings, made.device), self._settings.memory.page_tokens
+        self._copier = Copier({}, page_tokens, token_bytes, most, self._faults)
         self._model = find_model(self._vllm_config)
         if self._model is not None:
             self._learn_model(self._model, made)
         self._equip_copier(made)
 
     def _equip_copier(self, made: Equipment) -> None:
-        movers = made.make_movers()
-        for mover in movers.values():
-            mover.turn = self._turn
-        self._copier.equip(movers)
-        made.say_memory(movers, TURN_DEVICE_BYTES if self._fuser is not None else 0)
+        self._copier.equip(made.make_movers(self._turn, TURN_DEVICE_BYTES if self._fuser is not None else 0))
 
     def _learn_model(self, model: Any, made: Equipment) -> None:
         """From now on moved tokens can be mended, if this model is of a kind that can be."""
         try:
             self._turn = make_turn(self._vllm_config, made.shape, model)
             self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, made.shape, model, made.caches)
-        except RagKVError as error:
-            self._no_fusion = str(error)
-        except Exception as error:  # an unknown model or backend may fail in any way
-            self._no_fusion = f"{type(error).__name__} while fusion was prepared: {error}"
-            logger.debug("ragkv: no fusion", exc_info=error)
-        else:
             self._no_fusion = None
+        except Exception as error:  # an unknown model or backend may fail in any way
+            self._no_fusion = in_words(error)
+            logger.debug("ragkv: no fusion", exc_info=error)
 
     @property
     def _rank(self) -> int:
@@ -289,7 +285,7 @@ class WorkerSide:
         if self._equipment is not None:
             try:
                 device = self._equipment.device
-                stream = None if device.type == "cpu" else make_streams(device).compute
+                stream = None if device.type == "cpu" else self._compute
                 self._sampler = Sampler(self._model, device, stream)
             except Exception as error:  # of memory, or a model of an unknown kind
                 logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))

@@ -1,14 +1,13 @@
-"""What becomes of each token of a prompt that fusion finds moved pieces of.
+"""What becomes of each token of a prompt in which fusion finds moved pieces.
 
-Exact, reused, recomputed (chosen among the moved, or in a gap between pieces), or left to the engine: every token
-is one of these. A plan that would take longer than plain prefill is declined, with the figures.
+A token is exact, reused, recomputed (chosen among the moved, or in a gap between pieces) or left to the engine. A
+plan that would take longer than plain prefill is declined, with the figures.
 """
 
 import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -24,19 +23,10 @@ Span = tuple[int, int]
 Run = tuple[Piece, ...]  # without a gap, and of one shift
 
 
-class Fate(Enum):
-    """What becomes of a token. The selection tells which of the moved are `REUSED` and which `RECOMPUTED`."""
-
-    EXACT = "exact"
-    REUSED = "reused"
-    RECOMPUTED = "recomputed"
-    ENGINE = "engine"
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tokens up to `exact` are had exactly; from there to `end`, `pieces` are moved, and `gaps`, which nobody
-    holds, recomputed; so are `budget` of the moved tokens. The engine computes what is behind `end`.
+    """Tokens up to `exact` are had exactly. From there to `end`, `pieces` are moved, and the gaps between them
+    recomputed; so are `budget` of the moved tokens. The engine computes what follows `end`.
 
     `work`: what the fusion computes, in tokens of prefill. `short`: pieces found but left out, for their runs are
     shorter than `min_tokens`.
@@ -45,7 +35,6 @@ class Plan:
     exact: int
     end: int
     pieces: tuple[Piece, ...]
-    gaps: tuple[Span, ...]
     budget: int
     work: float
     short: tuple[Piece, ...] = ()
@@ -54,23 +43,6 @@ class Plan:
     def moved(self) -> int:
         """Tokens of the pieces."""
         return sum(map(len, self.pieces))
-
-    def fates(self, length: int, chosen: Sequence[int]) -> list[Fate]:
-        """What becomes of each token of a prompt of `length` tokens, when the selection chose these positions.
-
-        ValueError: the prompt ends before the plan, or something is chosen that is not moved, or twice.
-        """
-        if length < self.end:
-            raise ValueError(f"plan: it ends at {self.end}, the prompt at {length}")
-        fates = [Fate.EXACT] * self.exact + [Fate.RECOMPUTED] * (self.end - self.exact)
-        fates += [Fate.ENGINE] * (length - self.end)
-        for piece in self.pieces:
-            fates[piece.start : piece.end] = [Fate.REUSED] * len(piece)
-        for position in chosen:
-            if not 0 <= position < length or fates[position] is not Fate.REUSED:
-                raise ValueError(f"plan: token {position} is chosen, but not moved, or chosen twice")
-            fates[position] = Fate.RECOMPUTED
-        return fates
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +194,8 @@ def _shift(runs: Sequence[Run], start: int, end: int) -> int:
 
 def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
     moved, end = sum(map(_size, runs)), runs[-1][-1].end
-    edges = [exact, *(edge for run in runs for edge in (run[0].start, run[-1].end))]
-    gaps = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < b)
     pieces, work = tuple(piece for run in runs for piece in run), _work(exact, end, moved, ratio, scoring)
-    return Plan(exact, end, pieces, gaps, _budget(moved, ratio), work, short)
+    return Plan(exact, end, pieces, _budget(moved, ratio), work, short)
 
 
 def _work(exact: int, end: int, moved: int, ratio: float, scoring: float) -> float:
