@@ -73,13 +73,13 @@ class EngineForward:
         ids = tokens[positions].astype(np.int32)
         if self._last is not None:
             self._last.synchronize()  # builders write into host buffers that the last forward's copies may read
-        sent = Packed([slots, positions, ids, begins, ends, np.repeat(table, len(runs), axis=0)], self._device)
-        on_device = Sent(*sent.on_device())
-        metadata = self._builder.build(0, self._common(lengths, begins, ends, on_device))
-        slot_mapping = dict.fromkeys(self._layers, on_device.slots)
+        packed = Packed([slots, positions, ids, begins, ends, np.repeat(table, len(runs), axis=0)], self._device)
+        sent = Sent(*packed.on_device())
+        metadata = self._builder.build(0, self._common(lengths, begins, ends, sent))
+        slot_mapping = dict.fromkeys(self._layers, sent.slots)
         try:
             with self._context(dict.fromkeys(self._layers, metadata), slot_mapping, len(ids)):
-                self._model(input_ids=on_device.ids, positions=on_device.positions)
+                self._model(input_ids=sent.ids, positions=sent.positions)
         finally:  # a watch may have ended it
             self._last = self._compute.record()
 
