@@ -55,15 +55,15 @@ class _Part:
 
 
 class Sampler:
-    """Of one worker, for `model` as it is now. `stream`: the accelerator's compute stream; None: a CPU, where an
-    answer is there at once. Keeps up to 2 KiB (for elements of two bytes) of the device's memory a tensor."""
+    """Of one worker, for `model` as it is now. `stream`: the device's compute stream. Keeps up to 2 KiB (for
+    elements of two bytes) of the device's memory a tensor."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, device: torch.device, stream: Stream | None) -> None:
-        self._device, self._stream = device, stream
+    def __init__(self, model: Any, device: torch.device, stream: Stream) -> None:
+        self._stream = stream
         self._rounds = 0
         self._due = 0  # parts of this round that have not had their turn
-        self._changed = False  # as far as the host knows
+        self._replaced = False  # some tensor is not where it was
         self._flag = torch.zeros((), dtype=torch.bool, device=device)
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._fetched: Event | None = None
@@ -71,9 +71,7 @@ class Sampler:
         count = len(places)
         self._parts = [_part(places[count * n // PARTS : count * (n + 1) // PARTS]) for n in range(PARTS)]
         self.tensors = count
-        self.bytes = sum(
-            known.nbytes for part in self._parts for _, known in part.passes[0]
-        )  # compared in a round
+        self.bytes = sum(known.nbytes for part in self._parts for _, known in part.passes[0])  # of a round
 
     def begin(self) -> None:
         """A round begins; one under way is given up."""
@@ -88,30 +86,24 @@ class Sampler:
             for _ in range(self._due if whole else 1):
                 self._compare(self._parts[PARTS - self._due])
                 self._due -= 1
-            if not self._due and self._stream is not None:
+            if not self._due:
                 self._stream.submit(self._fetch)
                 self._fetched = self._stream.record()
-                return False if self._changed else None
-            if self._changed:
+            if self._replaced:
                 return False
-            return True if not self._due else None
-        if self._fetched is not None and self._fetched.query():
-            self._fetched = None
-            return not self._changed and not bool(self._host)
-        return None
+        if self._fetched is None or not self._fetched.query():
+            return None
+        self._fetched = None
+        return not self._replaced and not bool(self._host)
 
     def _fetch(self) -> None:
         self._host.copy_(self._flag, non_blocking=True)
 
     def _compare(self, part: _Part) -> None:
-        self._changed = self._changed or any(place.replaced for place in part.places)
-        if self._changed:
+        self._replaced = self._replaced or any(place.replaced for place in part.places)
+        if self._replaced:  # the views show what is nobody's
             return
         groups, flag = part.passes[self._rounds % PASSES], self._flag
-        if self._stream is None:
-            with torch.no_grad():
-                self._changed = not all(torch.equal(_gather(views), known) for views, known in groups)
-            return
 
         @torch.no_grad()
         def work() -> None:

@@ -282,11 +282,9 @@ class WorkerSide:
         except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
             logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
             return None
-        if self._equipment is not None:
+        if self._equipment is not None and self._compute is not None:
             try:
-                device = self._equipment.device
-                stream = None if device.type == "cpu" else self._compute
-                self._sampler = Sampler(self._model, device, stream)
+                self._sampler = Sampler(self._model, self._equipment.device, self._compute)
             except Exception as error:  # of memory, or a model of an unknown kind
                 logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
         return found
