@@ -14,7 +14,7 @@ import numpy as np
 from hand_lanes import HandClock, HandCompletions, Recorded
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
 from ragkv.connectors.vllm.scheduler import SchedulerSide

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.preflight import read_token
 
 SECONDS = 5.0  # that a client may keep the server waiting

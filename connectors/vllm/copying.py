@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.protocol import Job, StepOrders
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Job, StepOrders
 from ragkv.connectors.vllm.streams import Ticket
 from ragkv.connectors.vllm.transfer import Mover, pieces
 from ragkv.errors import RagKVError

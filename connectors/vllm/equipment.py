@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.layout import probe
 from ragkv.connectors.vllm.pinning import pin

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.protocol import Indices, Run, TokenIds, positions_of, slots_of
+from ragkv.connectors.vllm.messages import Indices, Run, TokenIds, positions_of, slots_of
 from ragkv.connectors.vllm.streams import Event, Packed, compute_stream
 
 MOST_TOKENS = 2048  # of one forward: vLLM's memory profiling did not see it, so its activations must be small

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.errors import LayoutError

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ragkv.connectors.vllm.forward import EngineForward
+from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layers import LayerCache
-from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.rope import rotations
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.connectors.vllm.transfer import Prepare, Turn

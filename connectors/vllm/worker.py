@@ -14,12 +14,12 @@ import torch
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.equipment import Equipment
-from ragkv.connectors.vllm.faults import Faults, in_words, logger
+from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
+from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
+from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.model import find_model
-from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
-from ragkv.connectors.vllm.recompute import Fuser
 from ragkv.connectors.vllm.sampling import LONG_STEP, Sample, Sampler
 from ragkv.connectors.vllm.sizes import step_bytes
 from ragkv.connectors.vllm.streams import Event, Stream, Ticket, compute_stream

@@ -27,7 +27,7 @@ from ragkv.checks import (
 from ragkv.errors import RagKVError
 from ragkv.scrape import Snapshot, scrape
 
-TRYOUT = "ragkv.connectors.vllm.tryout"
+TRYOUT = "ragkv.connectors.vllm.doctor_probe"
 TRYOUT_SECONDS = 600.0
 DRIVER_SECONDS = 30.0
 DRIVER = ("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")

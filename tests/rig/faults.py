@@ -20,7 +20,7 @@ CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {
     "load": (f"{CONNECTOR}.transfer", "DirectMover", "load"),
     "store": (f"{CONNECTOR}.transfer", "DirectMover", "store"),
-    "fuse": (f"{CONNECTOR}.recompute", "Fuser", "fuse"),
+    "fuse": (f"{CONNECTOR}.fusion_worker", "Fuser", "fuse"),
     "lookup": (f"{CONNECTOR}.scheduler", "SchedulerSide", "lookup"),
     "allocated": (f"{CONNECTOR}.scheduler", "SchedulerSide", "allocated"),
     "orders": (f"{CONNECTOR}.scheduler", "SchedulerSide", "orders"),

@@ -19,7 +19,7 @@ from ragkv import checks, doctor
 from ragkv.benchmarks.redis_server import Server
 from ragkv.checks import check_disk, check_files, check_memory, check_redis, check_settings
 from ragkv.config import load
-from ragkv.connectors.vllm.tryout import TOKENS, judge_engine, judge_interface, judge_version
+from ragkv.connectors.vllm.doctor_probe import TOKENS, judge_engine, judge_interface, judge_version
 from ragkv.doctor import check_server, check_versions, check_vllm, examine
 from ragkv.kvstore.backing import Backing
 from ragkv.kvstore.stores.contract import Room

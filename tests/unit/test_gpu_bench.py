@@ -333,7 +333,7 @@ def test_what_is_broken_raises_once_and_is_counted(monkeypatch):
         def fuse(self, fusion):
             return fusion
 
-    monkeypatch.setattr("ragkv.connectors.vllm.recompute.Fuser", Fuser)
+    monkeypatch.setattr("ragkv.connectors.vllm.fusion_worker.Fuser", Fuser)
     gpu_workers.break_next(None, "fusion")
     with pytest.raises(OSError, match="injected"):
         Fuser().fuse(3)

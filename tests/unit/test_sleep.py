@@ -6,8 +6,8 @@ import pytest
 from ragkv.config import Settings
 from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.copying import Copier
-from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.protocol import Job, StepOrders
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Job, StepOrders
 from ragkv.connectors.vllm.streams import Event, Ticket
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.metrics import Metrics

@@ -20,7 +20,7 @@ from otlp_collector import OURS, collecting
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm import tracing
 from ragkv.connectors.vllm.compose import side_maker
-from ragkv.connectors.vllm.protocol import merge_times
+from ragkv.connectors.vllm.messages import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
 from ragkv.kvstore import metrics as m

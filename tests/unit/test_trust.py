@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hand_lanes import Lower
 from ragkv.connectors.vllm import calls
-from ragkv.connectors.vllm.protocol import Handshake, Question, StepOrders, StepReport
+from ragkv.connectors.vllm.messages import Handshake, Question, StepOrders, StepReport
 from ragkv.connectors.vllm.sampling import PARTS, Sample
 from ragkv.connectors.vllm.trust import OwnBlocks, Trust
 from ragkv.connectors.vllm.weights import Look, Rounds, WeightsWatch

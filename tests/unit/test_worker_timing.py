@@ -8,10 +8,10 @@ import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm import equipment
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layout import Geometry
-from ragkv.connectors.vllm.protocol import Job, StepOrders, StepReport
+from ragkv.connectors.vllm.messages import Job, StepOrders, StepReport
 from ragkv.connectors.vllm.streams import Ticket, compute_stream
 from ragkv.connectors.vllm.worker import LEAST_TOKENS, SOME_STEPS, WorkerSide
 from ragkv.kvstore import metrics as m

@@ -1,4 +1,4 @@
-"""The connector's border: what goes wrong inside becomes a miss, counted, and logged once with its cause."""
+"""The error boundary: an exception inside the connector becomes a miss, is counted, and logged once."""
 
 import functools
 import logging
@@ -41,7 +41,7 @@ def guarded(fallback: Callable[..., Any]) -> Callable[[F], F]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
-            except Exception as error:  # the border: a fault of ours must not fail a request
+            except Exception as error:  # the boundary: a fault of ours must not fail a request
                 self.faults.note(method.__name__, error)
                 return fallback(self, *args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 
 from ragkv.connectors.vllm.forward import EngineForward, watch
 from ragkv.connectors.vllm.layers import LayerCache, Layers, Slots
-from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
+from ragkv.connectors.vllm.messages import Fusion, Indices, positions_of, slots_of
 from ragkv.connectors.vllm.streams import Packed
 from ragkv.kvstore.fusion.selection import SELECTIONS, Look, deviation_scores, early_layer, query_scores
 

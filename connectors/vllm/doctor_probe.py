@@ -1,7 +1,7 @@
-"""Whether this vLLM can be served, found out by trying: its connector interface, and a small engine.
+"""The doctor's probe: tries whether this vLLM can be served, by its connector interface and a small engine.
 
-A program of its own, `python -m ragkv.connectors.vllm.tryout`, so that a crash is a finding too. Each finding is a
-line of JSON on standard output as soon as it is known; everything else goes to standard error.
+It is a program of its own, `python -m ragkv.connectors.vllm.doctor_probe`, so that a crash is a finding too. Each
+finding is a line of JSON on standard output as soon as it is known; everything else goes to standard error.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from ragkv.checks import Finding
 from ragkv.connectors.vllm import NAME
-from ragkv.connectors.vllm.faults import in_words, logger
+from ragkv.connectors.vllm.error_boundary import in_words, logger
 from ragkv.versions import NEWEST, OLDEST
 
 TOKENS = 300
