@@ -15,7 +15,7 @@ import torch
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.messages import Job, StepOrders
 from ragkv.connectors.vllm.streams import Ticket
-from ragkv.connectors.vllm.transfer import Mover, pieces
+from ragkv.connectors.vllm.transfer import Mover, job_slices
 from ragkv.errors import RagKVError
 
 
@@ -50,7 +50,7 @@ class Copier:
         for job in jobs:
             mover = self._movers.get(job.device)
             most = self._step_tokens if mover is None else min(self._step_tokens, mover.most_tokens)
-            left = deque(pieces(job.rows, self._page_tokens, most))
+            left = deque(job_slices(job.rows, self._page_tokens, most))
             self._queues[is_load].append(Running(job, is_load, time.time_ns(), left))
 
     def stores_left(self, request: str) -> bool:

@@ -11,7 +11,7 @@ from ragkv.connectors.vllm.layout import probe
 from ragkv.connectors.vllm.pinning import pin
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape
 from ragkv.connectors.vllm.tiles import RAW
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, Prepare, Tier, make_mover
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, PrepareRotation, Tier, make_mover
 from ragkv.kvstore.segment import Segment
 
 
@@ -38,7 +38,7 @@ class Equipment:
         self._pinning = pin(elements, page.page_bytes) if self.device.type == "cuda" else None
         self._tier = Tier(elements, geometry, page.page_tokens, self.shape.ranks, self.rank)
 
-    def make_movers(self, prepare: Prepare | None, fusion_bytes: int) -> dict[bool, Mover]:
+    def make_movers(self, prepare: PrepareRotation | None, fusion_bytes: int) -> dict[bool, Mover]:
         """Movers of the memory tier (False), and of a new and empty device tier (True), if there is to be one.
         `prepare`: what rotates keys that move, if anything can; `fusion_bytes`: that this takes of the device."""
         staging, page = self._settings.transfer.staging, self._page

@@ -58,7 +58,7 @@ class EngineForward:
 
     def batches(self, positions: Indices) -> Iterator[list[Run]]:
         """The runs of ascending positions, in batches that the engine can take."""
-        return batches(runs_of(positions), self._most_runs, self._most_tokens)
+        return batches(contiguous(positions), self._most_runs, self._most_tokens)
 
     def forward(self, tokens: TokenIds, runs: list[Run], blocks: Indices) -> None:
         """As `compute`, of one batch. The host waits for the forward before it, and for nothing else of ours."""
@@ -164,7 +164,7 @@ def watch(layers: Sequence[Any], seen: Callable[[int, Any], None], *, stop: bool
             handle.remove()
 
 
-def runs_of(positions: Indices) -> list[Run]:
+def contiguous(positions: Indices) -> list[Run]:
     """The contiguous runs of ascending positions."""
     if not len(positions):
         return []

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.fingerprint import fingerprint_model
+from ragkv.connectors.vllm.messages import Question, StepReport, WeightsLook, WeightsSample
 from ragkv.connectors.vllm.streams import Event, Stream
 from ragkv.connectors.vllm.tiles import RAW
 
@@ -19,15 +22,6 @@ PARTS = 32  # of a round: a step has less than 1% more to do
 PASSES = 8  # rounds until the same elements have their turn again
 LINES, LINE = 8, 16  # of a tensor in a round: so many runs of so many elements, spread over it
 LONG_STEP = 512  # tokens of a step which is so long that a whole round is nothing beside it
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A worker's answer. `number`: of the round; `same`: whether nothing differs from the last full look."""
-
-    number: int
-    rank: int
-    same: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +105,65 @@ class Sampler:
                 flag.logical_or_((_gather(views) != known).any())
 
         self._stream.submit(work)
+
+
+class WeightsObserver:
+    """What one worker sees of its model's weights, when the scheduler side asks. `model`: None where it is not
+    known; `rank`: the worker's. The rest is as for `Sampler`."""
+
+    def __init__(self, model: Any, device: torch.device, stream: Stream, rank: int, faults: Faults) -> None:
+        self._model, self._device, self._stream = model, device, stream
+        self._rank, self._faults = rank, faults
+        self._sampler: Sampler | None = None
+        self._round = 0  # under way
+
+    def observe(self, asked: Question, tokens: int, report: StepReport) -> None:
+        """A step begins, of so many `tokens`: look at the weights, or go on with a round of samples, and report
+        what is known. To be called before the forward, which computes by the weights that are seen here."""
+        if asked.look:
+            report.looks.append(WeightsLook(asked.look, self._rank, self.look()))
+            return
+        if asked.give_up:
+            self._round = 0
+        if asked.sample:
+            self._round = asked.sample
+            if self._sampler is not None:
+                self._sampler.begin()
+        same = self._go_on(whole=asked.at_once or not 0 < tokens < LONG_STEP) if self._round else None
+        if same is not None:
+            report.samples.append(WeightsSample(self._round, self._rank, same))
+            self._round = 0
+
+    def look(self) -> bytes | None:
+        """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
+        where that cannot be had."""
+        self._sampler, self._round = None, 0
+        if self._model is None:
+            return None
+        try:
+            found = fingerprint_model(self._model)
+        except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
+            logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
+            return None
+        try:
+            self._sampler = Sampler(self._model, self._device, self._stream)
+        except Exception as error:  # of memory, or a model of an unknown kind
+            logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
+        return found
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._model = self._sampler = None
+
+    def _go_on(self, *, whole: bool) -> bool | None:
+        """As `Sampler.go_on`. Without a sampler nothing can be found."""
+        if self._sampler is None:
+            return True
+        try:
+            return self._sampler.go_on(whole=whole)
+        except Exception as error:  # a tensor that is gone, or freed: not what it was
+            self._faults.note("weights", error)
+            return False
 
 
 def _places(model: Any, device: torch.device) -> Iterator[_Place]:

@@ -29,8 +29,9 @@ from ragkv.connectors.vllm.tiles import Scratch
 from ragkv.errors import FusionError
 
 Indices = npt.NDArray[np.int64]
-Turn = Callable[[range, torch.Tensor], torch.Tensor]  # layers, their raw keys [layers, tokens, ...]: rotated
-Prepare = Callable[[torch.Tensor], Turn]  # int64 [tokens] on the CPU, how far each moves: what turns their keys
+# Rotates raw keys [layers, tokens, ...] of some layers; and what prepares that for int64 [tokens] shifts:
+Rotate = Callable[[range, torch.Tensor], torch.Tensor]
+PrepareRotation = Callable[[torch.Tensor], Rotate]
 Kind = Literal["load", "store"]
 
 LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the bus's speed
@@ -75,15 +76,15 @@ class Tier:
 class Mover(ABC):
     """Copies between the engine's cache and one tier.
 
-    `most_tokens`: that one call should move; see `pieces`. `device_bytes`: the accelerator's memory that it takes
-    at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated.
+    `most_tokens`: that one call should move; see `job_slices`. `device_bytes`: the accelerator's memory that it
+    takes at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated.
     """
 
     most_tokens: int
     device_bytes: int
 
     def __init__(
-        self, caches: Sequence[LayerCache], tier: Tier, device: torch.device, prepare: Prepare | None
+        self, caches: Sequence[LayerCache], tier: Tier, device: torch.device, prepare: PrepareRotation | None
     ) -> None:
         """`prepare`: what prepares the rotation of keys that move; None where there is none."""
         self._layers, self._tier, self._device, self._prepare = Layers(caches), tier, device, prepare
@@ -120,7 +121,7 @@ class Mover(ABC):
             if len(given) and not 0 <= int(given.min()) <= int(given.max()) < most:
                 raise IndexError(f"{name} from {given.min()} to {given.max()}; there are {most}")
 
-    def _turn(self, shifts: torch.Tensor | None, part: slice | torch.Tensor) -> Turn | None:
+    def _rotate(self, shifts: torch.Tensor | None, part: slice | torch.Tensor) -> Rotate | None:
         """What rotates the keys of some tokens; None where they do not move."""
         if shifts is None:
             return None
@@ -129,7 +130,7 @@ class Mover(ABC):
         return self._prepare(shifts[part])
 
     @torch.inference_mode()  # as vLLM's steps are, in which its caches may have been made
-    def _scatter(self, source: torch.Tensor, packed: Packed, turn: Turn | None) -> None:
+    def _scatter(self, source: torch.Tensor, packed: Packed, turn: Rotate | None) -> None:
         """Write all layers of some tokens from their first rows in `source` on to their slots."""
         first, slots = packed.on_device()
         geometry, found = self._tier.geometry, self._layers.find(slots)
@@ -163,7 +164,7 @@ class DirectMover(Mover):
     """Copies within one device, in the order of its compute stream: between CPU tensors, or to a pool in the
     accelerator's own memory. So a copy is over for whatever is launched after it, and its ticket is done."""
 
-    def __init__(self, caches: Sequence[LayerCache], tier: Tier, prepare: Prepare | None = None) -> None:
+    def __init__(self, caches: Sequence[LayerCache], tier: Tier, prepare: PrepareRotation | None = None) -> None:
         super().__init__(caches, tier, tier.rows.device, prepare)
         self._stream = compute_stream(self._device)
         self._chunk = max(1, DIRECT_BYTES * len(self._layers.groups) // tier.geometry.token_bytes)
@@ -173,7 +174,7 @@ class DirectMover(Mover):
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
         start = Event()
         for part, packed in self._parts(rows, slots):
-            turn = self._turn(shifts, part)
+            turn = self._rotate(shifts, part)
             self._stream.submit(functools.partial(self._scatter, self._tier.rows, packed, turn))
         return self._done(start)
 
@@ -225,7 +226,7 @@ class StagedMover(Mover):
         staging_bytes: int,
         device: torch.device,
         streams: Streams,
-        prepare: Prepare | None = None,
+        prepare: PrepareRotation | None = None,
     ) -> None:
         super().__init__(caches, tier, device, prepare)
         self._streams, self._closed = streams, False
@@ -243,7 +244,7 @@ class StagedMover(Mover):
         stream.wait(self._streams.compute.record())  # forwards under way may still use these blocks
         start = stream.record()
         for batch in batches:
-            turn = self._turn(shifts, batch.part)
+            turn = self._rotate(shifts, batch.part)
             stream.submit(functools.partial(self._fetch, batch))
             stream.submit(functools.partial(self._scatter, self._staging[0], batch.packed, turn))
         return Ticket(stream.record(), start, batches)
@@ -271,7 +272,7 @@ class StagedMover(Mover):
                 stream.synchronize()
 
     def _batches(self, rows: torch.Tensor, slots: torch.Tensor) -> list[_Batch]:
-        """As many as it takes; one, where the call is one of `pieces` whose pages are full."""
+        """As many as it takes; one, where the call is one of `job_slices` whose pages are full."""
         self._check(rows, slots)
         tier, made, where = self._tier, [], rows.numpy()
         pages, places = np.unique(where // tier.page_tokens, return_inverse=True)
@@ -297,7 +298,11 @@ class StagedMover(Mover):
 
 
 def make_mover(
-    caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device, prepare: Prepare | None
+    caches: Sequence[LayerCache],
+    tier: Tier,
+    staging_bytes: int,
+    device: torch.device,
+    prepare: PrepareRotation | None,
 ) -> Mover:
     """The mover for the device that the cache lives on."""
     if device.type == "cpu":
@@ -306,7 +311,7 @@ def make_mover(
     return StagedMover(caches, tier, max(staging_bytes, least), device, make_streams(device), prepare)
 
 
-def pieces(rows: Indices, page_tokens: int, most: int) -> list[slice]:
+def job_slices(rows: Indices, page_tokens: int, most: int) -> list[slice]:
     """Consecutive slices of at most `most` tokens, cut only where the page changes; together they are all of
     `rows`. A page with more tokens than that is one slice."""
     edges = [0, *(np.flatnonzero(np.diff(rows // page_tokens)) + 1).tolist(), len(rows)]

@@ -8,21 +8,11 @@ until all have answered.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
-from ragkv.connectors.vllm.sampling import Sample
+from ragkv.connectors.vllm.messages import WeightsLook, WeightsSample
 
 Verdict = Literal["same", "changed", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A worker's answer. `number`: of the question; `fingerprint`: None where its model cannot be looked at."""
-
-    number: int
-    rank: int
-    fingerprint: bytes | None
 
 
 class WeightsWatch:
@@ -86,7 +76,7 @@ class WeightsWatch:
         self._asked, self._steps = self._number, 0
         return self._number
 
-    def hear(self, look: Look) -> Verdict | None:
+    def hear(self, look: WeightsLook) -> Verdict | None:
         """An answer; the verdict, once all ranks have given theirs to the last question."""
         if (self._settled and not self.blind) or look.number != self._number:
             return None
@@ -147,7 +137,7 @@ class Rounds:
         """A round under way confirms nothing."""
         self._open = False
 
-    def hear(self, sample: Sample) -> bool | None:
+    def hear(self, sample: WeightsSample) -> bool | None:
         """An answer. False: something differs; True: all ranks have found nothing in this round; None: neither."""
         if not self._open or sample.number != self._asked:
             return None

@@ -15,16 +15,14 @@ from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.equipment import Equipment
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
-from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
 from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.model import find_model
-from ragkv.connectors.vllm.sampling import LONG_STEP, Sample, Sampler
+from ragkv.connectors.vllm.sampling import WeightsObserver
 from ragkv.connectors.vllm.sizes import step_bytes
 from ragkv.connectors.vllm.streams import Event, Stream, Ticket, compute_stream
-from ragkv.connectors.vllm.transfer import Prepare
-from ragkv.connectors.vllm.weights import Look
+from ragkv.connectors.vllm.transfer import PrepareRotation
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
@@ -54,10 +52,8 @@ class WorkerSide:
         self._refusal: str | None = "the engine's caches were never registered"
         self._equipment: Equipment | None = None
         self._copier = Copier({}, 1, 1, 1, faults)
-        self._turn: Prepare | None = None  # rotates keys that move
-        self._model: Any = None
-        self._sampler: Sampler | None = None
-        self._round = 0  # of samples, under way
+        self._turn: PrepareRotation | None = None  # rotates keys that move
+        self._weights = WeightsObserver(None, torch.device("cpu"), Stream(), 0, faults)
         self._compute: Stream | None = None  # where the engine's forwards run
         self._forward: tuple[float, Event] | None = None  # work and beginning of the step under way
         self._timed: list[_Timed] = []  # whose seconds are not known yet
@@ -90,7 +86,9 @@ class WorkerSide:
         made = self._equipment
         if made is not None:
             try:
-                return Handshake(self._refusal, made.segment.identity, self._no_fusion, made.rank, self._look())
+                return Handshake(
+                    self._refusal, made.segment.identity, self._no_fusion, made.rank, self._weights.look()
+                )
             except Exception as error:  # of the system, or of a model of an unknown kind
                 self._refusal = in_words(error)
         return Handshake(self._refusal, None, self._no_fusion)
@@ -118,10 +116,7 @@ class WorkerSide:
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
         self.preempt(orders)
-        if orders.asked.look:  # before the forward: what it computes is of the weights that are seen here
-            self._report.looks.append(Look(orders.asked.look, self._rank, self._look()))
-        else:
-            self._take_samples(orders)
+        self._weights.observe(orders.asked, orders.tokens, self._report)
         self._orders = orders
         self._steps += 1
         self._forward = None
@@ -161,7 +156,8 @@ class WorkerSide:
     def close(self) -> None:
         """Let the memory tier go, once nothing is copied any more."""
         self._copier.equip({})
-        self._fuser = self._model = None
+        self._weights.close()
+        self._fuser = None
         if self._equipment is not None:
             self._equipment.close()
             self._equipment = None
@@ -249,9 +245,10 @@ class WorkerSide:
         self._compute, token_bytes = compute_stream(made.device), made.shape.geometry.token_bytes
         most, page_tokens = step_bytes(self._settings, made.device), self._settings.memory.page_tokens
         self._copier = Copier({}, page_tokens, token_bytes, most, self._faults)
-        self._model = find_model(self._vllm_config)
-        if self._model is not None:
-            self._learn_model(self._model, made)
+        model = find_model(self._vllm_config)
+        self._weights = WeightsObserver(model, made.device, self._compute, made.rank, self._faults)
+        if model is not None:
+            self._learn_model(model, made)
         self._equip_copier(made)
 
     def _equip_copier(self, made: Equipment) -> None:
@@ -266,46 +263,3 @@ class WorkerSide:
         except Exception as error:  # an unknown model or backend may fail in any way
             self._no_fusion = in_words(error)
             logger.debug("ragkv: no fusion", exc_info=error)
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self._equipment is None else self._equipment.rank
-
-    def _look(self) -> bytes | None:
-        """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
-        where that cannot be had."""
-        self._sampler, self._round = None, 0
-        if self._model is None:
-            return None
-        try:
-            found = fingerprint_model(self._model)
-        except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
-            logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
-            return None
-        if self._equipment is not None and self._compute is not None:
-            try:
-                self._sampler = Sampler(self._model, self._equipment.device, self._compute)
-            except Exception as error:  # of memory, or a model of an unknown kind
-                logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
-        return found
-
-    def _take_samples(self, orders: StepOrders) -> None:
-        """Go on with a round of samples. Without a sampler nothing can be found."""
-        if orders.asked.give_up:
-            self._round = 0
-        if orders.asked.sample:
-            self._round = orders.asked.sample
-            if self._sampler is not None:
-                self._sampler.begin()
-        if not self._round:
-            return
-        same: bool | None = True
-        if self._sampler is not None:
-            try:
-                same = self._sampler.go_on(whole=orders.asked.at_once or not 0 < orders.tokens < LONG_STEP)
-            except Exception as error:  # a tensor that is gone, or freed: not what it was
-                self._faults.note("weights", error)
-                same = False
-        if same is not None:
-            self._report.samples.append(Sample(self._round, self._rank, same))
-            self._round = 0

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from ragkv.kvstore.fusion.matching import Piece
+from ragkv.kvstore.fusion.selection import Run
 from ragkv.kvstore.gate import Gate
 
 REUSED, MOVED, MISSING = "reused", "moved", "missing"
@@ -19,8 +20,7 @@ TOO_SHORT, DECLINED, UNSUPPORTED = "too_short", "declined", "unsupported"
 KINDS = (REUSED, MOVED, MISSING, TOO_SHORT, DECLINED, UNSUPPORTED)
 MOST_RUNS = 64  # are told of, and of a document looked at
 
-Span = tuple[int, int]
-Run = tuple[Piece, ...]  # without a gap, and of one shift
+Joined = tuple[Piece, ...]  # without a gap, and of one shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class Declined:
     short: tuple[Piece, ...] = ()
 
 
-def runs_of(pieces: Sequence[Piece]) -> list[Span]:
+def runs_of(pieces: Sequence[Piece]) -> list[Run]:
     """Where ascending, disjoint pieces stand in a prompt: one span for what lies side by side and moves alike."""
-    return [(run[0].start, run[-1].end) for run in _runs(pieces)]
+    return [(run[0].start, run[-1].end) for run in _joined(pieces)]
 
 
 def make_plan(
@@ -71,7 +71,7 @@ def make_plan(
     """
     if pieces and not exact <= pieces[0].start < pieces[-1].end <= limit:
         raise ValueError(f"plan: pieces from {pieces[0].start} to {pieces[-1].end}, not in {exact} to {limit}")
-    found = _runs(pieces)
+    found = _joined(pieces)
     runs = [run for run in found if _size(run) >= min_tokens]
     short = tuple(piece for run in found if _size(run) < min_tokens for piece in run)
     if not runs:
@@ -147,7 +147,7 @@ def decisions(
     """
     spans = documents or [("", start, end) for start, end in runs_of(pieces)[:MOST_RUNS]]
     moved = outcome.pieces if isinstance(outcome, Plan) else ()
-    told = _Told(exact, Cover(pieces), Cover(moved), Cover(outcome.short), _runs(moved), outcome)
+    told = _Told(exact, Cover(pieces), Cover(moved), Cover(outcome.short), _joined(moved), outcome)
     return [_decide(name, start, end, told) for name, start, end in spans]
 
 
@@ -158,7 +158,7 @@ class _Told(NamedTuple):
     found: Cover
     moved: Cover
     short: Cover
-    runs: list[Run]
+    runs: list[Joined]
     outcome: Plan | Declined
 
 
@@ -180,7 +180,7 @@ def _decide(name: str, start: int, end: int, told: _Told) -> Decision:
     return Decision(name, start, end, DECLINED, reason=behind)
 
 
-def _shift(runs: Sequence[Run], start: int, end: int) -> int:
+def _shift(runs: Sequence[Joined], start: int, end: int) -> int:
     """By how much most tokens of a span are moved, as far as its first `MOST_RUNS` runs tell."""
     moved: dict[int, int] = {}
     first = bisect.bisect_right(runs, start, key=lambda run: run[-1].end)
@@ -192,7 +192,7 @@ def _shift(runs: Sequence[Run], start: int, end: int) -> int:
     return max(moved, key=lambda shift: moved[shift])
 
 
-def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
+def _planned(exact: int, runs: Sequence[Joined], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
     moved, end = sum(map(_size, runs)), runs[-1][-1].end
     pieces, work = tuple(piece for run in runs for piece in run), _work(exact, end, moved, ratio, scoring)
     return Plan(exact, end, pieces, _budget(moved, ratio), work, short)
@@ -206,10 +206,10 @@ def _budget(moved: int, ratio: float) -> int:
     return min(moved, math.ceil(ratio * moved - 1e-6))  # of 100, 0.07 is 7, though 0.07 * 100 is a little more
 
 
-def _runs(pieces: Sequence[Piece]) -> list[Run]:
+def _joined(pieces: Sequence[Piece]) -> list[Joined]:
     cuts = [index for index, (a, b) in enumerate(pairwise(pieces), 1) if a.end != b.start or a.shift != b.shift]
     return [tuple(pieces[start:end]) for start, end in pairwise([0, *cuts, len(pieces)]) if start < end]
 
 
-def _size(run: Run) -> int:
+def _size(run: Joined) -> int:
     return run[-1].end - run[0].start

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
-from ragkv.connectors.vllm.sampling import LINE, LINES, PARTS, PASSES, Sample, Sampler
+from ragkv.connectors.vllm.messages import WeightsSample
+from ragkv.connectors.vllm.sampling import LINE, LINES, PARTS, PASSES, Sampler
 from ragkv.connectors.vllm.streams import Stream
 from ragkv.connectors.vllm.weights import Rounds
 from simulated_device import SimulatedStreams
@@ -50,7 +51,7 @@ def steps_until_found(sampler, rounds, most=BOUND, change=None, tokens=1):
             sampler.begin()
         same = sampler.go_on(whole=False)
         if same is not None:
-            rounds.hear(Sample(begun, 0, same))
+            rounds.hear(WeightsSample(begun, 0, same))
         if same is False:
             return step
     return None

@@ -13,7 +13,7 @@ from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.streams import Ticket, make_streams
 from ragkv.connectors.vllm.tiles import RAW
-from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, make_mover, pieces
+from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, job_slices, make_mover
 from ragkv.errors import FusionError
 from simulated_device import SimulatedStreams
 
@@ -288,7 +288,7 @@ def test_a_ticket_keeps_what_is_read_until_the_copy_is_over():
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 7))), st.integers(1, 20))
 def test_pieces_are_cut_between_pages_and_as_large_as_may_be(pages, most):
     rows = np.array([page * 7 + offset for page, size in pages for offset in range(size)], dtype=np.int64)
-    found = pieces(rows, 7, most)
+    found = job_slices(rows, 7, most)
     assert [row for part in found for row in rows[part].tolist()] == rows.tolist()
     assert all(part.start == before.stop for before, part in itertools.pairwise(found))
     for number, part in enumerate(found):
