@@ -27,32 +27,28 @@ class WeightsWatch:
         self._known = combine(first) is not None
         self._number = self._asked = self._steps = self._lost = 0
         self._answers: dict[int, bytes | None] = {}
-        self._settled, self._wanted, self._suspected = True, False, False
+        self.settled = True  # no answer is awaited; else requests wait
+        self._awake = True  # the weights have memory: they may be looked at
         self.blind = False  # weights that were known cannot be looked at now: nothing must be reused or kept
         self.current: bytes | None = combine(first)  # the fingerprint of all ranks
-
-    @property
-    def settled(self) -> bool:
-        """Whether no answer is awaited; else requests wait."""
-        return self._settled
 
     def doubt(self) -> None:
         """vLLM has reset the connector: the weights may change until the next forward. What is under way to an
         earlier question counts no more."""
-        self._settled = self._wanted = self._suspected = False
+        self.settled = self._awake = False
         self._lost = 0
         self.ask_again()
 
     def suspect(self) -> None:
         """The weights may have changed already: they are looked at in the next step. (But not where vLLM has reset
         the connector and no request came since: it may be asleep, and they have no memory.)"""
-        awake = self._settled or self._suspected or self._wanted
+        awake = self._awake
         self.doubt()
-        self._suspected = awake
+        self._awake = awake
 
     def want(self) -> None:
         """A request waits for the answer."""
-        self._wanted = True
+        self._awake = True
 
     def ask_again(self) -> None:
         """What was asked last may never have come to the workers."""
@@ -62,7 +58,7 @@ class WeightsWatch:
     def question(self) -> int:
         """The number under which the workers shall look now; 0: they need not. (After a reset they may not have
         been changed yet where no request waits.)"""
-        if self._settled and not self.blind:
+        if self.settled and not self.blind:
             return 0
         self._steps += 1
         if self._asked == self._number and self._steps > self.LOST:
@@ -70,7 +66,7 @@ class WeightsWatch:
             self._lost += 1
             if self._lost >= self.TRIES:
                 self._give_up()
-        due = self._steps > self.LOST if self._settled else self._wanted or self._suspected
+        due = self._steps > self.LOST if self.settled else self._awake
         if not due or self._asked == self._number:
             return 0
         self._asked, self._steps = self._number, 0
@@ -78,7 +74,7 @@ class WeightsWatch:
 
     def hear(self, look: WeightsLook) -> Verdict | None:
         """An answer; the verdict, once all ranks have given theirs to the last question."""
-        if (self._settled and not self.blind) or look.number != self._number:
+        if (self.settled and not self.blind) or look.number != self._number:
             return None
         self._answers[look.rank] = look.fingerprint
         if len(self._answers) < self._ranks:
@@ -88,13 +84,13 @@ class WeightsWatch:
             self._give_up()
             self.blind = self._known  # else there is nothing to wait for
             return "unknown"
-        self._settled, self.blind = True, False
+        self.settled, self._awake, self.blind = True, True, False
         before, self.current = self.current, now
         return "same" if before == now else "changed"
 
     def _give_up(self) -> None:
         """Nobody knows the weights: nothing is the same as they, and nobody waits."""
-        self._settled = self.blind = True
+        self.settled = self._awake = self.blind = True
         self.current = None
         self._steps = 0
         self.ask_again()
