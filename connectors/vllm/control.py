@@ -94,7 +94,7 @@ class _Server(HTTPServer):
     token: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, or was too slow: nobody's trouble."""
+        """A client that went away, or was too slow: not worth a line."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -51,7 +51,7 @@ def guarded(fallback: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, in one line; of one that nobody foresaw its kind too."""
+    """An error's text in one line; of an error that is not ours, with its type."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, RagKVError) else f"{type(error).__name__}: {text}"
 

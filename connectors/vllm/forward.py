@@ -45,7 +45,7 @@ class EngineForward:
         self._most_runs = scheduler.max_num_seqs
         self._most_tokens = min(scheduler.max_num_batched_tokens, MOST_TOKENS)
         self._compute = compute_stream(device)
-        self._last: Event | None = None  # behind the last forward
+        self._last: Event | None = None  # after the last forward
 
     def compute(self, tokens: TokenIds, positions: Indices, blocks: Indices) -> None:
         """Compute K and V of the tokens at `positions` (ascending) and put them into the request's `blocks`.
@@ -176,7 +176,7 @@ def contiguous(positions: Indices) -> list[Run]:
 
 def batches(runs: list[Run], most_runs: int, most_tokens: int) -> Iterator[list[Run]]:
     """Ascending runs in batches of at most so many runs and tokens; long runs are cut. In this order it is the
-    same as all at once: nothing attends to what comes behind it."""
+    same as all at once: no token attends to later ones."""
     batch: list[Run] = []
     room = most_tokens
     for start, end in runs:

@@ -83,8 +83,8 @@ class Fuser:
         return torch.cat(scores)
 
     def _question(self, fusion: Fusion, moved: Indices) -> torch.Tensor:
-        """How much the question attends to each moved token, among all before it. It is run right behind them, in
-        the places of tokens that are computed afterwards."""
+        """How much the question attends to each moved token, among all before it. It is computed at the positions
+        right after them; the tokens that belong there are computed later."""
         before = slots_of(fusion.blocks, np.arange(fusion.asked, dtype=np.int64), self._block_tokens)
         tokens = np.concatenate([fusion.tokens[: fusion.asked], fusion.question])
         device = self._layers[0].kv_cache.device

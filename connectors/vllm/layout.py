@@ -1,9 +1,9 @@
-"""Where the engine keeps K and V: found by writing known tokens and looking where they went.
+"""The probe: finds where the engine keeps K and V, by writing known tokens and reading the cache.
 
-vLLM's attention backends agree on one thing only: `impl.do_kv_cache_update(layer, key, value, cache, slots)`
-writes token-major K and V. `probe` writes zeros and ones through it into blocks that nobody uses yet, in as
-many rounds as an element's number has bits, and so learns the number of the element behind every address.
-What it learns must be a bijection, the same in every layer and in another block, or the layout is refused.
+vLLM's attention backends have one thing in common: `impl.do_kv_cache_update(layer, key, value, cache, slots)`
+writes token-major K and V. `probe` writes zeros and ones through it into unused blocks, in as many rounds as an
+element's number has bits, and so learns which element lies at every address. The result must be a bijection, the
+same in every layer and in another block; otherwise the layout is refused.
 """
 
 from dataclasses import dataclass

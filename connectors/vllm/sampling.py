@@ -95,7 +95,7 @@ class Sampler:
 
     def _compare(self, part: _Part) -> None:
         self._replaced = self._replaced or any(place.replaced for place in part.places)
-        if self._replaced:  # the views show what is nobody's
+        if self._replaced:  # the views show memory that no module uses
             return
         groups, flag = part.passes[self._rounds % PASSES], self._flag
 

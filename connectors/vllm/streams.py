@@ -62,7 +62,7 @@ class Stream:
         work()
 
     def record(self) -> Event:
-        """The point behind all that was submitted so far."""
+        """The point after all that was submitted so far."""
         return Event()
 
     def wait(self, event: Event) -> None:

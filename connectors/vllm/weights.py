@@ -20,7 +20,7 @@ class WeightsWatch:
     known: then weights can never be told apart, and every doubt ends in "unknown"."""
 
     LOST = 1024  # steps after which an answer will not come any more, or a look that failed is tried again
-    TRIES = 3  # answers that did not come, after which nobody waits any more
+    TRIES = 3  # lost answers, after which requests wait no longer
 
     def __init__(self, first: Mapping[int, bytes | None]) -> None:
         self._ranks = len(first)
@@ -89,7 +89,7 @@ class WeightsWatch:
         return "same" if before == now else "changed"
 
     def _give_up(self) -> None:
-        """Nobody knows the weights: nothing is the same as they, and nobody waits."""
+        """The weights cannot be known: nothing kept is of them, and no request waits."""
         self.settled = self._awake = self.blind = True
         self.current = None
         self._steps = 0

@@ -1,8 +1,8 @@
 """The worker side: moves bytes between the engine's paged cache and the memory tier, as ordered.
 
-Loads are for requests that wait for them: what fails is told before the request has run, and vLLM computes it.
-Everything of a step is carried out once, behind its forward, by whichever of `wait_for_save` and `get_finished`
-vLLM calls first: what it calls in a step without a forward, and in which order, differs between its versions.
+Requests wait for their loads: a failed load is reported before the request has run, and vLLM computes it. The
+orders of a step are carried out once, after its forward, by the first of `wait_for_save` and `get_finished` that
+vLLM calls: which of them it calls in a step without a forward, and in which order, differs between its versions.
 """
 
 import time
@@ -42,7 +42,7 @@ class _Timed(NamedTuple):
 
 
 class WorkerSide:
-    """One worker's hands. Made before the caches exist; `register` proves their layout or gives up reuse."""
+    """One worker. It is made before the caches exist; `register` proves their layout or refuses reuse."""
 
     def __init__(
         self, vllm_config: Any, kv_cache_config: Any, settings: Settings, metrics: Metrics, faults: Faults
@@ -124,7 +124,8 @@ class WorkerSide:
             self._forward = orders.work, self._compute.record()
 
     def carry_out(self) -> None:
-        """Do what was ordered in this step, behind its forward; again: nothing but note what has ended."""
+        """Carry out the orders of this step, after its forward. A second call only notes which copies have
+        ended."""
         orders, self._orders = self._orders, None
         if orders is not None:
             self._forward_over()
@@ -154,7 +155,7 @@ class WorkerSide:
         return invalid
 
     def close(self) -> None:
-        """Let the memory tier go, once nothing is copied any more."""
+        """Wait for all copies, then close the memory tier."""
         self._copier.equip({})
         self._weights.close()
         self._fuser = None
@@ -236,7 +237,7 @@ class WorkerSide:
                 self._received.add(job.request)
 
     def _note_time(self, number: int, began: int, seconds: float | None = None, *, failed: bool = False) -> None:
-        """Report when something ended: as the device has timed it, else now. Number 0: nobody wants to know."""
+        """Report when something ended: by the device's clock if it is known, else now. Number 0: not traced."""
         if number:
             ended = time.time_ns() if seconds is None else began + round(seconds * 1e9)
             self._report.times[number] = began, ended, 1, failed

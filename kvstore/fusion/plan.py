@@ -55,7 +55,7 @@ class Declined:
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Run]:
-    """Where ascending, disjoint pieces stand in a prompt: one span for what lies side by side and moves alike."""
+    """The runs of ascending, disjoint pieces: adjacent pieces of one shift are one run."""
     return [(run[0].start, run[-1].end) for run in _joined(pieces)]
 
 
@@ -66,8 +66,8 @@ def make_plan(
 
     `ratio`: of the moved tokens, the part that is recomputed. `scoring`: what the selection's look costs for each
     token between `exact` and the plan's end, as a part of that token's prefill (deviation at the first layers:
-    about 1.5 / layers; selections that look at nothing: 0). Where the gate knows what things cost, the plan ends
-    behind the run with which it saves the most; else behind the last. ValueError: pieces beyond the bounds.
+    about 1.5 / layers; selections that look at nothing: 0). Where the gate knows the costs, the plan ends after
+    the run with which it saves the most; else after the last. ValueError: pieces beyond the bounds.
     """
     if pieces and not exact <= pieces[0].start < pieces[-1].end <= limit:
         raise ValueError(f"plan: pieces from {pieces[0].start} to {pieces[-1].end}, not in {exact} to {limit}")
