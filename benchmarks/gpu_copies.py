@@ -13,7 +13,7 @@ from ragkv.benchmarks.gpu_judge import Check, judge_bandwidth, judge_copies
 from ragkv.connectors.vllm.layout import Geometry, probe
 from ragkv.connectors.vllm.pinning import Pinning, Runtime, find_runtime, pin
 from ragkv.connectors.vllm.streams import Streams
-from ragkv.connectors.vllm.transfer import StagedMover, Tier, pieces
+from ragkv.connectors.vllm.transfer import StagedMover, Tier, job_slices
 from ragkv.errors import LayoutError, SegmentError
 from ragkv.kvstore.segment import Segment
 
@@ -141,7 +141,7 @@ class World:
 
     def move(self, kind: str, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """In pieces, as the worker does."""
-        for part in pieces(rows.numpy(), self.sizes.page_tokens, self.mover.most_tokens):
+        for part in job_slices(rows.numpy(), self.sizes.page_tokens, self.mover.most_tokens):
             getattr(self.mover, kind)(rows[part], slots[part])
 
     def _fill(self, number: int) -> None:

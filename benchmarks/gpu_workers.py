@@ -179,7 +179,7 @@ def _place(kind: str) -> tuple[Any, str]:
         from ragkv.connectors.vllm.transfer import DirectMover, StagedMover
 
         return (StagedMover if torch.cuda.is_available() else DirectMover), "load"
-    from ragkv.connectors.vllm.recompute import Fuser
+    from ragkv.connectors.vllm.fusion_worker import Fuser
 
     return Fuser, "fuse"
 

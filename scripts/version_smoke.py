@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.internal.fusion_measure import ask as ask_with_hints
-from ragkv.connectors.vllm.tryout import MODEL
+from ragkv.connectors.vllm.doctor_probe import MODEL
 
 LENGTH = 700
 

@@ -8,7 +8,7 @@ import torch
 
 from ragkv.benchmarks.engine import descendants
 from ragkv.benchmarks.tenk import generate_filing, load_filings
-from ragkv.connectors.vllm.layout import RAW
+from ragkv.connectors.vllm.tiles import RAW
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_FILINGS = ROOT.parent / "shared" / "data" / "filings"

@@ -10,7 +10,8 @@ from itertools import count
 
 import torch
 
-from ragkv.connectors.vllm.layout import Geometry, LayerCache
+from ragkv.connectors.vllm.layers import LayerCache
+from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.transfer import StagedMover, Tier
 from simulated_device import SimulatedStreams, TamperedStreams
 

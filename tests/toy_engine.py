@@ -14,7 +14,7 @@ import numpy as np
 from hand_lanes import HandClock, HandCompletions, Recorded
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
 from ragkv.connectors.vllm.scheduler import SchedulerSide
@@ -28,7 +28,7 @@ from ragkv.kvstore.placement import Placement
 from ragkv.policies import Prioritized, make_policy
 from toy_blocks import Blocks
 from toy_vllm import BLOCK, BREAK, MAX, MIN, Request, Scheduler, mix, text
-from toy_worker import LAYERS, PAGE, Fuser, MemoryRows, Mover, Stopwatch
+from toy_worker import LAYERS, PAGE, Compute, Fuser, MemoryRows, Mover
 
 __all__ = ["BLOCK", "BREAK", "MAX", "MIN", "PAGE", "Engine", "Request", "closing", "mix", "text"]
 
@@ -117,7 +117,7 @@ class Engine(Scheduler):
         cache, fails = np.full(blocks * BLOCK, -1), set()
         memory = Mover(cache, MemoryRows(buffer, self.sizes[2], rank), fails)
         worker._copier = Copier(self._movers(memory), PAGE, 1, self.step_tokens, self.faults)
-        worker._stopwatch = Stopwatch()
+        worker._compute = Compute()
         worker._fuser = Fuser(cache, fails, BLOCK, mix)
         return worker
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from ragkv.connectors.vllm.timing import Timing
-from ragkv.connectors.vllm.transfer import Done
+from ragkv.connectors.vllm.streams import Event, Ticket
 
 PAGE, LAYERS = 4, 2
 HALF = (1 << 31) - 1
@@ -37,7 +36,7 @@ class Mover:
         """Nothing runs late."""
 
     def ordered(self, kind):
-        return Done()
+        return Ticket(Event())
 
     def close(self):
         """Nothing runs late."""
@@ -45,12 +44,12 @@ class Mover:
     def load(self, rows, slots, shifts=None):
         self._fail("load", self.cache, slots)
         self.cache[slots.numpy()] = self.tier[rows.numpy()]
-        return Done()
+        return Ticket(Event())
 
     def store(self, rows, slots):
         self._fail("store", self.tier, rows)
         self.tier[rows.numpy()] = self.cache[slots.numpy()]
-        return Done()
+        return Ticket(Event())
 
     def _fail(self, kind, target, places):
         if kind in self.fails:
@@ -86,13 +85,29 @@ class Fuser:
         self.fused.append(fusion)
 
 
-class Stopwatch:
-    """Finds that everything takes `seconds`."""
+class Took:
+    """An event that was reached so many seconds after whatever it is asked about."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def query(self):
+        return True
+
+    def since(self, start):
+        return self.seconds
+
+
+class Compute:
+    """A compute stream that takes `seconds` for everything; None: it never comes to an end."""
 
     seconds = 0.0
 
-    def start(self):
-        return None
+    def record(self):
+        return self
 
-    def stop(self, beginning):
-        return Timing(lambda: self.seconds)
+    def query(self):
+        return self.seconds is not None
+
+    def since(self, start):
+        return self.seconds

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from engine_config import caches, config, spec
 from ragkv.connectors.vllm import NAME, lifecycle
 from ragkv.connectors.vllm.connector import RagKVConnector
-from ragkv.connectors.vllm.protocol import StepOrders
+from ragkv.connectors.vllm.messages import StepOrders
 from ragkv.kvstore import segment
 
 HEADS, DIM, LAYERS, BLOCKS, TOKENS = 3, 6, 3, 5, 4

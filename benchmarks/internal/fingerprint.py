@@ -14,6 +14,7 @@ from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import median_seconds, write_json
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.sampling import PARTS, Sampler
+from ragkv.connectors.vllm.streams import Stream
 from ragkv.connectors.vllm.weights import Rounds
 
 LOOKS, REPEATS = 5, 40
@@ -34,7 +35,7 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
     tensors = list(model.buffers())
     matrices = [tensor for tensor in tensors if tensor.dim() == 2]
     vectors = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices]
-    sampler = Sampler(model, torch.device("cpu"), None)
+    sampler = Sampler(model, torch.device("cpu"), Stream())
 
     def step() -> None:
         for matrix, vector in zip(matrices, vectors, strict=True):

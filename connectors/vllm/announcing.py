@@ -5,7 +5,7 @@ import vllm
 import ragkv
 from ragkv.config import Settings
 from ragkv.config.settings import rough_size
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.kvstore.placement import Placement
 from ragkv.kvstore.stores.redis_url import parse_location
 from ragkv.kvstore.tier import StoreTier

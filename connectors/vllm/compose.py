@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import Faults, in_words, logger
+from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages
 from ragkv.connectors.vllm.tracking import Recorder

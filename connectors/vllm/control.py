@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.preflight import read_token
 
 SECONDS = 5.0  # that a client may keep the server waiting
@@ -94,7 +94,7 @@ class _Server(HTTPServer):
     token: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, or was too slow: nobody's trouble."""
+        """A client that went away, or was too slow: not worth a line."""
 
 
 class _Handler(BaseHTTPRequestHandler):

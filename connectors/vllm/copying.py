@@ -1,7 +1,7 @@
-"""Copies on a worker: jobs are queued, and carried out in pieces, so many bytes a step while others compute.
+"""Copies on a worker: jobs are queued and copied in slices, a bounded number of bytes a step while others compute.
 
-A piece is ordered and not waited for; its ticket says when it is over. A job is over when all its pieces are, and
-a failed one when nothing of it runs any more: only then may its pages and blocks be given to others.
+A slice is ordered and not waited for; its ticket says when it is over. A job is over when all its slices are. A
+failed job is over when none of its slices runs any more: only then may its pages and blocks be given to others.
 """
 
 import time
@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.protocol import Job, StepOrders
-from ragkv.connectors.vllm.transfer import Mover, Ticket, pieces
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Job, StepOrders
+from ragkv.connectors.vllm.streams import Ticket
+from ragkv.connectors.vllm.transfer import Mover, job_slices
 from ragkv.errors import RagKVError
 
 
 @dataclass(eq=False, slots=True)
 class Running:
-    """A job that was ordered. `began`: ns since 1970; `seconds`: that its ended pieces took, if known."""
+    """A job that was ordered. `began`: ns since 1970; `seconds`: that its ended slices took, if known."""
 
     job: Job
     is_load: bool
@@ -49,7 +50,7 @@ class Copier:
         for job in jobs:
             mover = self._movers.get(job.device)
             most = self._step_tokens if mover is None else min(self._step_tokens, mover.most_tokens)
-            left = deque(pieces(job.rows, self._page_tokens, most))
+            left = deque(job_slices(job.rows, self._page_tokens, most))
             self._queues[is_load].append(Running(job, is_load, time.time_ns(), left))
 
     def stores_left(self, request: str) -> bool:
@@ -64,8 +65,7 @@ class Copier:
                 each.left.clear()
 
     def flush(self, requests: set[str]) -> None:
-        """Order at once what is left of some requests' stores: what the forward does next to their blocks comes
-        after it."""
+        """Order the rest of some requests' stores at once, so that later forwards write their blocks after it."""
         for each in list(self._queues[False]):
             if each.job.request in requests:
                 self._queues[False].remove(each)
@@ -76,7 +76,7 @@ class Copier:
             mover.fence_stores()
 
     def carry_out(self, orders: StepOrders) -> None:
-        """Order the pieces of this step: loads first, and at least one piece of a store."""
+        """Order the slices of this step: loads first, and at least one slice of a store."""
         budget = self._step_tokens
         for is_load in (True, False):
             queue, first = self._queues[is_load], not is_load
@@ -115,12 +115,12 @@ class Copier:
 
     @staticmethod
     def _shared(each: Running, orders: StepOrders) -> bool:
-        """Whether somebody else's tokens are computed in this step."""
+        """Whether tokens of other requests are computed in this step."""
         return bool(orders.tokens) and (each.is_load or each.job.request != orders.alone)
 
     def _order(self, each: Running, *, whole: bool) -> int:
-        """Order the next piece of a job, or the `whole` rest at once; its tokens. Where that fails the job has
-        failed."""
+        """Order the next slice of a job, or the `whole` rest at once; returns its tokens. If that raises, the job
+        has failed."""
         part, job = each.left.popleft(), each.job
         if whole and each.left:
             part = slice(part.start, each.left[-1].stop)

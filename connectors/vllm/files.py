@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,8 +84,3 @@ def _meaning(text: bytes) -> bytes:
         return text
     kept = {key: value for key, value in config.items() if key not in NOT_THE_ADAPTER}
     return json.dumps(kept, sort_keys=True).encode()
-
-
-def random_name() -> str:
-    """A name that nothing else has."""
-    return os.urandom(16).hex()

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ragkv.connectors.vllm.protocol import Indices, Run, TokenIds, positions_of, slots_of
-from ragkv.connectors.vllm.streams import Event, Packed, Stream, make_streams
+from ragkv.connectors.vllm.messages import Indices, Run, TokenIds, positions_of, slots_of
+from ragkv.connectors.vllm.streams import Event, Packed, compute_stream
 
 MOST_TOKENS = 2048  # of one forward: vLLM's memory profiling did not see it, so its activations must be small
 ATTENTION_INPUTS = ("query", "key", "value")
@@ -44,8 +44,8 @@ class EngineForward:
         scheduler = vllm_config.scheduler_config
         self._most_runs = scheduler.max_num_seqs
         self._most_tokens = min(scheduler.max_num_batched_tokens, MOST_TOKENS)
-        self._compute: Stream = make_streams(device).compute
-        self._last: Event | None = None  # behind the last forward
+        self._compute = compute_stream(device)
+        self._last: Event | None = None  # after the last forward
 
     def compute(self, tokens: TokenIds, positions: Indices, blocks: Indices) -> None:
         """Compute K and V of the tokens at `positions` (ascending) and put them into the request's `blocks`.
@@ -58,7 +58,7 @@ class EngineForward:
 
     def batches(self, positions: Indices) -> Iterator[list[Run]]:
         """The runs of ascending positions, in batches that the engine can take."""
-        return batches(runs_of(positions), self._most_runs, self._most_tokens)
+        return batches(contiguous(positions), self._most_runs, self._most_tokens)
 
     def forward(self, tokens: TokenIds, runs: list[Run], blocks: Indices) -> None:
         """As `compute`, of one batch. The host waits for the forward before it, and for nothing else of ours."""
@@ -73,13 +73,13 @@ class EngineForward:
         ids = tokens[positions].astype(np.int32)
         if self._last is not None:
             self._last.synchronize()  # builders write into host buffers that the last forward's copies may read
-        sent = Packed([slots, positions, ids, begins, ends, np.repeat(table, len(runs), axis=0)], self._device)
-        on_device = Sent(*sent.on_device())
-        metadata = self._builder.build(0, self._common(lengths, begins, ends, on_device))
-        slot_mapping = dict.fromkeys(self._layers, on_device.slots)
+        packed = Packed([slots, positions, ids, begins, ends, np.repeat(table, len(runs), axis=0)], self._device)
+        sent = Sent(*packed.on_device())
+        metadata = self._builder.build(0, self._common(lengths, begins, ends, sent))
+        slot_mapping = dict.fromkeys(self._layers, sent.slots)
         try:
             with self._context(dict.fromkeys(self._layers, metadata), slot_mapping, len(ids)):
-                self._model(input_ids=on_device.ids, positions=on_device.positions)
+                self._model(input_ids=sent.ids, positions=sent.positions)
         finally:  # a watch may have ended it
             self._last = self._compute.record()
 
@@ -164,7 +164,7 @@ def watch(layers: Sequence[Any], seen: Callable[[int, Any], None], *, stop: bool
             handle.remove()
 
 
-def runs_of(positions: Indices) -> list[Run]:
+def contiguous(positions: Indices) -> list[Run]:
     """The contiguous runs of ascending positions."""
     if not len(positions):
         return []
@@ -176,7 +176,7 @@ def runs_of(positions: Indices) -> list[Run]:
 
 def batches(runs: list[Run], most_runs: int, most_tokens: int) -> Iterator[list[Run]]:
     """Ascending runs in batches of at most so many runs and tokens; long runs are cut. In this order it is the
-    same as all at once: nothing attends to what comes behind it."""
+    same as all at once: no token attends to later ones."""
     batch: list[Run] = []
     room = most_tokens
     for start, end in runs:

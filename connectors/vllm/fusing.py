@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ragkv.config.settings import FusionSettings
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.hints import Hints
-from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
+from ragkv.connectors.vllm.messages import Fusion, Indices, positions_of, slots_of
 from ragkv.connectors.vllm.tracking import ANSWER_SECONDS, IDLE_SECONDS, Tracked
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows

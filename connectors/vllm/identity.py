@@ -1,14 +1,15 @@
 """What an engine is: the shape of its KV, and the namespace in which its KV may be shared."""
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ragkv.connectors.vllm.faults import logger
-from ragkv.connectors.vllm.files import Files, adapter_files, model_files, random_name
+from ragkv.connectors.vllm.error_boundary import logger
+from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
@@ -116,7 +117,7 @@ class Namespaces:
 
     def renew(self) -> None:
         """From now on nothing is equal to what was, in any engine: nobody knows the weights."""
-        self.set_weights(random_name())
+        self.set_weights(os.urandom(16).hex())
 
     def set_weights(self, weights: str) -> None:
         """From now on requests are computed by weights of that fingerprint. Weights that come back find what was

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Container, Sequence
 
 import numpy as np
 
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.hints import Hints, with_problem
 from ragkv.connectors.vllm.loading import Loads
-from ragkv.connectors.vllm.protocol import Indices, Job, Question, StepOrders, StepReport, slots_between
+from ragkv.connectors.vllm.messages import Indices, Job, Question, StepOrders, StepReport, slots_between
 from ragkv.connectors.vllm.tracking import Tracked, UnderWay
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.catalogue import Chunk, rows

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.roles import duties_of
 from ragkv.preflight import has_lower_tier, shutdown_seconds
 

@@ -6,7 +6,7 @@ loads have ended well on every worker, so that all of them fuse in the same step
 
 from dataclasses import dataclass, field
 
-from ragkv.connectors.vllm.protocol import Fusion, Job, StepOrders
+from ragkv.connectors.vllm.messages import Fusion, Job, StepOrders
 
 
 @dataclass(slots=True)

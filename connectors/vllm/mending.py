@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from ragkv.connectors.vllm.forward import EngineForward
+from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.identity import Shape
-from ragkv.connectors.vllm.layout import RAW, LayerCache
-from ragkv.connectors.vllm.recompute import Fuser
+from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.rope import rotations
-from ragkv.connectors.vllm.transfer import Prepare, Turn
+from ragkv.connectors.vllm.tiles import RAW
+from ragkv.connectors.vllm.transfer import PrepareRotation, Rotate
 from ragkv.errors import FusionError
 
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -24,14 +25,14 @@ def element_type(vllm_config: Any, shape: Shape) -> torch.dtype:
     return FLOAT8.get(str(vllm_config.cache_config.cache_dtype), shape.dtype)
 
 
-def make_turn(vllm_config: Any, shape: Shape, model: Any) -> Prepare:
+def make_turn(vllm_config: Any, shape: Shape, model: Any) -> PrepareRotation:
     """What prepares, for the tokens of a copy, the rotation of their raw keys in any layers. FusionError: the
     model's positions are of a kind that cannot be rotated."""
     by_layer, dtype = rotations(model, shape.layers), element_type(vllm_config, shape)
     raw_type, geometry = RAW[shape.geometry.itemsize], shape.geometry
     token_bytes = 4 * geometry.heads * geometry.head_dim  # in float32
 
-    def prepare(shifts: torch.Tensor) -> Turn:
+    def prepare(shifts: torch.Tensor) -> Rotate:
         distinct = {id(rotation): rotation for rotation in by_layer}
         prepared = {number: rotation.prepare(shifts) for number, rotation in distinct.items()}
         most = max(1, TURN_BYTES // max(1, token_bytes * len(shifts)))

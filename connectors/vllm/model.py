@@ -5,6 +5,7 @@ with them the connector.
 import contextlib
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ragkv.connectors.vllm.fingerprint import watch_packing
@@ -14,35 +15,28 @@ _workers: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def watch_workers() -> None:
-    """From now on know the workers of this process. Safe to call twice."""
+    """From now on know the workers of this process, and what their models pack away. Safe to call twice."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    initialize = WorkerWrapperBase.initialize_from_config
-    if getattr(initialize, WATCHED, False):
+    _before(WorkerWrapperBase, "init_device", lambda wrapper: watch_packing())
+    _before(WorkerWrapperBase, "initialize_from_config", lambda wrapper: _workers.add(wrapper.worker))
+
+
+def _before(owner: type, name: str, note: Callable[[Any], object]) -> None:
+    """Let `note` see the object before a method of vLLM's is called. Where it raises (a worker of another kind, or
+    a vLLM that packs in another way) the model is not known."""
+    method = getattr(owner, name)
+    if getattr(method, WATCHED, False):
         return
 
-    @functools.wraps(initialize)
+    @functools.wraps(method)
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(Exception):  # a worker of a kind that cannot be noted: its model is not known
-            _workers.add(self.worker)
-        return initialize(self, *args, **kwargs)
+        with contextlib.suppress(Exception):
+            note(self)
+        return method(self, *args, **kwargs)
 
     setattr(noted, WATCHED, True)
-    WorkerWrapperBase.initialize_from_config = noted
-    _watch_loading(WorkerWrapperBase)
-
-
-def _watch_loading(wrapper: Any) -> None:
-    """Before a worker loads its model, see to it that what is packed away can be known later."""
-    prepare = wrapper.init_device
-
-    @functools.wraps(prepare)
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(Exception):  # not vLLM's CPU build, or another: then the model cannot be known
-            watch_packing()
-        return prepare(self, *args, **kwargs)
-
-    wrapper.init_device = watched
+    setattr(owner, name, noted)
 
 
 def find_model(vllm_config: Any) -> Any:

@@ -31,7 +31,8 @@ class Runtime(Protocol):
 
 
 class Pinning:
-    """Memory that was registered here. `ok`: all of it may be copied by DMA. Release it before the memory goes."""
+    """Memory that was registered here. `ok`: all of it may be copied by DMA. Release it before the memory is
+    unmapped."""
 
     def __init__(self, runtime: Runtime | None) -> None:
         self.ok = runtime is not None
@@ -73,7 +74,7 @@ def pin(elements: torch.Tensor, page_bytes: int, runtime: Runtime | None = None)
     size, step = elements.numel() * elements.element_size(), piece_pages(page_bytes) * page_bytes
     for start in range(0, size, step):
         pinning.add(elements.data_ptr() + start, min(step, size - start))
-    if not pinning.ok:  # a tier of which a part is pinned would be slow now and then, and nobody could tell why
+    if not pinning.ok:  # a tier that is pinned in part would be slow now and then, for no visible reason
         pinning.release()
     return pinning
 

@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from ragkv.config import Loaded, Settings
 from ragkv.connectors.vllm import NAME
-from ragkv.connectors.vllm.faults import in_words, logger
+from ragkv.connectors.vllm.error_boundary import in_words, logger
 from ragkv.connectors.vllm.model import watch_workers
 from ragkv.connectors.vllm.multi import EXTRA, ROOM_CHECKED, note_rivals, our_entry, split_marks
 from ragkv.errors import ConfigError

@@ -12,22 +12,16 @@ from typing import Any
 
 import torch
 
+from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.fingerprint import fingerprint_model
+from ragkv.connectors.vllm.messages import Question, StepReport, WeightsLook, WeightsSample
 from ragkv.connectors.vllm.streams import Event, Stream
-from ragkv.connectors.vllm.tiles import WIDE
+from ragkv.connectors.vllm.tiles import RAW
 
 PARTS = 32  # of a round: a step has less than 1% more to do
 PASSES = 8  # rounds until the same elements have their turn again
 LINES, LINE = 8, 16  # of a tensor in a round: so many runs of so many elements, spread over it
 LONG_STEP = 512  # tokens of a step which is so long that a whole round is nothing beside it
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A worker's answer. `number`: of the round; `same`: whether nothing differs from the last full look."""
-
-    number: int
-    rank: int
-    same: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +49,15 @@ class _Part:
 
 
 class Sampler:
-    """Of one worker, for `model` as it is now. `stream`: the accelerator's compute stream; None: a CPU, where an
-    answer is there at once. Keeps up to 2 KiB (for elements of two bytes) of the device's memory a tensor."""
+    """Of one worker, for `model` as it is now. `stream`: the device's compute stream. Keeps up to 2 KiB (for
+    elements of two bytes) of the device's memory a tensor."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, device: torch.device, stream: Stream | None) -> None:
-        self._device, self._stream = device, stream
+    def __init__(self, model: Any, device: torch.device, stream: Stream) -> None:
+        self._stream = stream
         self._rounds = 0
         self._due = 0  # parts of this round that have not had their turn
-        self._changed = False  # as far as the host knows
+        self._replaced = False  # some tensor is not where it was
         self._flag = torch.zeros((), dtype=torch.bool, device=device)
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._fetched: Event | None = None
@@ -71,9 +65,7 @@ class Sampler:
         count = len(places)
         self._parts = [_part(places[count * n // PARTS : count * (n + 1) // PARTS]) for n in range(PARTS)]
         self.tensors = count
-        self.bytes = sum(
-            known.nbytes for part in self._parts for _, known in part.passes[0]
-        )  # compared in a round
+        self.bytes = sum(known.nbytes for part in self._parts for _, known in part.passes[0])  # of a round
 
     def begin(self) -> None:
         """A round begins; one under way is given up."""
@@ -88,30 +80,24 @@ class Sampler:
             for _ in range(self._due if whole else 1):
                 self._compare(self._parts[PARTS - self._due])
                 self._due -= 1
-            if not self._due and self._stream is not None:
+            if not self._due:
                 self._stream.submit(self._fetch)
                 self._fetched = self._stream.record()
-                return False if self._changed else None
-            if self._changed:
+            if self._replaced:
                 return False
-            return True if not self._due else None
-        if self._fetched is not None and self._fetched.query():
-            self._fetched = None
-            return not self._changed and not bool(self._host)
-        return None
+        if self._fetched is None or not self._fetched.query():
+            return None
+        self._fetched = None
+        return not self._replaced and not bool(self._host)
 
     def _fetch(self) -> None:
         self._host.copy_(self._flag, non_blocking=True)
 
     def _compare(self, part: _Part) -> None:
-        self._changed = self._changed or any(place.replaced for place in part.places)
-        if self._changed:
+        self._replaced = self._replaced or any(place.replaced for place in part.places)
+        if self._replaced:  # the views show memory that no module uses
             return
         groups, flag = part.passes[self._rounds % PASSES], self._flag
-        if self._stream is None:
-            with torch.no_grad():
-                self._changed = not all(torch.equal(_gather(views), known) for views, known in groups)
-            return
 
         @torch.no_grad()
         def work() -> None:
@@ -119,6 +105,65 @@ class Sampler:
                 flag.logical_or_((_gather(views) != known).any())
 
         self._stream.submit(work)
+
+
+class WeightsObserver:
+    """What one worker sees of its model's weights, when the scheduler side asks. `model`: None where it is not
+    known; `rank`: the worker's. The rest is as for `Sampler`."""
+
+    def __init__(self, model: Any, device: torch.device, stream: Stream, rank: int, faults: Faults) -> None:
+        self._model, self._device, self._stream = model, device, stream
+        self._rank, self._faults = rank, faults
+        self._sampler: Sampler | None = None
+        self._round = 0  # under way
+
+    def observe(self, asked: Question, tokens: int, report: StepReport) -> None:
+        """A step begins, of so many `tokens`: look at the weights, or go on with a round of samples, and report
+        what is known. To be called before the forward, which computes by the weights that are seen here."""
+        if asked.look:
+            report.looks.append(WeightsLook(asked.look, self._rank, self.look()))
+            return
+        if asked.give_up:
+            self._round = 0
+        if asked.sample:
+            self._round = asked.sample
+            if self._sampler is not None:
+                self._sampler.begin()
+        same = self._go_on(whole=asked.at_once or not 0 < tokens < LONG_STEP) if self._round else None
+        if same is not None:
+            report.samples.append(WeightsSample(self._round, self._rank, same))
+            self._round = 0
+
+    def look(self) -> bytes | None:
+        """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
+        where that cannot be had."""
+        self._sampler, self._round = None, 0
+        if self._model is None:
+            return None
+        try:
+            found = fingerprint_model(self._model)
+        except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
+            logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
+            return None
+        try:
+            self._sampler = Sampler(self._model, self._device, self._stream)
+        except Exception as error:  # of memory, or a model of an unknown kind
+            logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
+        return found
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._model = self._sampler = None
+
+    def _go_on(self, *, whole: bool) -> bool | None:
+        """As `Sampler.go_on`. Without a sampler nothing can be found."""
+        if self._sampler is None:
+            return True
+        try:
+            return self._sampler.go_on(whole=whole)
+        except Exception as error:  # a tensor that is gone, or freed: not what it was
+            self._faults.note("weights", error)
+            return False
 
 
 def _places(model: Any, device: torch.device) -> Iterator[_Place]:
@@ -136,7 +181,7 @@ def _places(model: Any, device: torch.device) -> Iterator[_Place]:
 
 
 def _can_be_viewed(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.element_size() in WIDE and not tensor.is_conj()
+    return tensor.layout is torch.strided and tensor.element_size() in RAW and not tensor.is_conj()
 
 
 def _part(places: Sequence[_Place]) -> _Part:
@@ -147,7 +192,7 @@ def _part(places: Sequence[_Place]) -> _Part:
 def _elements(tensor: torch.Tensor) -> list[torch.Tensor]:
     """For each pass a view of at most LINES * LINE elements, spread over the whole tensor, as integers."""
     plain: torch.Tensor = tensor.detach().as_subclass(torch.Tensor)
-    plain = plain.view(WIDE[tensor.element_size()])
+    plain = plain.view(RAW[tensor.element_size()])
     rows = plain.permute(sorted(range(plain.dim()), key=lambda dim: plain.stride(dim), reverse=True))
     if rows.is_contiguous():
         flat = rows.view(-1)

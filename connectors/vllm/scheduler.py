@@ -17,7 +17,7 @@ from ragkv.connectors.vllm.heeding import Heed
 from ragkv.connectors.vllm.hints import read_hints, with_problem
 from ragkv.connectors.vllm.jobs import Jobs
 from ragkv.connectors.vllm.loading import Load
-from ragkv.connectors.vllm.protocol import Job, StepOrders, slots_between
+from ragkv.connectors.vllm.messages import Job, StepOrders, slots_between
 from ragkv.connectors.vllm.tracking import (
     ANSWER_SECONDS,
     IDLE_SECONDS,

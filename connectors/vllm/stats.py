@@ -6,7 +6,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from ragkv.connectors.vllm.faults import in_words, logger
+from ragkv.connectors.vllm.error_boundary import in_words, logger
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import METRICS, SECONDS, merge, split
 

@@ -1,13 +1,15 @@
 """Streams and events, as far as copies need them.
 
-A stream carries out what is submitted to it, in that order. Two streams run side by side, in no order at all but
-where one waits for an event of the other. `CudaStreams` are those of an accelerator, `DirectStreams` carry out
-everything at once, on a CPU. Tests have a third kind, which runs late and in any order that these rules allow.
+A stream carries out what is submitted to it, in that order. Two streams run side by side; the only order between
+them is that of an event of one for which the other waits. `Stream` and `Event` are a CPU's, where work is done
+when it is submitted; `CudaStream` and `CudaEvent` are an accelerator's. Tests have a third kind, which runs late
+and in any order that these rules allow.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,92 +17,25 @@ import torch
 ALIGNMENT = 64  # bytes: where each array of a `Packed` begins
 
 
-class Event(Protocol):
-    """A point in a stream."""
-
-    def query(self) -> bool:
-        """True once the stream has come to this point. Never waits."""
-
-    def synchronize(self) -> None:
-        """Let the host wait until the stream has come to this point."""
-
-    def since(self, start: "Event") -> float:
-        """Seconds that the stream took from an earlier event of it to this one; both are over."""
-
-
-class Stream(Protocol):
-    """Work in order."""
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Carry out `work` after all that was submitted before. It may run now or later; what it needs on the
-        device it allocates itself."""
-
-    def record(self) -> Event:
-        """The point behind all that was submitted so far."""
-
-    def wait(self, event: Event) -> None:
-        """What is submitted from now on begins after `event`. The host does not wait."""
-
-    def synchronize(self) -> None:
-        """Let the host wait for all that was submitted so far."""
-
-
-class Streams(Protocol):
-    """`compute`: where the engine's forwards run; `load`, `store`: where copies run beside them."""
-
-    @property
-    def compute(self) -> Stream: ...
-    @property
-    def load(self) -> Stream: ...
-    @property
-    def store(self) -> Stream: ...
-
-
-class DirectEvent:
-    """A point that has been reached."""
+class Event:
+    """A point in a stream. On a CPU the stream has reached it when it is made."""
 
     def __init__(self) -> None:
         self._at = time.monotonic()
 
     def query(self) -> bool:
-        """Always true."""
+        """True once the stream has reached this point. Never waits; raises what the device has to report."""
         return True
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Let the host wait until the stream has reached this point; raises what the device has to report."""
 
-    def since(self, start: Event) -> float:
-        """By the clock."""
-        assert isinstance(start, DirectEvent)
+    def since(self, start: "Event") -> float:
+        """Seconds that the stream took from an earlier event of it to this one; both have been reached."""
         return self._at - start._at
 
 
-class DirectStream:
-    """Carries out work when it is submitted."""
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Do it now."""
-        work()
-
-    def record(self) -> Event:
-        """All work is done."""
-        return DirectEvent()
-
-    def wait(self, event: Event) -> None:
-        """All events are over."""
-
-    def synchronize(self) -> None:
-        """All work is done."""
-
-
-class DirectStreams:
-    """For a CPU."""
-
-    def __init__(self) -> None:
-        self.compute = self.load = self.store = DirectStream()
-
-
-class CudaEvent:
+class CudaEvent(Event):
     """An event of CUDA's, recorded in a stream when it is made."""
 
     def __init__(self, stream: Any) -> None:
@@ -108,59 +43,101 @@ class CudaEvent:
         self.event.record(stream)
 
     def query(self) -> bool:
-        """Raises what the device has to report."""
         return bool(self.event.query())
 
     def synchronize(self) -> None:
-        """Raises what the device has to report."""
         self.event.synchronize()
 
     def since(self, start: Event) -> float:
-        """By the device's clock."""
         assert isinstance(start, CudaEvent)
         return float(start.event.elapsed_time(self.event)) / 1000
 
 
-class CudaStream:
+class Stream:
+    """Work in order. On a CPU it is done when it is submitted."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Carry out `work` after all that was submitted before. It may run now or later; what it needs on the
+        device it allocates itself."""
+        work()
+
+    def record(self) -> Event:
+        """The point after all that was submitted so far."""
+        return Event()
+
+    def wait(self, event: Event) -> None:
+        """What is submitted from now on begins after `event`, which must be of the same device. The host does not
+        wait."""
+
+    def synchronize(self) -> None:
+        """Let the host wait for all that was submitted so far; raises what the device has to report."""
+
+
+class CudaStream(Stream):
     """A stream of CUDA's; without one, whichever is current when something is asked of it."""
 
     def __init__(self, device: torch.device, stream: Any = None) -> None:
         self._device, self._stream = device, stream
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Launch its kernels and copies into this stream."""
         with torch.cuda.stream(self._current()):
             work()
 
     def record(self) -> Event:
-        """An event of CUDA's."""
         return CudaEvent(self._current())
 
     def wait(self, event: Event) -> None:
-        """`event` must be CUDA's."""
         assert isinstance(event, CudaEvent)
         self._current().wait_event(event.event)
 
     def synchronize(self) -> None:
-        """Raises what the device has to report."""
         self._current().synchronize()
 
     def _current(self) -> Any:
         return self._stream if self._stream is not None else torch.cuda.current_stream(self._device)
 
 
-class CudaStreams:
-    """vLLM's own stream, and two beside it. Their priority is CUDA's lowest, so they never go before a forward."""
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """`compute`: where the engine's forwards run; `load`, `store`: where copies run beside them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.compute = CudaStream(device)
-        self.load = CudaStream(device, torch.cuda.Stream(device, priority=0))  # type: ignore[no-untyped-call]
-        self.store = CudaStream(device, torch.cuda.Stream(device, priority=0))  # type: ignore[no-untyped-call]
+    compute: Stream
+    load: Stream
+    store: Stream
+
+
+def compute_stream(device: torch.device) -> Stream:
+    """Where the engine's forwards run: vLLM's own stream."""
+    return CudaStream(device) if device.type == "cuda" else Stream()
 
 
 def make_streams(device: torch.device) -> Streams:
-    """The streams of a device."""
-    return CudaStreams(device) if device.type == "cuda" else DirectStreams()
+    """The streams of a device. Those for copies have CUDA's lowest priority, so they never go before a forward."""
+    if device.type != "cuda":
+        return Streams(Stream(), Stream(), Stream())
+    made = [torch.cuda.Stream(device, priority=0) for _ in range(2)]  # type: ignore[no-untyped-call]
+    load, store = (CudaStream(device, each) for each in made)
+    return Streams(compute_stream(device), load, store)
+
+
+class Ticket:
+    """Says when a copy has ended: what a stream was given up to the event `end`, and from the event `start` on.
+    `kept`: what the copy reads, kept until then."""
+
+    def __init__(self, end: Event, start: Event | None = None, kept: Sequence[object] = ()) -> None:
+        self._end, self._start, self._kept = end, start, kept
+
+    def query(self) -> bool:
+        """True once the copy has ended. Never waits; raises what the device has to report."""
+        if not self._end.query():
+            return False
+        self._kept = ()
+        return True
+
+    def seconds(self) -> float | None:
+        """How long the device took, without what came before it in its stream; None: it has not ended, or that is
+        not known."""
+        return self._end.since(self._start) if self._start is not None and self.query() else None
 
 
 class Packed:

@@ -14,7 +14,7 @@ import torch
 
 SIZES = (2, 4, 8, 16, 32, 64)  # tokens of a tile, the smallest that will do
 LEAST_RUN = 256  # bytes that must lie together
-WIDE, WIDEST = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}, 8  # integers, by bytes
+RAW, WIDEST = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}, 8  # integers, by bytes
 
 Digits = list[tuple[int, int]]  # sizes and strides, the fastest first
 
@@ -59,16 +59,11 @@ class Tiles:
     ) -> None:
         """`shape`: of a token, (heads, head_dim)."""
         self.tokens = order.tokens
-        self._order, self._first, self._stride, self._shape = order, first, stride, tuple(shape)
-        self._raw, self._wide = storage.dtype, WIDE[storage.element_size() * order.width]
+        self.order, self._first, self._stride, self._shape = order, first, stride, tuple(shape)
+        self._raw, self._wide = storage.dtype, RAW[storage.element_size() * order.width]
         self._size = order.tokens * shape[0] * shape[1] // order.width  # integers of a tile
         runs = storage[: len(storage) // order.run * order.run].view(-1, order.run)
-        self._runs = runs.view(WIDE[WIDEST])
-
-    def same(self, other: "Tiles") -> bool:
-        """Whether what `rows` gives serves both."""
-        alike = (self._order, self._stride) == (other._order, other._stride)
-        return alike and torch.equal(self._first, other._first)
+        self._runs = runs.view(RAW[WIDEST])
 
     def rows(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Where the tiles lie that begin at these blocks' offsets, as `read` and `write` take it."""
@@ -76,7 +71,7 @@ class Tiles:
 
     def read(self, rows: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """Whole tiles, raw [tokens, heads, head_dim], in scratch."""
-        order = self._order
+        order = self.order
         image = scratch.get("image", (len(rows), self._runs.shape[1]), self._runs.dtype)
         torch.index_select(self._runs, 0, rows, out=image)
         count = image.numel() * WIDEST // self._wide.itemsize // self._size
@@ -90,7 +85,7 @@ class Tiles:
 
     def write(self, rows: torch.Tensor, raw: torch.Tensor, scratch: Scratch) -> None:
         """Put whole tiles, raw [tokens, heads, head_dim], there."""
-        order = self._order
+        order = self.order
         flat = raw.reshape(-1)
         if order.apart > 1:  # by parts: a transposed copy would have an inner loop as short as `width`
             parts = flat.view(-1, order.width, order.apart).unbind(1)
@@ -98,11 +93,11 @@ class Tiles:
             flat = torch.stack(parts, -1, out=pairs).view(-1)
         wide = self._in_order(flat.view(self._wide).view(-1, self._size))
         image = scratch.get("image", wide.shape, self._wide).copy_(wide)
-        self._runs.index_copy_(0, rows, image.view(-1).view(WIDE[WIDEST]).view(len(rows), -1))
+        self._runs.index_copy_(0, rows, image.view(-1).view(RAW[WIDEST]).view(len(rows), -1))
 
     def _in_order(self, wide: torch.Tensor) -> torch.Tensor:
         """A view of tiles [tiles, integers] in the cache's order."""
-        order = self._order
+        order = self.order
         return wide.as_strided((len(wide), *order.sizes), (self._size, *order.strides))
 
 

@@ -15,7 +15,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ragkv.connectors.vllm.protocol import Fusion, Job, StepOrders, StepReport, Times, merge_times
+from ragkv.connectors.vllm.messages import Fusion, Job, StepOrders, StepReport, Times, merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracking import Tracked
 from ragkv.kvstore import metrics as m

@@ -12,112 +12,30 @@ until the ticket is done, or fenced.
 import functools
 import itertools
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ragkv.connectors.vllm.layers import Layers
-from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, widened
+from ragkv.connectors.vllm.layers import LayerCache, Layers, widened
+from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.pinning import piece_pages
-from ragkv.connectors.vllm.streams import (
-    CudaStream,
-    DirectEvent,
-    DirectStream,
-    Event,
-    Packed,
-    Stream,
-    Streams,
-    make_streams,
-)
+from ragkv.connectors.vllm.streams import Event, Packed, Streams, Ticket, compute_stream, make_streams
 from ragkv.connectors.vllm.tiles import Scratch
 from ragkv.errors import FusionError
 
 Indices = npt.NDArray[np.int64]
-Turn = Callable[[range, torch.Tensor], torch.Tensor]  # layers, their raw keys [layers, tokens, ...]: rotated
-Prepare = Callable[[torch.Tensor], Turn]  # int64 [tokens] on the CPU, how far each moves: what turns their keys
+# Rotates raw keys [layers, tokens, ...] of some layers; and what prepares that for int64 [tokens] shifts:
+Rotate = Callable[[range, torch.Tensor], torch.Tensor]
+PrepareRotation = Callable[[torch.Tensor], Rotate]
 Kind = Literal["load", "store"]
 
 LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the bus's speed
 DIRECT_BYTES = 32 << 20  # that a copy within one device moves at once: what it needs beside them is as large
-
-
-class Ticket(Protocol):
-    """Says when a copy has ended."""
-
-    def query(self) -> bool:
-        """True once the copy has ended. Never waits; raises what the device has to report."""
-
-    def seconds(self) -> float | None:
-        """How long the device was at it; None: it has not ended, or that is not known."""
-
-
-class Done:
-    """The ticket of a copy that has ended already, after so many seconds."""
-
-    def __init__(self, seconds: float | None = None) -> None:
-        self._seconds = seconds
-
-    def query(self) -> bool:
-        """Always true."""
-        return True
-
-    def seconds(self) -> float | None:
-        """As it was told."""
-        return self._seconds
-
-
-class Ordered:
-    """The ticket of what was ordered up to an event, from `start` on (an event of the same stream); keeps what the
-    copies read until they are over."""
-
-    def __init__(self, event: Event, kept: Sequence[object] = (), start: Event | None = None) -> None:
-        self._event, self._kept, self._start = event, kept, start
-
-    def query(self) -> bool:
-        """Whether the event is over."""
-        if not self._event.query():
-            return False
-        self._kept = ()
-        return True
-
-    def seconds(self) -> float | None:
-        """By the device's clock; what came before it in its stream does not count."""
-        return self._event.since(self._start) if self._start is not None and self.query() else None
-
-
-class Mover(Protocol):
-    """Copies between the engine's cache and one tier.
-
-    `most_tokens`: that one call should move; see `pieces`. `device_bytes`: the accelerator's memory that it takes
-    at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated. `turn`:
-    what prepares their rotation; None where there is none.
-    """
-
-    most_tokens: int
-    device_bytes: int
-    turn: Prepare | None
-
-    def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
-        """Tier to cache. All int64 [tokens] on the CPU; keys are rotated by `shifts` positions. The rows' pages
-        and the slots' blocks must be left alone until the ticket is done, and after an exception until
-        `ordered("load")` is."""
-
-    def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Cache to tier, as it is after all forwards that were launched. Of each page the rows are all that it
-        holds: its other rows may be overwritten. The same must be left alone."""
-
-    def fence_stores(self) -> None:
-        """Forwards from now on wait for the stores ordered so far: they may overwrite the stores' blocks."""
-
-    def ordered(self, kind: Kind) -> Ticket:
-        """Done when all loads, or all stores, that were ordered so far are, those that raised half-way too."""
-
-    def close(self) -> None:
-        """Wait for all copies. Nothing may be ordered any more. Safe to call twice."""
 
 
 class Tier:
@@ -155,40 +73,74 @@ class Tier:
                 yield place, int(pages[place]), end - place
 
 
-class _Copier:
-    """What both movers share: gather and scatter between caches and rows, for all layers at once."""
+class Mover(ABC):
+    """Copies between the engine's cache and one tier.
 
-    def __init__(self, caches: Sequence[LayerCache], tier: Tier, device: torch.device) -> None:
-        self.layers, self.tier, self.device = Layers(caches), tier, device
-        geometry = tier.geometry
-        self._raw = RAW[geometry.itemsize]
+    `most_tokens`: that one call should move; see `job_slices`. `device_bytes`: the accelerator's memory that it
+    takes at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated.
+    """
+
+    most_tokens: int
+    device_bytes: int
+
+    def __init__(
+        self, caches: Sequence[LayerCache], tier: Tier, device: torch.device, prepare: PrepareRotation | None
+    ) -> None:
+        """`prepare`: what prepares the rotation of keys that move; None where there is none."""
+        self._layers, self._tier, self._device, self._prepare = Layers(caches), tier, device, prepare
         self._scratch = Scratch() if device.type == "cpu" else None
-        steps = torch.arange(2 * geometry.layers, dtype=torch.int64) * tier.page_tokens
-        self._steps = steps.view(geometry.layers, 2, 1).to(device)  # from a token's first row on
+        steps = torch.arange(2 * tier.geometry.layers, dtype=torch.int64) * tier.page_tokens
+        self._steps = steps.view(tier.geometry.layers, 2, 1).to(device)  # from a token's first row on
 
-    def check(self, rows: Indices, slots: Indices) -> None:
-        """IndexError: addresses outside of tier or cache, which a device would not survive."""
-        for name, given, most in (("rows", rows, self.tier.tokens), ("slots", slots, self.layers.slots)):
+    @abstractmethod
+    def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
+        """Tier to cache. All int64 [tokens] on the CPU; keys are rotated by `shifts` positions. The rows' pages
+        and the slots' blocks must be left alone until the ticket is done, and after an exception until
+        `ordered("load")` is. IndexError: rows or slots that do not exist."""
+
+    @abstractmethod
+    def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
+        """Cache to tier, as it is after all forwards that were launched. Of each page the rows are all that it
+        holds: its other rows may be overwritten. The same must be left alone."""
+
+    @abstractmethod
+    def fence_stores(self) -> None:
+        """Forwards from now on wait for the stores ordered so far: they may overwrite the stores' blocks."""
+
+    @abstractmethod
+    def ordered(self, kind: Kind) -> Ticket:
+        """Done when all loads, or all stores, that were ordered so far are, those that raised half-way too."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for all copies. Nothing may be ordered any more. Safe to call twice."""
+
+    def _check(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Refuse addresses outside of tier or cache, which a device would not survive."""
+        for name, given, most in (("rows", rows, self._tier.tokens), ("slots", slots, self._layers.slots)):
             if len(given) and not 0 <= int(given.min()) <= int(given.max()) < most:
                 raise IndexError(f"{name} from {given.min()} to {given.max()}; there are {most}")
 
-    def pack(self, first: Indices, slots: Indices) -> Packed:
-        """What `scatter` and `gather` take."""
-        tokens = self.layers.kernel_tokens
-        return Packed([first, slots // tokens, slots % tokens], self.device)
+    def _rotate(self, shifts: torch.Tensor | None, part: slice | torch.Tensor) -> Rotate | None:
+        """What rotates the keys of some tokens; None where they do not move."""
+        if shifts is None:
+            return None
+        if self._prepare is None:
+            raise FusionError("moved tokens, and no way to rotate their keys")
+        return self._prepare(shifts[part])
 
     @torch.inference_mode()  # as vLLM's steps are, in which its caches may have been made
-    def scatter(self, source: torch.Tensor, packed: Packed, turn: Turn | None) -> None:
+    def _scatter(self, source: torch.Tensor, packed: Packed, turn: Rotate | None) -> None:
         """Write all layers of some tokens from their first rows in `source` on to their slots."""
-        first, blocks, offsets = packed.on_device()
-        geometry, found = self.tier.geometry, self.layers.find(blocks, offsets)
-        for layers in self.layers.groups:
+        first, slots = packed.on_device()
+        geometry, found = self._tier.geometry, self._layers.find(slots)
+        for layers in self._layers.groups:
             steps = self._steps[layers.start : layers.stop]
-            raw = self._rows(source, (first + steps).flatten()).view(self._raw)
+            raw = self._rows(source, (first + steps).flatten()).view(self._layers.raw)
             raw = raw.view(len(layers), 2, -1, geometry.heads, geometry.head_dim)
             keys = raw[:, 0] if turn is None else turn(layers, raw[:, 0])
-            self.layers.write(found, 0, keys, layers)
-            self.layers.write(found, 1, raw[:, 1], layers)
+            self._layers.write(found, 0, keys, layers)
+            self._layers.write(found, 1, raw[:, 1], layers)
 
     def _rows(self, source: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         """Some rows; until the next call."""
@@ -198,70 +150,60 @@ class _Copier:
         return torch.index_select(source, 0, which, out=rows)
 
     @torch.inference_mode()
-    def gather(self, target: torch.Tensor, packed: Packed) -> None:
+    def _gather(self, target: torch.Tensor, packed: Packed) -> None:
         """Write all layers of some tokens from their slots to `target`, from their first rows on."""
-        first, blocks, offsets = packed.on_device()
-        found = self.layers.find(blocks, offsets)
-        for layers, kind in itertools.product(self.layers.groups, (0, 1)):
-            raw = self.layers.read(found, kind, self._raw, layers)
+        first, slots = packed.on_device()
+        found = self._layers.find(slots)
+        for layers, kind in itertools.product(self._layers.groups, (0, 1)):
+            raw = self._layers.read(found, kind, layers)
             places = (first + self._steps[layers.start : layers.stop, kind]).flatten()
             target.index_copy_(0, places, raw.flatten(2).flatten(0, 1).view(target.dtype))
 
 
-class DirectMover:
+class DirectMover(Mover):
     """Copies within one device, in the order of its compute stream: between CPU tensors, or to a pool in the
     accelerator's own memory. So a copy is over for whatever is launched after it, and its ticket is done."""
 
-    def __init__(self, caches: Sequence[LayerCache], tier: Tier) -> None:
-        device = tier.rows.device
-        self._copier, self._tier = _Copier(caches, tier, device), tier
-        self._stream: Stream = CudaStream(device) if device.type == "cuda" else DirectStream()
-        self._chunk = max(1, DIRECT_BYTES * len(self._copier.layers.groups) // tier.geometry.token_bytes)
-        self.most_tokens, self.turn = sys.maxsize, None
-        self.device_bytes = 0 if device.type == "cpu" else 2 * self._chunk * tier.geometry.token_bytes
-
-    most_tokens: int
-    device_bytes: int
-    turn: Prepare | None
+    def __init__(self, caches: Sequence[LayerCache], tier: Tier, prepare: PrepareRotation | None = None) -> None:
+        super().__init__(caches, tier, tier.rows.device, prepare)
+        self._stream = compute_stream(self._device)
+        self._chunk = max(1, DIRECT_BYTES * len(self._layers.groups) // tier.geometry.token_bytes)
+        self.most_tokens = sys.maxsize
+        self.device_bytes = 0 if self._device.type == "cpu" else 2 * self._chunk * tier.geometry.token_bytes
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
-        """Tier to cache."""
-        turns, start = _prepare(self.turn, shifts), self._stream.record()
-        for part in self._parts(rows, slots):
-            packed = self._pack(rows, slots, part)
-            turn = None if turns is None or shifts is None else turns(shifts[part])
-            self._stream.submit(functools.partial(self._copier.scatter, self._tier.rows, packed, turn))
+        start = Event()
+        for part, packed in self._parts(rows, slots):
+            turn = self._rotate(shifts, part)
+            self._stream.submit(functools.partial(self._scatter, self._tier.rows, packed, turn))
         return self._done(start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Cache to tier."""
-        start = self._stream.record()
-        for part in self._parts(rows, slots):
-            packed = self._pack(rows, slots, part)
-            self._stream.submit(functools.partial(self._copier.gather, self._tier.rows, packed))
+        start = Event()
+        for _, packed in self._parts(rows, slots):
+            self._stream.submit(functools.partial(self._gather, self._tier.rows, packed))
         return self._done(start)
 
     def fence_stores(self) -> None:
         """The compute stream carries out stores itself."""
 
     def ordered(self, kind: Kind) -> Ticket:
-        """All of it is done for whatever is launched from now on."""
-        return Done()
+        return Ticket(Event())
 
     def close(self) -> None:
-        """Wait for the compute stream."""
         self._stream.synchronize()
 
     def _done(self, start: Event) -> Ticket:
-        end = self._stream.record()
-        return Done(end.since(start) if isinstance(end, DirectEvent) else None)
+        """Of a copy since `start`; how long an accelerator takes for it is not known."""
+        return Ticket(Event(), start if self._device.type == "cpu" else None)
 
-    def _parts(self, rows: torch.Tensor, slots: torch.Tensor) -> Iterator[slice]:
-        self._copier.check(rows.numpy(), slots.numpy())
-        return (slice(start, start + self._chunk) for start in range(0, len(rows), self._chunk))
-
-    def _pack(self, rows: torch.Tensor, slots: torch.Tensor, part: slice) -> Packed:
-        return self._copier.pack(self._tier.first_rows(rows[part].numpy()), slots[part].numpy())
+    def _parts(self, rows: torch.Tensor, slots: torch.Tensor) -> Iterator[tuple[slice, Packed]]:
+        """What is moved at once, and its first rows and slots."""
+        self._check(rows, slots)
+        for start in range(0, len(rows), self._chunk):
+            part = slice(start, start + self._chunk)
+            first = self._tier.first_rows(rows[part].numpy())
+            yield part, Packed([first, slots[part].numpy()], self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,80 +211,76 @@ class _Batch:
     """What half the staging buffer holds at once."""
 
     pages: Indices  # ascending
-    part: Indices  # which tokens
+    part: torch.Tensor  # which tokens
     packed: Packed
 
 
-class StagedMover:
+class StagedMover(Mover):
     """Copies between an accelerator's cache and a pinned tier, on two streams beside the forwards, each with half
     the staging buffer. What is ordered of one kind is carried out in that order, so a half needs no guard."""
 
     def __init__(
-        self, caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device, streams: Streams
+        self,
+        caches: Sequence[LayerCache],
+        tier: Tier,
+        staging_bytes: int,
+        device: torch.device,
+        streams: Streams,
+        prepare: PrepareRotation | None = None,
     ) -> None:
-        self._copier, self._tier, self._streams = _Copier(caches, tier, device), tier, streams
+        super().__init__(caches, tier, device, prepare)
+        self._streams, self._closed = streams, False
         page_bytes = tier.geometry.token_bytes * tier.page_tokens
         self._batch = max(1, staging_bytes // 2 // page_bytes)
         shape = (2, self._batch * tier.page_rows, tier.rows.shape[1])
         self._staging = torch.empty(shape, dtype=tier.rows.dtype, device=device)
-        self._closed = False
         self.most_tokens = self._batch * tier.page_tokens
         half = self._batch * page_bytes  # elements on their way between staging and cache are there once more
         self.device_bytes = 2 * half + half + half // 2
-        self.turn = None
-
-    most_tokens: int
-    device_bytes: int
-    turn: Prepare | None
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
-        """Tier to cache, on the load stream."""
-        turns, stream = _prepare(self.turn, shifts), self._streams.load
-        batches = self._batches(rows.numpy(), slots.numpy())
+        stream = self._streams.load
+        batches = self._batches(rows, slots)
         stream.wait(self._streams.compute.record())  # forwards under way may still use these blocks
         start = stream.record()
         for batch in batches:
-            turn = None if turns is None or shifts is None else turns(shifts[torch.from_numpy(batch.part)])
+            turn = self._rotate(shifts, batch.part)
             stream.submit(functools.partial(self._fetch, batch))
-            stream.submit(functools.partial(self._copier.scatter, self._staging[0], batch.packed, turn))
-        return Ordered(stream.record(), batches, start)
+            stream.submit(functools.partial(self._scatter, self._staging[0], batch.packed, turn))
+        return Ticket(stream.record(), start, batches)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        """Cache to tier, on the store stream."""
         stream = self._streams.store
-        batches = self._batches(rows.numpy(), slots.numpy())
+        batches = self._batches(rows, slots)
         stream.wait(self._streams.compute.record())  # forwards under way compute what is to be stored
         start = stream.record()
         for batch in batches:
-            stream.submit(functools.partial(self._copier.gather, self._staging[1], batch.packed))
+            stream.submit(functools.partial(self._gather, self._staging[1], batch.packed))
             stream.submit(functools.partial(self._send, batch))
-        return Ordered(stream.record(), batches, start)
+        return Ticket(stream.record(), start, batches)
 
     def fence_stores(self) -> None:
-        """Let the compute stream wait for the store stream."""
         self._streams.compute.wait(self._streams.store.record())
 
     def ordered(self, kind: Kind) -> Ticket:
-        """All that its stream was given."""
-        return Ordered((self._streams.load if kind == "load" else self._streams.store).record())
+        return Ticket((self._streams.load if kind == "load" else self._streams.store).record())
 
     def close(self) -> None:
-        """Wait for all streams: what they still read and write is about to go."""
         if not self._closed:
             self._closed = True
             for stream in (self._streams.load, self._streams.store, self._streams.compute):
                 stream.synchronize()
 
-    def _batches(self, rows: Indices, slots: Indices) -> list[_Batch]:
-        """As many as it takes; one, where the call is one of `pieces` whose pages are full."""
-        self._copier.check(rows, slots)
-        tier, made = self._tier, []
-        pages, places = np.unique(rows // tier.page_tokens, return_inverse=True)
+    def _batches(self, rows: torch.Tensor, slots: torch.Tensor) -> list[_Batch]:
+        """As many as it takes; one, where the call is one of `job_slices` whose pages are full."""
+        self._check(rows, slots)
+        tier, made, where = self._tier, [], rows.numpy()
+        pages, places = np.unique(where // tier.page_tokens, return_inverse=True)
         for start in range(0, len(pages), self._batch):
             part = np.flatnonzero((places >= start) & (places < start + self._batch))
-            first = (places[part] - start) * tier.page_rows + rows[part] % tier.page_tokens
-            packed = self._copier.pack(first, slots[part])
-            made.append(_Batch(pages[start : start + self._batch], part, packed))
+            first = (places[part] - start) * tier.page_rows + where[part] % tier.page_tokens
+            packed = Packed([first, slots.numpy()[part]], self._device)
+            made.append(_Batch(pages[start : start + self._batch], torch.from_numpy(part), packed))
         return made
 
     def _fetch(self, batch: _Batch) -> None:
@@ -359,15 +297,21 @@ class StagedMover:
         return self._staging[half, place * rows : (place + count) * rows]
 
 
-def make_mover(caches: Sequence[LayerCache], tier: Tier, staging_bytes: int, device: torch.device) -> Mover:
+def make_mover(
+    caches: Sequence[LayerCache],
+    tier: Tier,
+    staging_bytes: int,
+    device: torch.device,
+    prepare: PrepareRotation | None,
+) -> Mover:
     """The mover for the device that the cache lives on."""
     if device.type == "cpu":
-        return DirectMover(caches, tier)
+        return DirectMover(caches, tier, prepare)
     least = 2 * LEAST_PAGES * tier.geometry.token_bytes * tier.page_tokens
-    return StagedMover(caches, tier, max(staging_bytes, least), device, make_streams(device))
+    return StagedMover(caches, tier, max(staging_bytes, least), device, make_streams(device), prepare)
 
 
-def pieces(rows: Indices, page_tokens: int, most: int) -> list[slice]:
+def job_slices(rows: Indices, page_tokens: int, most: int) -> list[slice]:
     """Consecutive slices of at most `most` tokens, cut only where the page changes; together they are all of
     `rows`. A page with more tokens than that is one slice."""
     edges = [0, *(np.flatnonzero(np.diff(rows // page_tokens)) + 1).tolist(), len(rows)]
@@ -377,10 +321,3 @@ def pieces(rows: Indices, page_tokens: int, most: int) -> list[slice]:
             found.append(slice(start, end))
             start = end
     return found
-
-
-def _prepare(turn: Prepare | None, shifts: torch.Tensor | None) -> Any:
-    """What prepares the rotation of tokens that moved; None where none did."""
-    if shifts is not None and turn is None:
-        raise FusionError("moved tokens, and no way to rotate their keys")
-    return None if shifts is None else turn

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from ragkv.connectors.vllm.calls import Calls
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.identity import Namespaces
-from ragkv.connectors.vllm.protocol import Handshake, Question, StepReport
-from ragkv.connectors.vllm.weights import Look, Rounds, WeightsWatch
+from ragkv.connectors.vllm.messages import Handshake, Question, StepReport, WeightsLook
+from ragkv.connectors.vllm.weights import Rounds, WeightsWatch
 
 UNKNOWN = "ragkv: the model's weights cannot be looked at: nothing is shared with other engines or later starts"
 
@@ -140,7 +140,7 @@ class Trust:
                 )
                 self._outdate(side)
 
-    def _hear(self, look: Look, side: Side) -> None:
+    def _hear(self, look: WeightsLook, side: Side) -> None:
         verdict = self._watch.hear(look)
         if verdict == "unknown":
             self._lose_sight(side)

@@ -8,21 +8,11 @@ until all have answered.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
-from ragkv.connectors.vllm.sampling import Sample
+from ragkv.connectors.vllm.messages import WeightsLook, WeightsSample
 
 Verdict = Literal["same", "changed", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A worker's answer. `number`: of the question; `fingerprint`: None where its model cannot be looked at."""
-
-    number: int
-    rank: int
-    fingerprint: bytes | None
 
 
 class WeightsWatch:
@@ -30,39 +20,35 @@ class WeightsWatch:
     known: then weights can never be told apart, and every doubt ends in "unknown"."""
 
     LOST = 1024  # steps after which an answer will not come any more, or a look that failed is tried again
-    TRIES = 3  # answers that did not come, after which nobody waits any more
+    TRIES = 3  # lost answers, after which requests wait no longer
 
     def __init__(self, first: Mapping[int, bytes | None]) -> None:
         self._ranks = len(first)
         self._known = combine(first) is not None
         self._number = self._asked = self._steps = self._lost = 0
         self._answers: dict[int, bytes | None] = {}
-        self._settled, self._wanted, self._suspected = True, False, False
+        self.settled = True  # no answer is awaited; else requests wait
+        self._awake = True  # the weights have memory: they may be looked at
         self.blind = False  # weights that were known cannot be looked at now: nothing must be reused or kept
         self.current: bytes | None = combine(first)  # the fingerprint of all ranks
-
-    @property
-    def settled(self) -> bool:
-        """Whether no answer is awaited; else requests wait."""
-        return self._settled
 
     def doubt(self) -> None:
         """vLLM has reset the connector: the weights may change until the next forward. What is under way to an
         earlier question counts no more."""
-        self._settled = self._wanted = self._suspected = False
+        self.settled = self._awake = False
         self._lost = 0
         self.ask_again()
 
     def suspect(self) -> None:
         """The weights may have changed already: they are looked at in the next step. (But not where vLLM has reset
         the connector and no request came since: it may be asleep, and they have no memory.)"""
-        awake = self._settled or self._suspected or self._wanted
+        awake = self._awake
         self.doubt()
-        self._suspected = awake
+        self._awake = awake
 
     def want(self) -> None:
         """A request waits for the answer."""
-        self._wanted = True
+        self._awake = True
 
     def ask_again(self) -> None:
         """What was asked last may never have come to the workers."""
@@ -72,7 +58,7 @@ class WeightsWatch:
     def question(self) -> int:
         """The number under which the workers shall look now; 0: they need not. (After a reset they may not have
         been changed yet where no request waits.)"""
-        if self._settled and not self.blind:
+        if self.settled and not self.blind:
             return 0
         self._steps += 1
         if self._asked == self._number and self._steps > self.LOST:
@@ -80,15 +66,15 @@ class WeightsWatch:
             self._lost += 1
             if self._lost >= self.TRIES:
                 self._give_up()
-        due = self._steps > self.LOST if self._settled else self._wanted or self._suspected
+        due = self._steps > self.LOST if self.settled else self._awake
         if not due or self._asked == self._number:
             return 0
         self._asked, self._steps = self._number, 0
         return self._number
 
-    def hear(self, look: Look) -> Verdict | None:
+    def hear(self, look: WeightsLook) -> Verdict | None:
         """An answer; the verdict, once all ranks have given theirs to the last question."""
-        if (self._settled and not self.blind) or look.number != self._number:
+        if (self.settled and not self.blind) or look.number != self._number:
             return None
         self._answers[look.rank] = look.fingerprint
         if len(self._answers) < self._ranks:
@@ -98,13 +84,13 @@ class WeightsWatch:
             self._give_up()
             self.blind = self._known  # else there is nothing to wait for
             return "unknown"
-        self._settled, self.blind = True, False
+        self.settled, self._awake, self.blind = True, True, False
         before, self.current = self.current, now
         return "same" if before == now else "changed"
 
     def _give_up(self) -> None:
-        """Nobody knows the weights: nothing is the same as they, and nobody waits."""
-        self._settled = self.blind = True
+        """The weights cannot be known: nothing kept is of them, and no request waits."""
+        self.settled = self._awake = self.blind = True
         self.current = None
         self._steps = 0
         self.ask_again()
@@ -147,7 +133,7 @@ class Rounds:
         """A round under way confirms nothing."""
         self._open = False
 
-    def hear(self, sample: Sample) -> bool | None:
+    def hear(self, sample: WeightsSample) -> bool | None:
         """An answer. False: something differs; True: all ranks have found nothing in this round; None: neither."""
         if not self._open or sample.number != self._asked:
             return None

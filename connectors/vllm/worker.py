@@ -1,30 +1,28 @@
 """The worker side: moves bytes between the engine's paged cache and the memory tier, as ordered.
 
-Loads are for requests that wait for them: what fails is told before the request has run, and vLLM computes it.
-Everything of a step is carried out once, behind its forward, by whichever of `wait_for_save` and `get_finished`
-vLLM calls first: what it calls in a step without a forward, and in which order, differs between its versions.
+Requests wait for their loads: a failed load is reported before the request has run, and vLLM computes it. The
+orders of a step are carried out once, after its forward, by the first of `wait_for_save` and `get_finished` that
+vLLM calls: which of them it calls in a step without a forward, and in which order, differs between its versions.
 """
 
 import time
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
-from ragkv.connectors.vllm.equipment import Equipment, equip
-from ragkv.connectors.vllm.faults import Faults, in_words, logger
-from ragkv.connectors.vllm.fingerprint import fingerprint_model
+from ragkv.connectors.vllm.equipment import Equipment
+from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
+from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.model import find_model
-from ragkv.connectors.vllm.protocol import Fusion, Handshake, StepOrders, StepReport
-from ragkv.connectors.vllm.recompute import Fuser
-from ragkv.connectors.vllm.sampling import LONG_STEP, Sample, Sampler
-from ragkv.connectors.vllm.streams import make_streams
-from ragkv.connectors.vllm.timing import Stopwatch, Timing
-from ragkv.connectors.vllm.transfer import Prepare
-from ragkv.connectors.vllm.weights import Look
+from ragkv.connectors.vllm.sampling import WeightsObserver
+from ragkv.connectors.vllm.sizes import step_bytes
+from ragkv.connectors.vllm.streams import Event, Stream, Ticket, compute_stream
+from ragkv.connectors.vllm.transfer import PrepareRotation
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
@@ -33,8 +31,18 @@ LEAST_TOKENS = 32  # of a step whose time says something of prefill
 SOME_STEPS = 64  # of the other steps one in so many is timed: they tell what a step costs by itself
 
 
+class _Timed(NamedTuple):
+    """What the device was timed at. `number`: under which a trace is told too, with when it `began`, in ns."""
+
+    kind: Literal["prefills", "fusions"]
+    work: float
+    ticket: Ticket
+    number: int = 0
+    began: int = 0
+
+
 class WorkerSide:
-    """One worker's hands. Made before the caches exist; `register` proves their layout or gives up reuse."""
+    """One worker. It is made before the caches exist; `register` proves their layout or refuses reuse."""
 
     def __init__(
         self, vllm_config: Any, kv_cache_config: Any, settings: Settings, metrics: Metrics, faults: Faults
@@ -44,14 +52,11 @@ class WorkerSide:
         self._refusal: str | None = "the engine's caches were never registered"
         self._equipment: Equipment | None = None
         self._copier = Copier({}, 1, 1, 1, faults)
-        self._turn: Prepare | None = None  # rotates keys that move
-        self._model: Any = None
-        self._sampler: Sampler | None = None
-        self._round = 0  # of samples, under way
-        self._stopwatch: Stopwatch | None = None
-        self._forward: tuple[float, Any] | None = None  # work and beginning of the step under way
-        self._timings: list[tuple[Literal["prefills", "fusions"], float, Timing]] = []
-        self._mended: list[tuple[Fusion, int, Timing]] = []  # fusions to be timed, and when they began
+        self._turn: PrepareRotation | None = None  # rotates keys that move
+        self._weights = WeightsObserver(None, torch.device("cpu"), Stream(), 0, faults)
+        self._compute: Stream | None = None  # where the engine's forwards run
+        self._forward: tuple[float, Event] | None = None  # work and beginning of the step under way
+        self._timed: list[_Timed] = []  # whose seconds are not known yet
         self._fuser: Fuser | None = None
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
@@ -67,7 +72,7 @@ class WorkerSide:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
         try:
-            self._equipment = equip(self._vllm_config, self._kv_cache_config, self._settings, caches)
+            self._equipment = Equipment(self._vllm_config, self._kv_cache_config, self._settings, caches)
             self._begin_copying(self._equipment)
             self._refusal = None
         except RagKVError as error:
@@ -81,7 +86,9 @@ class WorkerSide:
         made = self._equipment
         if made is not None:
             try:
-                return Handshake(self._refusal, made.segment.identity, self._no_fusion, made.rank, self._look())
+                return Handshake(
+                    self._refusal, made.segment.identity, self._no_fusion, made.rank, self._weights.look()
+                )
             except Exception as error:  # of the system, or of a model of an unknown kind
                 self._refusal = in_words(error)
         return Handshake(self._refusal, None, self._no_fusion)
@@ -109,18 +116,16 @@ class WorkerSide:
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
         self.preempt(orders)
-        if orders.asked.look:  # before the forward: what it computes is of the weights that are seen here
-            self._report.looks.append(Look(orders.asked.look, self._rank, self._look()))
-        else:
-            self._take_samples(orders)
+        self._weights.observe(orders.asked, orders.tokens, self._report)
         self._orders = orders
         self._steps += 1
         self._forward = None
-        if self._stopwatch is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
-            self._forward = orders.work, self._stopwatch.start()
+        if self._compute is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
+            self._forward = orders.work, self._compute.record()
 
     def carry_out(self) -> None:
-        """Do what was ordered in this step, behind its forward; again: nothing but note what has ended."""
+        """Carry out the orders of this step, after its forward. A second call only notes which copies have
+        ended."""
         orders, self._orders = self._orders, None
         if orders is not None:
             self._forward_over()
@@ -150,9 +155,10 @@ class WorkerSide:
         return invalid
 
     def close(self) -> None:
-        """Let the memory tier go, once nothing is copied any more."""
+        """Wait for all copies, then close the memory tier."""
         self._copier.equip({})
-        self._fuser = self._model = None
+        self._weights.close()
+        self._fuser = None
         if self._equipment is not None:
             self._equipment.close()
             self._equipment = None
@@ -171,16 +177,16 @@ class WorkerSide:
         self._finishing |= orders.finishing
 
     def _forward_over(self) -> None:
-        if self._forward is not None and self._stopwatch is not None:
-            work, beginning = self._forward
-            self._timings.append(("prefills", work, self._stopwatch.stop(beginning)))
+        if self._forward is not None and self._compute is not None:
+            work, start = self._forward
+            self._timed.append(_Timed("prefills", work, Ticket(self._compute.record(), start)))
         self._forward = None
 
     def _fuse(self, fusion: Fusion, block_tokens: int) -> None:
         """Mend one request's moved tokens. Where that fails vLLM computes them."""
         self._received.add(fusion.request)
-        assert self._stopwatch is not None
-        beginning, started, began = self._stopwatch.start(), time.perf_counter(), time.time_ns()
+        assert self._compute is not None
+        start, started, began = self._compute.record(), time.perf_counter(), time.time_ns()
         try:
             if self._fuser is None:
                 raise FusionError("an order to fuse, and no way to")
@@ -191,9 +197,8 @@ class WorkerSide:
             self._report.unfused.add(fusion.request)
             self._note_time(fusion.timed, began, failed=True)
             return
-        timing = self._stopwatch.stop(beginning)
-        self._timings.append(("fusions", fusion.work, timing))
-        self._mended += [(fusion, began, timing)] if fusion.timed else []
+        ticket = Ticket(self._compute.record(), start)
+        self._timed.append(_Timed("fusions", fusion.work, ticket, fusion.timed, began))
         self._metrics.observe(m.FUSION_SECONDS, time.perf_counter() - started)
 
     def _collect(self) -> None:
@@ -203,18 +208,13 @@ class WorkerSide:
         for request in [each for each in self._finishing if not self._copier.stores_left(each)]:
             self._finishing.discard(request)
             self._sent.add(request)
-        unknown = []
-        for kind, tokens, timing in self._timings:
-            if (seconds := timing.seconds()) is None:
-                unknown.append((kind, tokens, timing))
+        timed, self._timed = self._timed, []
+        for each in timed:
+            if (seconds := each.ticket.seconds()) is None:
+                self._timed.append(each)
             else:
-                getattr(self._report, kind).append((tokens, seconds))
-        self._timings = unknown
-        for each in self._mended[:]:
-            fusion, began, timing = each
-            if timing.seconds() is not None:
-                self._note_time(fusion.timed, began, timing.seconds())
-                self._mended.remove(each)
+                getattr(self._report, each.kind).append((each.work, seconds))
+                self._note_time(each.number, each.began, seconds)
 
     def _end(self, running: Running) -> None:
         job = running.job
@@ -237,81 +237,30 @@ class WorkerSide:
                 self._received.add(job.request)
 
     def _note_time(self, number: int, began: int, seconds: float | None = None, *, failed: bool = False) -> None:
-        """Report when something ended: as the device has timed it, else now. Number 0: nobody wants to know."""
+        """Report when something ended: by the device's clock if it is known, else now. Number 0: not traced."""
         if number:
             ended = time.time_ns() if seconds is None else began + round(seconds * 1e9)
             self._report.times[number] = began, ended, 1, failed
 
     def _begin_copying(self, made: Equipment) -> None:
-        self._stopwatch = Stopwatch(made.device)
-        geometry = made.shape.geometry
-        self._copier = Copier({}, made.page.page_tokens, geometry.token_bytes, made.step_bytes, self._faults)
-        self._model = find_model(self._vllm_config)
-        if self._model is not None:
-            self._learn_model(self._model, made)
+        self._compute, token_bytes = compute_stream(made.device), made.shape.geometry.token_bytes
+        most, page_tokens = step_bytes(self._settings, made.device), self._settings.memory.page_tokens
+        self._copier = Copier({}, page_tokens, token_bytes, most, self._faults)
+        model = find_model(self._vllm_config)
+        self._weights = WeightsObserver(model, made.device, self._compute, made.rank, self._faults)
+        if model is not None:
+            self._learn_model(model, made)
         self._equip_copier(made)
 
     def _equip_copier(self, made: Equipment) -> None:
-        movers = made.make_movers()
-        for mover in movers.values():
-            mover.turn = self._turn
-        self._copier.equip(movers)
-        made.say_memory(movers, TURN_DEVICE_BYTES if self._fuser is not None else 0)
+        self._copier.equip(made.make_movers(self._turn, TURN_DEVICE_BYTES if self._fuser is not None else 0))
 
     def _learn_model(self, model: Any, made: Equipment) -> None:
         """From now on moved tokens can be mended, if this model is of a kind that can be."""
         try:
             self._turn = make_turn(self._vllm_config, made.shape, model)
             self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, made.shape, model, made.caches)
-        except RagKVError as error:
-            self._no_fusion = str(error)
-        except Exception as error:  # an unknown model or backend may fail in any way
-            self._no_fusion = f"{type(error).__name__} while fusion was prepared: {error}"
-            logger.debug("ragkv: no fusion", exc_info=error)
-        else:
             self._no_fusion = None
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self._equipment is None else self._equipment.rank
-
-    def _look(self) -> bytes | None:
-        """A fingerprint of the model's weights as they are now, with which samples are compared from now on; None
-        where that cannot be had."""
-        self._sampler, self._round = None, 0
-        if self._model is None:
-            return None
-        try:
-            found = fingerprint_model(self._model)
-        except Exception as error:  # a model may be of any kind: what cannot be looked at is not known
-            logger.debug("ragkv: the weights cannot be looked at", exc_info=error)
-            return None
-        if self._equipment is not None:
-            try:
-                device = self._equipment.device
-                stream = None if device.type == "cpu" else make_streams(device).compute
-                self._sampler = Sampler(self._model, device, stream)
-            except Exception as error:  # of memory, or a model of an unknown kind
-                logger.warning("ragkv: weights that change are noticed only where vLLM tells: %s", in_words(error))
-        return found
-
-    def _take_samples(self, orders: StepOrders) -> None:
-        """Go on with a round of samples. Without a sampler nothing can be found."""
-        if orders.asked.give_up:
-            self._round = 0
-        if orders.asked.sample:
-            self._round = orders.asked.sample
-            if self._sampler is not None:
-                self._sampler.begin()
-        if not self._round:
-            return
-        same: bool | None = True
-        if self._sampler is not None:
-            try:
-                same = self._sampler.go_on(whole=orders.asked.at_once or not 0 < orders.tokens < LONG_STEP)
-            except Exception as error:  # a tensor that is gone, or freed: not what it was
-                self._faults.note("weights", error)
-                same = False
-        if same is not None:
-            self._report.samples.append(Sample(self._round, self._rank, same))
-            self._round = 0
+        except Exception as error:  # an unknown model or backend may fail in any way
+            self._no_fusion = in_words(error)
+            logger.debug("ragkv: no fusion", exc_info=error)

@@ -1,8 +1,8 @@
-"""Which tokens of a prompt stand in memory elsewhere: behind other text, at other positions.
+"""Finds tokens of a prompt that memory holds after another prefix, at other positions.
 
-Whole chunks are found by content, since the chunker cuts a passage alike wherever it stands (`chunking`); from
-there tokens are compared to both sides, so that a passage's first and last chunk, which are cut differently beside
-other neighbours, are not lost.
+Whole chunks are found by content, since the chunker cuts a passage alike wherever it occurs (`chunking`). From
+there tokens are compared in both directions, so that a passage's first and last chunk, which are cut differently
+beside other neighbours, are found too.
 
 Work is bounded in the prompt's length, whatever is stored: of each cut a few holders are followed (`FOLLOWED`) and
 a few more looked at (`LOOKED_AT`), however many there are, and of all of them together no more than `CLIMBED`
@@ -131,7 +131,7 @@ class _Search:
         return pieces
 
     def grown(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces, and what stands beside them in their trees too, as far as it fills the gaps."""
+        """The pieces, and their neighbours in the prefix tree as far as they match the gaps."""
         found: list[Piece] = []
         edge = self._start
         for piece in pieces:
@@ -210,7 +210,7 @@ class _Search:
         return common
 
     def _rightwards(self, piece: Piece, limit: int) -> Iterator[Piece]:
-        """What goes on behind a piece in its tree, up to `limit`."""
+        """Pieces that continue a piece in the prefix tree, up to `limit`."""
         while piece.end < limit and piece.ends_chunk:
             tokens = self._slice(piece.end, min(limit, piece.end + REACH))
             child, shared = longest_shared(piece.chunk, tokens)
@@ -220,7 +220,7 @@ class _Search:
             yield piece
 
     def _leftwards(self, piece: Piece, limit: int) -> Iterator[Piece]:
-        """What stands before a piece in its tree, down to `limit`; the nearest first."""
+        """Pieces that precede a piece in the prefix tree, down to `limit`; the nearest first."""
         while piece.start > limit and not piece.first:
             parent = piece.chunk.parent
             if parent is None or not parent.ready:

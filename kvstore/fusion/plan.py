@@ -1,18 +1,18 @@
-"""What becomes of each token of a prompt that fusion finds moved pieces of.
+"""What becomes of each token of a prompt in which fusion finds moved pieces.
 
-Exact, reused, recomputed (chosen among the moved, or in a gap between pieces), or left to the engine: every token
-is one of these. A plan that would take longer than plain prefill is declined, with the figures.
+A token is exact, reused, recomputed (chosen among the moved, or in a gap between pieces) or left to the engine. A
+plan that would take longer than plain prefill is declined, with the figures.
 """
 
 import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from ragkv.kvstore.fusion.matching import Piece
+from ragkv.kvstore.fusion.selection import Run
 from ragkv.kvstore.gate import Gate
 
 REUSED, MOVED, MISSING = "reused", "moved", "missing"
@@ -20,23 +20,13 @@ TOO_SHORT, DECLINED, UNSUPPORTED = "too_short", "declined", "unsupported"
 KINDS = (REUSED, MOVED, MISSING, TOO_SHORT, DECLINED, UNSUPPORTED)
 MOST_RUNS = 64  # are told of, and of a document looked at
 
-Span = tuple[int, int]
-Run = tuple[Piece, ...]  # without a gap, and of one shift
-
-
-class Fate(Enum):
-    """What becomes of a token. The selection tells which of the moved are `REUSED` and which `RECOMPUTED`."""
-
-    EXACT = "exact"
-    REUSED = "reused"
-    RECOMPUTED = "recomputed"
-    ENGINE = "engine"
+Joined = tuple[Piece, ...]  # without a gap, and of one shift
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tokens up to `exact` are had exactly; from there to `end`, `pieces` are moved, and `gaps`, which nobody
-    holds, recomputed; so are `budget` of the moved tokens. The engine computes what is behind `end`.
+    """Tokens up to `exact` are had exactly. From there to `end`, `pieces` are moved, and the gaps between them
+    recomputed; so are `budget` of the moved tokens. The engine computes what follows `end`.
 
     `work`: what the fusion computes, in tokens of prefill. `short`: pieces found but left out, for their runs are
     shorter than `min_tokens`.
@@ -45,7 +35,6 @@ class Plan:
     exact: int
     end: int
     pieces: tuple[Piece, ...]
-    gaps: tuple[Span, ...]
     budget: int
     work: float
     short: tuple[Piece, ...] = ()
@@ -54,23 +43,6 @@ class Plan:
     def moved(self) -> int:
         """Tokens of the pieces."""
         return sum(map(len, self.pieces))
-
-    def fates(self, length: int, chosen: Sequence[int]) -> list[Fate]:
-        """What becomes of each token of a prompt of `length` tokens, when the selection chose these positions.
-
-        ValueError: the prompt ends before the plan, or something is chosen that is not moved, or twice.
-        """
-        if length < self.end:
-            raise ValueError(f"plan: it ends at {self.end}, the prompt at {length}")
-        fates = [Fate.EXACT] * self.exact + [Fate.RECOMPUTED] * (self.end - self.exact)
-        fates += [Fate.ENGINE] * (length - self.end)
-        for piece in self.pieces:
-            fates[piece.start : piece.end] = [Fate.REUSED] * len(piece)
-        for position in chosen:
-            if not 0 <= position < length or fates[position] is not Fate.REUSED:
-                raise ValueError(f"plan: token {position} is chosen, but not moved, or chosen twice")
-            fates[position] = Fate.RECOMPUTED
-        return fates
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +54,9 @@ class Declined:
     short: tuple[Piece, ...] = ()
 
 
-def runs_of(pieces: Sequence[Piece]) -> list[Span]:
-    """Where ascending, disjoint pieces stand in a prompt: one span for what lies side by side and moves alike."""
-    return [(run[0].start, run[-1].end) for run in _runs(pieces)]
+def runs_of(pieces: Sequence[Piece]) -> list[Run]:
+    """The runs of ascending, disjoint pieces: adjacent pieces of one shift are one run."""
+    return [(run[0].start, run[-1].end) for run in _joined(pieces)]
 
 
 def make_plan(
@@ -94,12 +66,12 @@ def make_plan(
 
     `ratio`: of the moved tokens, the part that is recomputed. `scoring`: what the selection's look costs for each
     token between `exact` and the plan's end, as a part of that token's prefill (deviation at the first layers:
-    about 1.5 / layers; selections that look at nothing: 0). Where the gate knows what things cost, the plan ends
-    behind the run with which it saves the most; else behind the last. ValueError: pieces beyond the bounds.
+    about 1.5 / layers; selections that look at nothing: 0). Where the gate knows the costs, the plan ends after
+    the run with which it saves the most; else after the last. ValueError: pieces beyond the bounds.
     """
     if pieces and not exact <= pieces[0].start < pieces[-1].end <= limit:
         raise ValueError(f"plan: pieces from {pieces[0].start} to {pieces[-1].end}, not in {exact} to {limit}")
-    found = _runs(pieces)
+    found = _joined(pieces)
     runs = [run for run in found if _size(run) >= min_tokens]
     short = tuple(piece for run in found if _size(run) < min_tokens for piece in run)
     if not runs:
@@ -175,7 +147,7 @@ def decisions(
     """
     spans = documents or [("", start, end) for start, end in runs_of(pieces)[:MOST_RUNS]]
     moved = outcome.pieces if isinstance(outcome, Plan) else ()
-    told = _Told(exact, Cover(pieces), Cover(moved), Cover(outcome.short), _runs(moved), outcome)
+    told = _Told(exact, Cover(pieces), Cover(moved), Cover(outcome.short), _joined(moved), outcome)
     return [_decide(name, start, end, told) for name, start, end in spans]
 
 
@@ -186,7 +158,7 @@ class _Told(NamedTuple):
     found: Cover
     moved: Cover
     short: Cover
-    runs: list[Run]
+    runs: list[Joined]
     outcome: Plan | Declined
 
 
@@ -208,7 +180,7 @@ def _decide(name: str, start: int, end: int, told: _Told) -> Decision:
     return Decision(name, start, end, DECLINED, reason=behind)
 
 
-def _shift(runs: Sequence[Run], start: int, end: int) -> int:
+def _shift(runs: Sequence[Joined], start: int, end: int) -> int:
     """By how much most tokens of a span are moved, as far as its first `MOST_RUNS` runs tell."""
     moved: dict[int, int] = {}
     first = bisect.bisect_right(runs, start, key=lambda run: run[-1].end)
@@ -220,12 +192,10 @@ def _shift(runs: Sequence[Run], start: int, end: int) -> int:
     return max(moved, key=lambda shift: moved[shift])
 
 
-def _planned(exact: int, runs: Sequence[Run], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
+def _planned(exact: int, runs: Sequence[Joined], short: tuple[Piece, ...], ratio: float, scoring: float) -> Plan:
     moved, end = sum(map(_size, runs)), runs[-1][-1].end
-    edges = [exact, *(edge for run in runs for edge in (run[0].start, run[-1].end))]
-    gaps = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < b)
     pieces, work = tuple(piece for run in runs for piece in run), _work(exact, end, moved, ratio, scoring)
-    return Plan(exact, end, pieces, gaps, _budget(moved, ratio), work, short)
+    return Plan(exact, end, pieces, _budget(moved, ratio), work, short)
 
 
 def _work(exact: int, end: int, moved: int, ratio: float, scoring: float) -> float:
@@ -236,10 +206,10 @@ def _budget(moved: int, ratio: float) -> int:
     return min(moved, math.ceil(ratio * moved - 1e-6))  # of 100, 0.07 is 7, though 0.07 * 100 is a little more
 
 
-def _runs(pieces: Sequence[Piece]) -> list[Run]:
+def _joined(pieces: Sequence[Piece]) -> list[Joined]:
     cuts = [index for index, (a, b) in enumerate(pairwise(pieces), 1) if a.end != b.start or a.shift != b.shift]
     return [tuple(pieces[start:end]) for start, end in pairwise([0, *cuts, len(pieces)]) if start < end]
 
 
-def _size(run: Run) -> int:
+def _size(run: Joined) -> int:
     return run[-1].end - run[0].start

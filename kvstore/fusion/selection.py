@@ -1,7 +1,7 @@
 """Which reused tokens are worth recomputing: a budget spent where reuse hurts the answer most.
 
-Every selection takes the same runs and the same budget; they differ in what they look at. To look costs a forward
-of its own before the choice, so `looks_at` and `layers` say what the worker has to compute, and nothing more is.
+Every selection takes the same runs and the same budget; they differ in what they look at. A look costs a forward
+of its own before the choice, so `looks_at` says what the worker has to compute.
 """
 
 import bisect
@@ -18,13 +18,18 @@ Run = tuple[int, int]
 class Look(Flag):
     """What must be computed before a selection can choose; several may be.
 
-    `EARLY_KEYS`: keys of all context tokens in an early layer, by a forward up to there, and how far the reused
-    ones are from them. `QUESTION`: the question's queries over the reused keys.
+    `EARLY_KEYS`: keys of all context tokens in layer `early_layer`, by a forward up to there, and how far the
+    reused ones are from them. `QUESTION`: the question's queries over the reused keys, in all layers.
     """
 
     NOTHING = 0
     EARLY_KEYS = auto()
     QUESTION = auto()
+
+
+def early_layer(n_layers: int) -> int:
+    """The layer (from 0) of whose keys the early look is: the first whose input has passed attention."""
+    return min(1, n_layers - 1)
 
 
 class Selection(ABC):
@@ -33,17 +38,9 @@ class Selection(ABC):
     name: ClassVar[str]
     looks_at: ClassVar[Look]
 
-    def early_layer(self, n_layers: int) -> int:
-        """The layer (from 0) of whose keys the early look is."""
-        return min(1, n_layers - 1)
-
-    def question_layers(self, n_layers: int) -> Sequence[int]:
-        """The layers whose attention is added up for the look at the question, ascending."""
-        return range(n_layers)
-
     def looking(self, n_layers: int) -> float:
         """What the early look costs for every context token, as a part of that token's prefill."""
-        return (self.early_layer(n_layers) + 0.5) / n_layers if Look.EARLY_KEYS in self.looks_at else 0.0
+        return (early_layer(n_layers) + 0.5) / n_layers if Look.EARLY_KEYS in self.looks_at else 0.0
 
     @abstractmethod
     def choose(self, runs: Sequence[Run], budget: int, scores: torch.Tensor | None) -> torch.Tensor:
@@ -119,13 +116,12 @@ class _ByScore(Selection):
 class Deviation(_ByScore):
     """High-KV-deviation tokens (CacheBlend: Yao et al., EuroSys 2025, section 4.3).
 
-    Scores are `deviation_scores` of the keys of layer 1, the first whose input has passed attention: those of
-    layer 0 depend on the token alone, so they cannot deviate once turned to their position. Tokens that deviate
-    in one layer do in the next ones too, so the first that shows any will do: it costs one layer of all context
-    tokens and the keys of a second. (The paper then narrows the choice down from layer to layer.) On 64-token
-    chunks of filings, SmolLM2-135M: values choose better in some texts and worse in others, layer 3 a little
-    better for two more layers of work. Neighbours go in pairs: deviation comes in stretches, so this costs little
-    (KL 0.44 of plain reuse; one by one 0.42, by fours 0.45) and makes 58 tokens 16 sequences and not 35.
+    Scores are `deviation_scores` of the keys of layer 1: those of layer 0 depend on the token alone, so they
+    cannot deviate once turned to their position. Tokens that deviate in one layer do in the next ones too, so one
+    layer is enough. (The paper narrows the choice down from layer to layer.) On 64-token chunks of filings,
+    SmolLM2-135M: values choose better in some texts and worse in others, layer 3 a little better for two more
+    layers of work. Neighbours go in pairs: deviation comes in stretches, so this costs little (KL 0.44 of plain
+    reuse; one by one 0.42, by fours 0.45) and makes 58 tokens 16 sequences and not 35.
     """
 
     name = "deviation"
@@ -137,10 +133,9 @@ class Query(_ByScore):
     """The tokens that the question attends to (InfoFlow KV: Teng et al., arXiv 2603.05353; ProphetKV).
 
     Scores are `query_scores` of the prompt's last tokens over the keys as they are reused, added up over layers.
-    What the answer does not read may be as wrong as it likes. Looks at all layers: the question goes through
-    the whole model in any case, and no third of the layers, nor a single one, chooses better in more than one
-    kind of text; the mean over heads and tokens is as good as any maximum, and ranks can add it up. Tokens are
-    taken one by one: pairs cost a quarter of the gain.
+    Looks at all layers: the question goes through the whole model in any case, and no third of the layers, nor a
+    single one, chooses better in more than one kind of text. The mean over heads and tokens is as good as any
+    maximum, and ranks can add it up. Tokens are taken one by one: pairs cost a quarter of the gain.
     """
 
     name = "query"

@@ -34,7 +34,7 @@ SPEED_BYTES = 64 * MIB
 QUESTIONS = 20
 SLOW_SECONDS = 0.01
 FEW_FILES = 10_000
-TRYOUT = "ragkv.connectors.vllm.tryout"
+TRYOUT = "ragkv.connectors.vllm.doctor_probe"
 TRYOUT_SECONDS = 600.0
 
 

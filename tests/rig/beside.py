@@ -174,7 +174,7 @@ def _answer(asked: Ask, output: Any) -> Answer:
 def watch_fusion(llm: Any, asks: Sequence[Ask]) -> tuple[list[Answer], list[dict[str, Any]]]:
     """Answers, and of each fusion meanwhile: the `runs` that were moved, and the positions `computed` last."""
     from ragkv.connectors.vllm.forward import EngineForward
-    from ragkv.connectors.vllm.recompute import Fuser
+    from ragkv.connectors.vllm.fusion_worker import Fuser
 
     seen: list[dict[str, Any]] = []
     fuse, compute = Fuser.fuse, EngineForward.compute

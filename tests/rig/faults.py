@@ -20,7 +20,7 @@ CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {
     "load": (f"{CONNECTOR}.transfer", "DirectMover", "load"),
     "store": (f"{CONNECTOR}.transfer", "DirectMover", "store"),
-    "fuse": (f"{CONNECTOR}.recompute", "Fuser", "fuse"),
+    "fuse": (f"{CONNECTOR}.fusion_worker", "Fuser", "fuse"),
     "lookup": (f"{CONNECTOR}.scheduler", "SchedulerSide", "lookup"),
     "allocated": (f"{CONNECTOR}.scheduler", "SchedulerSide", "allocated"),
     "orders": (f"{CONNECTOR}.scheduler", "SchedulerSide", "orders"),
@@ -164,7 +164,7 @@ def half_load(mover: Any, load: Callable[..., Any], rows: Any, slots: Any, shift
     """Load the first half of the tokens, and put noise where the others belong."""
     half = len(rows) // 2
     load(mover, rows[:half], slots[:half], *(() if shifts is None else (shifts[:half],)))
-    put_noise(mover._caches, slots[half:])
+    put_noise(mover._layers, slots[half:])
 
 
 def half_fuse(fuser: Any, fusion: Any) -> None:
@@ -176,13 +176,13 @@ def half_fuse(fuser: Any, fusion: Any) -> None:
     put_noise(fuser._caches, torch.from_numpy(fusion.blocks)[positions // size] * size + positions % size)
 
 
-def put_noise(caches: Any, slots: torch.Tensor) -> None:
+def put_noise(layers: Any, slots: torch.Tensor) -> None:
     """Overwrite K and V of some slots, in all layers."""
     chance = torch.Generator().manual_seed(len(slots))
-    for cache in caches:
-        found = cache.find(slots)
+    for some in layers.groups:
+        found = layers.find(slots)
         for kind in (0, 1):
-            raw = cache.read(found, kind)
+            raw = layers.read(found, kind, some)
             noise = torch.randint(-100, 100, raw.shape, generator=chance)
-            values = noise.float() if raw.element_size() == 4 else noise
-            cache.write(found, kind, values.view(raw.dtype) if raw.element_size() == 4 else values.to(raw.dtype))
+            values = noise.float().view(raw.dtype) if raw.element_size() == 4 else noise.to(raw.dtype)
+            layers.write(found, kind, values, some)

@@ -9,7 +9,7 @@ import ragkv
 from hand_lanes import Lower
 from ragkv.config import Settings
 from ragkv.connectors.vllm.announcing import Announcer
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.errors import StoreError
 from toy_engine import Engine, text
 

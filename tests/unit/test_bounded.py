@@ -236,7 +236,7 @@ def pieces_of(count, shift):
 @pytest.mark.parametrize("shift", [lambda n: 7, lambda n: n % 2])
 def test_documents_that_overlap_are_told_of_in_a_few_steps_each(shift):
     pieces = pieces_of(3000, shift)
-    outcome = Plan(0, 120_000, tuple(pieces), (), 0, 0.0)
+    outcome = Plan(0, 120_000, tuple(pieces), 0, 0.0)
     documents = [(str(n), n, 120_000 - n) for n in range(256)]
     with ExitStack() as stack:
         looked = stack.enter_context(counted(plan.Cover, "_upto"))

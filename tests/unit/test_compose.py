@@ -10,7 +10,7 @@ from engine_config import caches, config, spec
 from ragkv.config import Settings
 from ragkv.connectors.vllm import compose
 from ragkv.connectors.vllm.compose import make_placement, make_recorder
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.errors import LayoutError

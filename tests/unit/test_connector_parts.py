@@ -13,8 +13,8 @@ from ragkv import preflight
 from ragkv.config import Settings
 from ragkv.connectors.vllm import NAME, plugin
 from ragkv.connectors.vllm.connector import RagKVConnector
-from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.protocol import Handshake, Job, StepOrders, StepReport
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Handshake, Job, StepOrders, StepReport
 from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError

@@ -12,7 +12,7 @@ from ragkv.cli import app
 from ragkv.config import Settings
 from ragkv.connectors.vllm import control as module
 from ragkv.connectors.vllm.control import Control, open_control
-from ragkv.connectors.vllm.faults import logger
+from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.errors import ConfigError
 from ragkv.preflight import read_settings
 from toy_engine import Engine, text

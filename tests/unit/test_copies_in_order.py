@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from ragkv.connectors.vllm.transfer import Done
+from ragkv.connectors.vllm.streams import Event, Ticket
 from simulated_device import SimulatedStreams
 from simulated_engine import play
 
@@ -23,7 +23,7 @@ def one_half_for_both(mover):
 
 
 def tickets_of_failures_are_done(mover):
-    mover.ordered = lambda kind: Done()
+    mover.ordered = lambda kind: Ticket(Event())
 
 
 BROKEN = {

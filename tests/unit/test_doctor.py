@@ -21,7 +21,7 @@ from ragkv.checks import check_disk, check_files, check_memory, check_redis, che
 from ragkv.cli import doctor
 from ragkv.cli.doctor import check_server, check_versions, examine
 from ragkv.config import load
-from ragkv.connectors.vllm.tryout import TOKENS, judge_engine, judge_interface, judge_version
+from ragkv.connectors.vllm.doctor_probe import TOKENS, judge_engine, judge_interface, judge_version
 from ragkv.kvstore.backing import Backing
 from ragkv.kvstore.stores.contract import Room
 from redis_server import needs_server

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_config import spec
-from ragkv.connectors.vllm.forward import EngineForward, batches, runs_of, watch
+from ragkv.connectors.vllm.forward import EngineForward, batches, contiguous, watch
 from simulated_device import SimulatedStreams
 
 positions = st.lists(st.integers(0, 120), unique=True).map(sorted).map(lambda p: np.array(p, dtype=np.int64))
@@ -23,14 +23,14 @@ def spread(runs):
 
 @given(positions)
 def test_runs_are_the_longest_that_hold_just_these_positions(given_positions):
-    runs = runs_of(given_positions)
+    runs = contiguous(given_positions)
     assert spread(runs) == given_positions.tolist()
     assert all(end < start for (_, end), (start, _) in pairwise(runs))
 
 
 @given(positions, st.integers(1, 5), st.integers(1, 20))
 def test_batches_keep_all_in_order_within_the_engines_bounds(given_positions, most_runs, most_tokens):
-    made = list(batches(runs_of(given_positions), most_runs, most_tokens))
+    made = list(batches(contiguous(given_positions), most_runs, most_tokens))
     assert [position for batch in made for position in spread(batch)] == given_positions.tolist()
     for batch in made:
         assert 1 <= len(batch) <= most_runs and 1 <= len(spread(batch)) <= most_tokens

@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from ragkv.connectors.vllm.timing import Timing
-from ragkv.connectors.vllm.transfer import Done
+from ragkv.connectors.vllm.streams import Ticket
 from ragkv.kvstore.costs import BELIEF, range_of
 from ragkv.kvstore.gate import PROBE, Gate
 from toy_engine import Engine, closing, text
+from toy_worker import Took
 
 PLAY = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
@@ -163,22 +163,26 @@ class Watch:
     def __init__(self, worker, noise):
         self.worker, self.noise, self.slower = worker, noise, 20.0
 
-    def start(self):
-        return self.worker._orders.work
-
-    def stop(self, work):
-        seconds, self.slower = (0.01 + 7e-4 * work) * self.noise() * self.slower, 1.0
-        return Timing(lambda: seconds)
+    def record(self):
+        """The beginning of a step, which knows its work; or its end, which has none."""
+        orders = self.worker._orders
+        if orders is not None:
+            self.work = orders.work
+            return Took(0)
+        seconds, self.slower = (0.01 + 7e-4 * self.work) * self.noise() * self.slower, 1.0
+        return Took(seconds)
 
 
 def timed(engine, noise):
     """Let an engine measure noisy times: a load takes a fixed millisecond, and a tenth of prefill at most."""
 
     def slowed(load):
-        return lambda rows, *more: load(rows, *more) and Done((0.001 + 7e-5 * len(rows)) * noise())
+        return lambda rows, *more: (
+            load(rows, *more) and Ticket(Took((0.001 + 7e-5 * len(rows)) * noise()), Took(0))
+        )
 
     for worker in engine.workers:
-        worker._stopwatch = Watch(worker, noise)
+        worker._compute = Watch(worker, noise)
         mover = worker._copier._movers[False]
         mover.load = slowed(mover.load)
     return engine

@@ -18,7 +18,7 @@ from ragkv.benchmarks.gpu_copies import Interleaved, Sizes, World, check_copies,
 from ragkv.benchmarks.gpu_judge import Check, Reply
 from ragkv.checks import Finding
 from ragkv.connectors.vllm.pinning import Pinning
-from ragkv.connectors.vllm.streams import DirectStreams
+from ragkv.connectors.vllm.streams import make_streams
 from ragkv.kvstore.segment import FOLDER
 from simulated_device import SimulatedStreams, TamperedStreams
 
@@ -43,7 +43,7 @@ def rounds(broken=None, choose=None, streams=None):
 @pytest.mark.parametrize("seed", range(20))
 def test_rounds_of_a_right_mover_are_right_in_any_order(seed):
     assert rounds(choose=random.Random(seed).randrange) == 0
-    assert rounds(streams=DirectStreams()) == 0
+    assert rounds(streams=make_streams(CPU)) == 0
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_rounds_of_a_mover_that_leaves_out_a_wait_are_wrong(broken, choose):
 
 
 def test_rounds_see_a_single_element(monkeypatch):
-    world = World(TINY, CPU, DirectStreams(), host, nothing)
+    world = World(TINY, CPU, make_streams(CPU), host, nothing)
     load = world.mover.load
 
     def harmed(rows, slots, shifts=None):
@@ -125,7 +125,7 @@ def test_the_first_step_whole_and_nothing_is_left():
     before = {path.name for path in FOLDER.glob("ragkv-bench-gpu-*")}
     runtime = Strict()
     speed = Sizes(layers=2, heads=1, head_dim=4, block_tokens=2, page_tokens=4, tokens=64, rounds=1, staging=2048)
-    checks = list(check_copies(CPU, DirectStreams(), 1 << 20, TINY, speed, runtime))
+    checks = list(check_copies(CPU, make_streams(CPU), 1 << 20, TINY, speed, runtime))
     assert [check.name for check in checks] == ["pinning", "layouts", "copies", "load speed", "store speed"]
     assert all(check.ok for check in checks[:3])
     assert all(check.figures["raw"] > 0 < check.figures["ours"] for check in checks[3:])
@@ -333,7 +333,7 @@ def test_what_is_broken_raises_once_and_is_counted(monkeypatch):
         def fuse(self, fusion):
             return fusion
 
-    monkeypatch.setattr("ragkv.connectors.vllm.recompute.Fuser", Fuser)
+    monkeypatch.setattr("ragkv.connectors.vllm.fusion_worker.Fuser", Fuser)
     gpu_workers.break_next(None, "fusion")
     with pytest.raises(OSError, match="injected"):
         Fuser().fuse(3)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ragkv.connectors.vllm.layers import Layers
-from ragkv.connectors.vllm.layout import RAW, Geometry, probe
+from ragkv.connectors.vllm.layers import Layers, Slots
+from ragkv.connectors.vllm.layout import Geometry, probe
+from ragkv.connectors.vllm.tiles import RAW
 from ragkv.errors import LayoutError
 
 HEADS, DIM, LAYERS, BLOCKS = 3, 6, 3, 5
@@ -149,12 +150,13 @@ def test_found_and_bit_exact(name, itemsize, place, split):
         cache = caches[layer]
         key, value = (torch.randn(len(slots), HEADS, DIM, generator=chance).to(dtype) for _ in range(2))
         backend.do_kv_cache_update(None, key, value, cache, slots)
-        written, there = bits(cache), at.find(slots)
+        written, alone = bits(cache), Layers([at])
+        there, only = alone.find(slots), range(1)
         for kind, values in enumerate((key, value)):
-            assert torch.equal(at.read(there, kind), bits(encode(values, cache)))
+            assert torch.equal(alone.read(there, kind, only)[0], bits(encode(values, cache)))
         cache.view(RAW[itemsize]).copy_(before[layer])
         for kind, values in enumerate((key, value)):
-            at.write(there, kind, bits(encode(values, cache)))
+            alone.write(there, kind, bits(encode(values, cache))[None], only)
         assert torch.equal(bits(cache), written), "unlike the backend's own write"
         cache.view(RAW[itemsize]).copy_(before[layer])
     assert all(torch.equal(bits(cache), before[layer]) for layer, cache in caches.items())
@@ -284,6 +286,11 @@ def test_two_blocks_are_enough():
     assert len(probe(layers, caches, geometry, 2, dtype)) == LAYERS
 
 
+def one_by_one(caches, slots, kind):
+    alone = [Layers([each]) for each in caches]
+    return torch.cat([each.read(each.find(slots), kind, range(1)) for each in alone])
+
+
 @pytest.mark.parametrize(("name", "itemsize", "place", "split"), CASES)
 def test_all_layers_together_are_the_layers_one_by_one(name, itemsize, place, split):
     layers, caches, geometry, blocks, dtype = world(LAYOUTS[name](), itemsize, place, split)
@@ -292,25 +299,24 @@ def test_all_layers_together_are_the_layers_one_by_one(name, itemsize, place, sp
     assert (together.views is not None) == (place is not apart and name != "tiles"), "one storage, one kernel"
     assert together.slots == blocks * geometry.block_tokens
     slots = torch.randperm(together.slots, generator=torch.Generator().manual_seed(4))[:11]
-    there, raw = found[0].find(slots), RAW[itemsize]
-    everywhere, every = together.find(*there), range(LAYERS)
+    there, raw, every = together.find(slots), RAW[itemsize], range(LAYERS)
     for kind in (0, 1):
-        read = together.read(everywhere, kind, raw, every)
-        assert torch.equal(read[1:], together.read(everywhere, kind, raw, every[1:]))
-        assert torch.equal(read, torch.stack([each.read(there, kind) for each in found]))
+        read = together.read(there, kind, every)
+        assert torch.equal(read[1:], together.read(there, kind, every[1:]))
+        assert torch.equal(read, one_by_one(found, slots, kind))
         assert read.dtype == raw
     written = torch.randint(100, (2, LAYERS, 11, HEADS, DIM), generator=torch.Generator().manual_seed(5)).to(raw)
     for kind in (0, 1):
-        together.write(everywhere, kind, written[kind], every)
+        together.write(there, kind, written[kind], every)
     for kind in (0, 1):
-        assert torch.equal(torch.stack([each.read(there, kind) for each in found]), written[kind])
+        assert torch.equal(one_by_one(found, slots, kind), written[kind])
 
 
 def test_elements_that_stay_together_are_moved_together():
     """In tiles K lies in pairs, so half as many elements are to be moved; V does not."""
     layers, caches, geometry, blocks, dtype = world(CpuTiles(), 2, apart, tokens=4)
     for cache in probe(layers, caches, geometry, blocks, dtype):
-        moved = [cache.addresses(cache.find(torch.arange(3)), kind) for kind in (0, 1)]
+        moved = Slots(cache, torch.arange(3)).addresses
         assert [len(each) for each in moved] == [3 * HEADS * DIM // 2, 3 * HEADS * DIM]
 
 
@@ -320,6 +326,6 @@ def test_layers_in_another_order_than_in_storage_are_served_one_by_one():
         found = probe(layers, caches, geometry, blocks, dtype)
         some = Layers([found[number] for number in order])
         assert (some.views is not None) == (order == [0, 2])
-        there = found[0].find(torch.tensor([1, 7]))
-        read = some.read(some.find(*there), 1, RAW[2], range(len(order)))
-        assert torch.equal(read, torch.stack([found[number].read(there, 1) for number in order]))
+        slots = torch.tensor([1, 7])
+        read = some.read(some.find(slots), 1, range(len(order)))
+        assert torch.equal(read, one_by_one([found[number] for number in order], slots, 1))

@@ -7,8 +7,9 @@ import torch
 
 from ragkv.connectors.vllm import mending
 from ragkv.connectors.vllm.identity import Shape
-from ragkv.connectors.vllm.layout import RAW, Geometry
+from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.mending import make_turn, together
+from ragkv.connectors.vllm.tiles import RAW
 from ragkv.kvstore.fusion.rotation import Rotation
 
 HEADS, DIM, TOKENS = 2, 8, 7

@@ -13,9 +13,9 @@ from engine_config import config
 from ragkv import preflight
 from ragkv.connectors.vllm import NAME, model, plugin
 from ragkv.connectors.vllm.connector import RagKVConnector
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Handshake, StepReport
 from ragkv.connectors.vllm.multi import MULTI, ROOM_CHECKED, TOLD_LATE, told_late
-from ragkv.connectors.vllm.protocol import Handshake, StepReport
 from ragkv.connectors.vllm.trust import Trust
 from ragkv.errors import ConfigError
 from ragkv.kvstore.metrics import Metrics

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
-from ragkv.connectors.vllm.sampling import LINE, LINES, PARTS, PASSES, Sample, Sampler
+from ragkv.connectors.vllm.messages import WeightsSample
+from ragkv.connectors.vllm.sampling import LINE, LINES, PARTS, PASSES, Sampler
+from ragkv.connectors.vllm.streams import Stream
 from ragkv.connectors.vllm.weights import Rounds
 from simulated_device import SimulatedStreams
 
@@ -49,7 +51,7 @@ def steps_until_found(sampler, rounds, most=BOUND, change=None, tokens=1):
             sampler.begin()
         same = sampler.go_on(whole=False)
         if same is not None:
-            rounds.hear(Sample(begun, 0, same))
+            rounds.hear(WeightsSample(begun, 0, same))
         if same is False:
             return step
     return None
@@ -58,7 +60,7 @@ def steps_until_found(sampler, rounds, most=BOUND, change=None, tokens=1):
 @pytest.mark.parametrize("begun", [0, 1, 5, 63, 64, 100])
 def test_a_training_step_is_found_within_the_bound(begun):
     model = Model()
-    sampler, rounds = Sampler(model, CPU, None), Rounds(1)
+    sampler, rounds = Sampler(model, CPU, Stream()), Rounds(1)
     assert steps_until_found(sampler, rounds, most=begun) is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -77,7 +79,7 @@ def test_a_training_step_is_found_within_the_bound(begun):
 @pytest.mark.parametrize("name", [name for name, tensor in Model().tensors().items() if tensor.numel()])
 def test_a_change_of_one_whole_tensor_is_found_within_the_bound(name):
     model = Model()
-    sampler, rounds = Sampler(model, CPU, None), Rounds(1)
+    sampler, rounds = Sampler(model, CPU, Stream()), Rounds(1)
     tensor = model.tensors()[name].data
     assert steps_until_found(sampler, rounds) is None, "nothing has changed"
     found = steps_until_found(sampler, rounds, change=lambda: tensor.copy_(tensor + 1))
@@ -105,7 +107,7 @@ def test_the_full_look_finds_any_flipped_bit_at_any_place(data, name):
 def test_a_tensor_that_is_replaced_by_its_equal_is_noticed(name):
     """What views show then is nobody's."""
     model = Model()
-    sampler = Sampler(model, CPU, None)
+    sampler = Sampler(model, CPU, Stream())
     for owner in (model._parameters, model._buffers):
         if name in owner:
             owner[name] = (
@@ -123,7 +125,7 @@ def test_over_all_passes_every_run_of_a_small_tensor_has_its_turn(data):
     length = data.draw(st.integers(1, LINES * (PASSES - 1) * LINE))
     model = torch.nn.Module()
     model.register_buffer("only", torch.zeros(length, dtype=torch.int16))
-    sampler = Sampler(model, CPU, None)
+    sampler = Sampler(model, CPU, Stream())
     model.only[data.draw(st.integers(0, length - 1))] = 1
     answers = []
     for _ in range(PASSES):
@@ -134,7 +136,7 @@ def test_over_all_passes_every_run_of_a_small_tensor_has_its_turn(data):
 
 def test_a_round_costs_little_and_is_spread_over_steps():
     model = Model()
-    sampler = Sampler(model, CPU, None)
+    sampler = Sampler(model, CPU, Stream())
     largest = max(t.element_size() for t in model.tensors().values())
     assert 0 < sampler.bytes <= sampler.tensors * LINES * LINE * largest
     for part in sampler._parts:
@@ -143,7 +145,7 @@ def test_a_round_costs_little_and_is_spread_over_steps():
             assert read <= (1 + sampler.tensors // PARTS) * LINES * LINE * largest, "bytes a step"
     big = torch.nn.Module()
     big.register_buffer("only", torch.zeros(10**6, dtype=torch.int16))
-    assert Sampler(big, CPU, None).bytes <= LINES * LINE * 2, "bytes a tensor, however large it is"
+    assert Sampler(big, CPU, Stream()).bytes <= LINES * LINE * 2, "bytes a tensor, however large it is"
     compared = []
     sampler._compare = compared.append
     sampler.begin()
@@ -156,7 +158,7 @@ def test_a_round_costs_little_and_is_spread_over_steps():
 
 def test_a_round_that_is_given_up_leaves_no_answer():
     model = Model()
-    sampler = Sampler(model, CPU, None)
+    sampler = Sampler(model, CPU, Stream())
     sampler.begin()
     assert sampler.go_on(whole=False) is None
     sampler.begin()
@@ -185,5 +187,5 @@ def test_tensors_of_other_devices_are_left_out():
     model = Model()
     model.register_buffer("elsewhere", torch.empty(5, device="meta"))
     model.register_buffer("sparse", torch.eye(3).to_sparse())
-    sampler = Sampler(model, CPU, None)
+    sampler = Sampler(model, CPU, Stream())
     assert sampler.tensors == len([t for t in Model().tensors().values() if t.numel()])

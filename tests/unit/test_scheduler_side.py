@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ragkv.connectors.vllm.protocol import StepReport
+from ragkv.connectors.vllm.messages import StepReport
 from toy_engine import BLOCK, PAGE, Engine, closing, text
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ragkv.connectors.vllm.protocol import StepReport
+from ragkv.connectors.vllm.messages import StepReport
 from ragkv.kvstore import metrics as m
 from toy_engine import BLOCK, MIN, Engine, Request, closing, text
 

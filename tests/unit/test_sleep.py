@@ -6,29 +6,28 @@ import pytest
 from ragkv.config import Settings
 from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.copying import Copier
-from ragkv.connectors.vllm.faults import Faults
-from ragkv.connectors.vllm.protocol import Job, StepOrders
-from ragkv.connectors.vllm.transfer import Done
+from ragkv.connectors.vllm.error_boundary import Faults
+from ragkv.connectors.vllm.messages import Job, StepOrders
+from ragkv.connectors.vllm.streams import Event, Ticket
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.metrics import Metrics
-from toy_worker import Stopwatch
 
 
 class Mover:
     most_tokens = 10**6
 
-    def __init__(self):
-        self.turn, self.moved, self.closed = None, [], False
+    def __init__(self, turn):
+        self.turn, self.moved, self.closed = turn, [], False
 
     def store(self, rows, slots):
         self.moved.append(len(rows))
-        return Done(0.1)
+        return Ticket(Event())
 
     def load(self, rows, slots, shifts=None):
         return self.store(rows, slots)
 
     def ordered(self, kind):
-        return Done()
+        return Ticket(Event())
 
     def close(self):
         self.closed = True
@@ -40,19 +39,16 @@ class Equipment:
     def __init__(self):
         self.made = []
 
-    def make_movers(self):
-        self.made.append({False: Mover(), True: Mover()})
+    def make_movers(self, prepare, fusion_bytes):
+        self.made.append({False: Mover(prepare), True: Mover(prepare)})
         return dict(self.made[-1])
-
-    def say_memory(self, movers, fusion):
-        pass
 
 
 @pytest.fixture
 def worker():
     metrics = Metrics()
     made = WorkerSide(None, None, Settings(), metrics, Faults(metrics))
-    made._stopwatch, made._equipment, made._turn = Stopwatch(), Equipment(), turn
+    made._equipment, made._turn = Equipment(), turn
     made._copier = Copier({}, 16, 1, 1000, made._faults)
     made.take_caches_again()
     return made

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
-from ragkv.connectors.vllm.faults import Faults, gives, guarded
+from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m

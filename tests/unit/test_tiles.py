@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragkv.connectors.vllm.layers import Layers
-from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache, probe
-from ragkv.connectors.vllm.tiles import Scratch, Tiles, find_tiles
+from ragkv.connectors.vllm.layers import LayerCache, Layers
+from ragkv.connectors.vllm.layout import Geometry, probe
+from ragkv.connectors.vllm.tiles import RAW, Scratch, Tiles, find_tiles
 from ragkv.connectors.vllm.transfer import DirectMover, Tier
 from ragkv.errors import LayoutError
 
@@ -140,13 +140,13 @@ def test_any_slots(runs, name, order):
         dict.fromkeys(slot for start, n in runs for slot in range(start, min(start + n, BLOCKS * TOKENS)))
     )
     slots = torch.tensor(slots if order == "as given" else sorted(slots, reverse=order == "descending"))
-    found = layers.find(slots // TOKENS, slots % TOKENS)
+    found = layers.find(slots)
     assert len(layers.groups) == LAYERS and found.in_tiles % 16 == 0
     for kind in (0, 1):
         there = one_by_one(places, kind, slots)
         for number, storage in enumerate(storages):
             group = layers.groups[number]
-            assert torch.equal(layers.read(found, kind, storage.dtype, group)[0], storage[there])
+            assert torch.equal(layers.read(found, kind, group)[0], storage[there])
             new, expected = noise(there.numel(), itemsize, 9).view(there.shape), storage.clone()
             expected[there] = new
             layers.write(found, kind, new[None], group)
@@ -158,8 +158,7 @@ def test_whole_tiles_are_found():
     layers = Layers(caches)
 
     def in_tiles(*slots):
-        slots = torch.tensor(slots)
-        return layers.find(slots // TOKENS, slots % TOKENS).in_tiles
+        return layers.find(torch.tensor(slots)).in_tiles
 
     assert in_tiles(*range(64)) == 64
     assert in_tiles(*range(1, 64)) == 48
@@ -211,7 +210,7 @@ class Backend:
     ("harm", "message"),
     [
         (None, None),
-        ("read", "does not give back what was written, tile by tile"),
+        ("read", "does not give back what was written"),
         ("write", "cannot be written back"),
     ],
 )

@@ -20,7 +20,7 @@ from otlp_collector import OURS, collecting
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm import tracing
 from ragkv.connectors.vllm.compose import side_maker
-from ragkv.connectors.vllm.protocol import merge_times
+from ragkv.connectors.vllm.messages import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
 from ragkv.kvstore import metrics as m
@@ -259,10 +259,10 @@ def test_loads_and_fusions_last_as_long_as_the_device_says(spans, monkeypatch):
             engine.run(system + passage)
         spans.made()
         request = engine.request([*system, *passages[1], *passages[0], *question])
-        monkeypatch.setattr(toy_engine.Stopwatch, "seconds", None)
+        monkeypatch.setattr(toy_engine.Compute, "seconds", None)
         engine.step(), engine.step()
         assert FUSE not in names(spans.made()), "the device is not there yet"
-        monkeypatch.setattr(toy_engine.Stopwatch, "seconds", 2.5)
+        monkeypatch.setattr(toy_engine.Compute, "seconds", 2.5)
         engine.step()
         (fuse,) = [span for span in spans.made() if span.name == FUSE]
         engine.finish(request)

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragkv.connectors.vllm.layout import RAW, Geometry, LayerCache
-from ragkv.connectors.vllm.streams import DirectStreams
-from ragkv.connectors.vllm.transfer import DirectMover, Ordered, StagedMover, Tier, make_mover, pieces
+from ragkv.connectors.vllm.layers import LayerCache
+from ragkv.connectors.vllm.layout import Geometry
+from ragkv.connectors.vllm.streams import Ticket, make_streams
+from ragkv.connectors.vllm.tiles import RAW
+from ragkv.connectors.vllm.transfer import DirectMover, StagedMover, Tier, job_slices, make_mover
 from ragkv.errors import FusionError
 from simulated_device import SimulatedStreams
 
@@ -55,12 +57,12 @@ class World:
         low, high = (0, 256) if self.itemsize == 1 else (torch.iinfo(raw).min, torch.iinfo(raw).max)
         return torch.randint(low, high, (count,), generator=self.chance, dtype=torch.int64).to(raw)
 
-    def mover(self, kind):
+    def mover(self, kind, prepare=None):
         if kind == "direct":
-            return DirectMover(self.caches, self.tier)
+            return DirectMover(self.caches, self.tier, prepare)
         pages = int(kind.removeprefix("staged"))  # pages in half the staging buffer
         staging = 2 * pages * PAGE * self.geometry.token_bytes
-        return StagedMover(self.caches, self.tier, staging, CPU, DirectStreams())
+        return StagedMover(self.caches, self.tier, staging, CPU, make_streams(CPU), prepare)
 
     def in_cache(self, slot):
         """A slot's elements [layers, 2, heads, dim], found without the code under test."""
@@ -119,9 +121,8 @@ META = torch.device("meta")  # computes nothing, and refuses operands of another
 
 @pytest.mark.parametrize("places", [strided, tangled], ids=["strided", "table"])
 @pytest.mark.parametrize("stacked", [True, False], ids=["one storage", "apart"])
-def test_copies_mix_no_devices(places, stacked, monkeypatch):
+def test_copies_mix_no_devices(places, stacked):
     """Nothing that a copy computes with on the device lies on the CPU."""
-    monkeypatch.setattr(LayerCache, "same_addresses", lambda self, other: True)  # it compares what "meta" lacks
     geometry, size = Geometry(LAYERS, HEADS, DIM, 2, BLOCK), BLOCK * 2 * HEADS * DIM
     whole = torch.empty(BLOCKS, LAYERS * size, dtype=torch.int16, device=META)
     alone = [torch.empty(BLOCKS, size, dtype=torch.int16, device=META) for _ in range(LAYERS)]
@@ -137,7 +138,7 @@ def test_copies_mix_no_devices(places, stacked, monkeypatch):
     rows, slots = torch.arange(7), torch.arange(7) + 3
     direct = DirectMover(caches, pool)
     assert direct.load(rows, slots).query() and direct.store(rows, slots).query()
-    staged = StagedMover(caches, memory, 4 * PAGE * geometry.token_bytes, META, DirectStreams())
+    staged = StagedMover(caches, memory, 4 * PAGE * geometry.token_bytes, META, make_streams(CPU))
     assert staged.load(rows, slots).query()  # (of "meta" nothing can be copied back)
 
 
@@ -173,7 +174,7 @@ def test_one_row_may_be_loaded_into_many_slots(mover):
 def test_moved_keys_are_turned_on_the_way_and_values_are_not(mover, itemsize):
     """The turn here: add layer and shift to every element, so that a wrong layer, token or side shows."""
     world = World(strided, itemsize, 2, 1, seed=5)
-    copies, (rows, slots) = world.mover(mover), world.some(25)
+    rows, slots = world.some(25)
     shifts = torch.randint(-90, 90, (25,), generator=world.chance)
 
     def prepare(by):
@@ -184,8 +185,7 @@ def test_moved_keys_are_turned_on_the_way_and_values_are_not(mover, itemsize):
 
         return turn
 
-    copies.turn = prepare
-    copies.load(rows, slots, shifts)
+    world.mover(mover, prepare).load(rows, slots, shifts)
     for row, slot, by in zip(rows.tolist(), slots.tolist(), shifts.tolist(), strict=True):
         want = world.in_tier(row).clone()
         for layer in range(LAYERS):
@@ -220,7 +220,7 @@ def test_nothing_to_copy():
 
 def test_the_cpu_needs_no_staging():
     world = World(strided, 2, 1, 0)
-    mover = make_mover(world.caches, world.tier, 1, CPU)
+    mover = make_mover(world.caches, world.tier, 1, CPU, None)
     assert isinstance(mover, DirectMover) and mover.device_bytes == 0 and mover.most_tokens > 1 << 40
 
 
@@ -278,7 +278,7 @@ def test_a_ticket_keeps_what_is_read_until_the_copy_is_over():
     device = SimulatedStreams(lambda ready: 0)
     kept = Kept()
     alive = weakref.ref(kept)
-    ticket = Ordered(device.load.record(), [kept])
+    ticket = Ticket(device.load.record(), kept=[kept])
     del kept
     assert not ticket.query() and alive() is not None
     device.finish()
@@ -288,7 +288,7 @@ def test_a_ticket_keeps_what_is_read_until_the_copy_is_over():
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 7))), st.integers(1, 20))
 def test_pieces_are_cut_between_pages_and_as_large_as_may_be(pages, most):
     rows = np.array([page * 7 + offset for page, size in pages for offset in range(size)], dtype=np.int64)
-    found = pieces(rows, 7, most)
+    found = job_slices(rows, 7, most)
     assert [row for part in found for row in rows[part].tolist()] == rows.tolist()
     assert all(part.start == before.stop for before, part in itertools.pairwise(found))
     for number, part in enumerate(found):

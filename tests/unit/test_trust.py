@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from hand_lanes import Lower
 from ragkv.connectors.vllm import calls
-from ragkv.connectors.vllm.protocol import Handshake, Question, StepOrders, StepReport
-from ragkv.connectors.vllm.sampling import PARTS, Sample
+from ragkv.connectors.vllm.messages import Handshake, Question, StepOrders, StepReport, WeightsLook, WeightsSample
+from ragkv.connectors.vllm.sampling import PARTS
 from ragkv.connectors.vllm.trust import OwnBlocks, Trust
-from ragkv.connectors.vllm.weights import Look, Rounds, WeightsWatch
+from ragkv.connectors.vllm.weights import Rounds, WeightsWatch
 from toy_engine import BLOCK, Engine, closing, text
 
 PROMPTS = [text(seed, 96) for seed in range(3)] + [text(0, 60) + text(7, 50)]
@@ -45,9 +45,11 @@ class Watched(Engine):
         self.trust = Trust(b"engine")
         self.side._namespace_of, self.side._confirmed_by = self.trust.namespaces.of, self.trust.round
         for rank, worker in enumerate(self.workers):
-            worker._equipment = SimpleNamespace(rank=rank)
-            worker._look = lambda worker=worker: self._look(worker)
-        hands = [Handshake(None, rank=rank, weights=worker._look()) for rank, worker in enumerate(self.workers)]
+            worker._weights._rank = rank
+            worker._weights.look = lambda weights=worker._weights: self._look(weights)
+        hands = [
+            Handshake(None, rank=rank, weights=worker._weights.look()) for rank, worker in enumerate(self.workers)
+        ]
         self.trust.begin(hands, None)
         self.trust.bind(SimpleNamespace(blocks=[], evict_blocks=lambda blocks: None))
         side = self.side
@@ -80,13 +82,8 @@ class Watched(Engine):
         side.orders, side.report = watched_orders, watched_report
         side.lookup, side.allocated = watched_lookup, watched_allocated
 
-    def _look(self, worker):
-        worker._sampler, worker._round = (
-            Sampler(
-                self,
-            ),
-            0,
-        )
+    def _look(self, weights):
+        weights._sampler, weights._round = Sampler(self), 0
         self.trusted = self.weights
         return bytes([self.weights]) * 16
 
@@ -320,9 +317,9 @@ def test_a_round_confirms_when_all_ranks_have_found_nothing(trust):
         "what this step computes waits for the next"
     )
     assert trust.question(0, side)[:2] == (0, 0), "one at a time"
-    trust.hear(StepReport(samples=[Sample(1, 0, True)]), side)
+    trust.hear(StepReport(samples=[WeightsSample(1, 0, True)]), side)
     assert not side.confirmed
-    trust.hear(StepReport(samples=[Sample(1, 0, True), Sample(1, 1, True)]), side)
+    trust.hear(StepReport(samples=[WeightsSample(1, 0, True), WeightsSample(1, 1, True)]), side)
     assert side.confirmed == [1] and not side.outdated
     assert trust.question(0, side)[:2] == (0, 2)
 
@@ -330,13 +327,13 @@ def test_a_round_confirms_when_all_ranks_have_found_nothing(trust):
 def test_one_rank_that_finds_something_is_enough(trust):
     side, before = Side(), trust.namespaces.engine
     trust.question(0, side)
-    trust.hear(StepReport(samples=[Sample(1, 1, False)]), side)
+    trust.hear(StepReport(samples=[WeightsSample(1, 1, False)]), side)
     assert side.outdated == 1 and not side.confirmed and trust.serves("new", 0) and not trust.serves("s", 1)
     look, sample = trust.question(1, side)[:2]
     assert look and not sample and trust.ready(NEW, side) is False
-    trust.hear(StepReport(samples=[Sample(1, 0, True)], looks=[Look(look, 0, b"v" * 16)]), side)
+    trust.hear(StepReport(samples=[WeightsSample(1, 0, True)], looks=[WeightsLook(look, 0, b"v" * 16)]), side)
     assert not trust.ready(NEW, side)
-    trust.hear(StepReport(looks=[Look(look, 1, b"v" * 16)]), side)
+    trust.hear(StepReport(looks=[WeightsLook(look, 1, b"v" * 16)]), side)
     assert trust.ready(NEW, side) and trust.namespaces.engine != before
     trust.over("r")
 
@@ -345,7 +342,7 @@ def test_a_round_waits_for_work_that_is_worth_it():
     rounds = Rounds(1)
     assert rounds.question(Rounds.ENOUGH, waiting=True) == 0, "nothing has been computed before this step"
     assert rounds.question(5, waiting=False) == 0
-    assert rounds.question(5, waiting=True) == 1 and rounds.hear(Sample(1, 0, True)) is True
+    assert rounds.question(5, waiting=True) == 1 and rounds.hear(WeightsSample(1, 0, True)) is True
     asked = [rounds.question(1, waiting=True) for _ in range(Rounds.EVERY + 1)]
     assert asked == [0] * (Rounds.EVERY - 1) + [2, 0]
 
@@ -360,7 +357,7 @@ def test_an_answer_that_never_comes_is_asked_for_again():
     rounds = Rounds(1)
     assert rounds.question(0, waiting=True) == 1
     assert any(rounds.question(0, waiting=True) == 2 for _ in range(Rounds.LOST + 1))
-    assert rounds.hear(Sample(1, 0, True)) is None and rounds.hear(Sample(2, 0, True)) is True
+    assert rounds.hear(WeightsSample(1, 0, True)) is None and rounds.hear(WeightsSample(2, 0, True)) is True
 
 
 def test_a_fault_between_question_and_workers_loses_no_question(engine):
@@ -376,7 +373,7 @@ def test_an_answer_that_is_lost_is_asked_for_again_and_at_last_nobody_waits(trus
     assert len(set(asked) - {0}) >= WeightsWatch.TRIES
     assert trust.ready(NEW, side) and not trust.serves("new", 0) and side.outdated == 1
     late = next(filter(None, (trust.question(0, side).look for _ in range(2 * WeightsWatch.LOST))))
-    trust.hear(StepReport(looks=[Look(late, rank, b"w" * 16) for rank in (0, 1)]), side)
+    trust.hear(StepReport(looks=[WeightsLook(late, rank, b"w" * 16) for rank in (0, 1)]), side)
     assert trust.serves("new", 0) and trust.settled
 
 
@@ -385,7 +382,7 @@ def test_weights_that_could_not_be_looked_at_once_are_no_others(trust):
 
     def look(*found):
         number = next(filter(None, (trust.question(1, side).look for _ in range(2 * WeightsWatch.LOST))))
-        trust.hear(StepReport(looks=[Look(number, rank, each) for rank, each in enumerate(found)]), side)
+        trust.hear(StepReport(looks=[WeightsLook(number, rank, each) for rank, each in enumerate(found)]), side)
         return trust.namespaces.engine
 
     trust.suspect()
@@ -405,11 +402,11 @@ def test_what_is_known_does_not_wait_for_what_follows_from_it(trust):
     trust.suspect()
     number = trust.question(1, side).look
     with pytest.raises(OSError):
-        trust.hear(StepReport(looks=[Look(number, rank, b"v" * 16) for rank in (0, 1)]), side)
+        trust.hear(StepReport(looks=[WeightsLook(number, rank, b"v" * 16) for rank in (0, 1)]), side)
     assert trust.namespaces.engine != known
     trust.question(0, side)
     with pytest.raises(OSError):
-        trust.hear(StepReport(samples=[Sample(trust.round() - 1, 0, False)]), side)
+        trust.hear(StepReport(samples=[WeightsSample(trust.round() - 1, 0, False)]), side)
     assert not trust.settled
 
 
@@ -426,12 +423,12 @@ def test_a_call_while_the_engine_sleeps_is_followed_by_no_look_before_a_request_
 
 def test_a_worker_gives_up_a_round_when_it_is_told_so(engine):
     worker = engine.workers[0]
-    worker._sampler.begin()
-    worker._round = 1
+    worker._weights._sampler.begin()
+    worker._weights._round = 1
     worker.begin(StepOrders(tokens=1))
-    assert worker._round == 1
+    assert worker._weights._round == 1
     worker.begin(StepOrders(asked=Question(give_up=True)))
-    assert worker._round == 0
+    assert worker._weights._round == 0
 
 
 def test_a_request_that_vllm_does_not_let_wait_is_not_forgotten(trust):
@@ -440,7 +437,7 @@ def test_a_request_that_vllm_does_not_let_wait_is_not_forgotten(trust):
     trust.ready(SimpleNamespace(request_id="hasty", skip_reading_prefix_cache=True), side)
     number = trust.question(1, side).look
     trust.bind(Pool(used=[1]))
-    trust.hear(StepReport(looks=[Look(number, rank, b"v" * 16) for rank in (0, 1)]), side)
+    trust.hear(StepReport(looks=[WeightsLook(number, rank, b"v" * 16) for rank in (0, 1)]), side)
     trust.over("r")
     trust.serves("x", 16)
     assert not trust.allocated("x", [1, 2], 16), "it has computed on other weights, and goes on"

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ragkv.connectors.vllm.identity import Namespaces
-from ragkv.connectors.vllm.weights import Look, WeightsWatch, combine
+from ragkv.connectors.vllm.messages import WeightsLook
+from ragkv.connectors.vllm.weights import WeightsWatch, combine
 
 A, B, C = (bytes([number]) * 16 for number in (1, 2, 3))
 
@@ -27,8 +28,8 @@ def look(watch, first=A, second=B):
     """One doubt, with these answers."""
     watch.doubt()
     number = ask(watch)
-    assert number and watch.hear(Look(number, 0, first)) is None and not watch.settled
-    return watch.hear(Look(number, 1, second))
+    assert number and watch.hear(WeightsLook(number, 0, first)) is None and not watch.settled
+    return watch.hear(WeightsLook(number, 1, second))
 
 
 def test_sleep_and_wake_keep_everything(watch):
@@ -56,19 +57,19 @@ def test_nothing_is_asked_until_a_request_waits(watch):
 def test_answers_to_an_earlier_question_do_not_count(watch):
     watch.doubt()
     old = ask(watch)
-    watch.hear(Look(old, 0, A))
+    watch.hear(WeightsLook(old, 0, A))
     watch.doubt()
-    assert watch.hear(Look(old, 1, B)) is None and not watch.settled
+    assert watch.hear(WeightsLook(old, 1, B)) is None and not watch.settled
     new = ask(watch)
-    assert watch.hear(Look(new, 0, A)) is None, "the first rank's old answer is forgotten"
-    assert watch.hear(Look(new, 1, B)) == "same"
+    assert watch.hear(WeightsLook(new, 0, A)) is None, "the first rank's old answer is forgotten"
+    assert watch.hear(WeightsLook(new, 1, B)) == "same"
 
 
 @pytest.mark.parametrize("first", [{}, {0: None}])
 def test_weights_that_were_never_known_cannot_be_the_same(first):
     watch = WeightsWatch(first or {0: None})
     watch.doubt()
-    assert watch.hear(Look(ask(watch), 0, A)) == "unknown"
+    assert watch.hear(WeightsLook(ask(watch), 0, A)) == "unknown"
 
 
 def test_a_rank_that_cannot_look_leaves_doubt(watch):
@@ -93,7 +94,7 @@ def test_what_is_settled_is_what_the_workers_had_last(events):
         elif event == "ask" and not watch.settled and not number:
             number = ask(watch)
         elif event in ("first", "second") and number:
-            watch.hear(Look(number, 0, weights) if event == "first" else Look(number, 1, B))
+            watch.hear(WeightsLook(number, 0, weights) if event == "first" else WeightsLook(number, 1, B))
         if watch.settled:
             assert watch.current == combine({0: weights, 1: B})
 

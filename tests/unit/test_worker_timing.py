@@ -8,14 +8,15 @@ import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm import equipment
-from ragkv.connectors.vllm.faults import Faults
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layout import Geometry
-from ragkv.connectors.vllm.protocol import Job, StepOrders, StepReport
-from ragkv.connectors.vllm.timing import Stopwatch
+from ragkv.connectors.vllm.messages import Job, StepOrders, StepReport
+from ragkv.connectors.vllm.streams import Ticket, compute_stream
 from ragkv.connectors.vllm.worker import LEAST_TOKENS, SOME_STEPS, WorkerSide
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
+from toy_worker import Compute
 
 LAYERS, HEADS, DIM, BLOCK, BLOCKS, PAGE = 2, 2, 4, 8, 6, 16
 TOKENS = BLOCKS * BLOCK
@@ -162,7 +163,6 @@ def test_a_row_outside_the_pool_fails_its_jobs(made):
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr("ragkv.connectors.vllm.timing.time.perf_counter", made)
     monkeypatch.setattr("ragkv.connectors.vllm.streams.time.monotonic", made)
     return made
 
@@ -220,12 +220,12 @@ def test_of_small_steps_one_in_so_many_is_timed(made):
 
 def test_times_that_are_not_known_yet_come_with_a_later_report(made, monkeypatch):
     side, _, _ = made()
-    answers = {"known": None}
-    late = SimpleNamespace(seconds=lambda: answers["known"])
-    monkeypatch.setattr(side, "_stopwatch", SimpleNamespace(start=lambda: 0, stop=lambda beginning: late))
+    late = Compute()
+    late.seconds = None
+    monkeypatch.setattr(side, "_compute", late)
     step(side, tokens=100)
     assert side.take_report() is None
-    answers["known"] = 0.5
+    late.seconds = 0.5
     step(side)
     assert side.take_report() == StepReport(prefills=[(200.0, 0.5)])
     step(side)
@@ -233,12 +233,12 @@ def test_times_that_are_not_known_yet_come_with_a_later_report(made, monkeypatch
 
 
 def test_the_clock_of_a_cpu(clock):
-    watch = Stopwatch(torch.device("cpu"))
-    beginning = watch.start()
+    stream = compute_stream(torch.device("cpu"))
+    start = stream.record()
     clock.now += 3.0
-    timing = watch.stop(beginning)
+    ticket = Ticket(stream.record(), start)
     clock.now += 100.0
-    assert timing.seconds() == timing.seconds() == 4.0
+    assert ticket.seconds() == ticket.seconds() == 4.0
 
 
 class Event:
@@ -263,11 +263,12 @@ def test_the_clock_of_a_gpu_never_waits(monkeypatch):
     events = []
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: events.append(Event()) or events[-1])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    watch = Stopwatch(torch.device("cuda", 1))
-    timing = watch.stop(watch.start())
+    stream = compute_stream(torch.device("cuda", 1))
+    start = stream.record()
+    ticket = Ticket(stream.record(), start)
     assert [event.stream for event in events] == ["stream of cuda:1"] * 2
-    assert timing.seconds() is None
+    assert ticket.seconds() is None
     events[0].over = True
-    assert timing.seconds() is None
+    assert ticket.seconds() is None
     events[1].over = True
-    assert timing.seconds() == 0.25
+    assert ticket.seconds() == 0.25

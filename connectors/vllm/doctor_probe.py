@@ -1,7 +1,7 @@
-"""Whether this vLLM can be served, found out by trying: its connector interface, and a small engine.
+"""The doctor's probe: tries whether this vLLM can be served, by its connector interface and a small engine.
 
-A program of its own, `python -m ragkv.connectors.vllm.tryout`, so that a crash is a finding too. Each finding is a
-line of JSON on standard output as soon as it is known; everything else goes to standard error.
+It is a program of its own, `python -m ragkv.connectors.vllm.doctor_probe`, so that a crash is a finding too. Each
+finding is a line of JSON on standard output as soon as it is known; everything else goes to standard error.
 """
 
 import contextlib
@@ -12,13 +12,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ragkv.checks import Finding
 from ragkv.connectors.vllm import NAME
+from ragkv.connectors.vllm.error_boundary import in_words, logger
 from ragkv.versions import NEWEST, OLDEST
 
 TOKENS = 300
@@ -39,10 +40,6 @@ MODEL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
-}
-NOT_TRIED = {
-    "interface": "vLLM's connector interface is not where ragkv looks for it",
-    "layout": "a small engine with ragkv did not start",
 }
 NEEDED = (
     "get_num_new_matched_tokens",
@@ -146,7 +143,6 @@ def try_engine() -> Finding:
 @contextlib.contextmanager
 def _listening(refusals: list[str]) -> Iterator[None]:
     """Collect why the connector stood aside. By a filter: vLLM sets up logging anew, which drops handlers."""
-    from ragkv.connectors.vllm.faults import logger
 
     def hear(record: logging.LogRecord) -> bool:
         _, stood_aside, why = record.getMessage().partition("runs without KV reuse: ")
@@ -179,9 +175,7 @@ def _version() -> Finding:
     except ModuleNotFoundError as error:
         if error.name == "vllm":
             return Finding("vllm", "fail", "vLLM is not installed in this environment", INSTALL)
-        return Finding("vllm", "fail", f"vLLM lacks what it needs: {_line(error)}", INSTALL)
-    except Exception as error:  # a broken build may fail in any way
-        return Finding("vllm", "fail", f"vLLM cannot be imported: {_line(error)}", "install vLLM anew")
+        return Finding("vllm", "fail", f"vLLM lacks what it needs: {in_words(error)}", INSTALL)
     return judge_version(str(getattr(vllm, "__version__", "unknown")))
 
 
@@ -201,28 +195,22 @@ def _interface() -> Finding:
     return judge_interface(KVConnectorBase_V1, RagKVConnector)
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _tried(check: str, attempt: Any, todo: str) -> Finding:
-    try:
-        found: Finding = attempt()
-    except Exception as error:  # what does not fit may fail in any way: that is the finding
-        return Finding(check, "fail", f"{NOT_TRIED[check]}: {_line(error)}", todo)
-    return found
-
-
 def main() -> None:
     """Try one thing after the other, until one fails; `--quick` starts no engine."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    steps = [("vllm", _version, INSTALL), ("interface", _interface, TODO)]
-    if "--quick" not in sys.argv:
-        steps.append(("layout", try_engine, WITHOUT))
-    for check, attempt, todo in steps:
-        found = _tried(check, attempt, todo)
+    elsewhere = "vLLM's connector interface is not where ragkv looks for it"
+    steps: list[tuple[str, Callable[[], Finding], str, str]] = [
+        ("vllm", _version, "vLLM cannot be imported", "install vLLM anew"),
+        ("interface", _interface, elsewhere, TODO),
+        ("layout", try_engine, "a small engine with ragkv did not start", WITHOUT),
+    ]
+    for check, attempt, failed, todo in steps[: 2 if "--quick" in sys.argv else None]:
+        try:
+            found = attempt()
+        except Exception as error:  # what does not fit may fail in any way: that is the finding
+            found = Finding(check, "fail", f"{failed}: {in_words(error)}", todo)
         print(json.dumps(asdict(found)), file=out, flush=True)
         if found.status == "fail":
             break

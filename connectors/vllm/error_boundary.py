@@ -1,9 +1,9 @@
-"""The connector's border: what goes wrong inside becomes a miss, counted, and logged once with its cause."""
+"""The error boundary: an exception inside the connector becomes a miss, is counted, and logged once."""
 
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 from ragkv.errors import RagKVError
 from ragkv.kvstore import metrics as m
@@ -11,8 +11,7 @@ from ragkv.kvstore.metrics import Metrics
 
 logger = logging.getLogger("vllm.ragkv")  # below vLLM's logger, so that its settings hold
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Faults:
@@ -33,36 +32,26 @@ class Faults:
             logger.warning("ragkv: %s: %s; treated as a miss, logged once", kind, cause, exc_info=trace)
 
 
-class Bordered(Protocol):
-    """Whoever has guarded methods keeps its faults here."""
+def guarded(fallback: Callable[..., Any]) -> Callable[[F], F]:
+    """Let no exception out of a method of an object that has `faults`: note it, and return what `fallback` gives
+    for the same arguments."""
 
-    faults: Faults
-
-
-S = TypeVar("S", bound=Bordered)
-
-
-def guarded(
-    fallback: Callable[..., R],
-) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
-    """Let no exception out of a method: note it, and return what `fallback` gives for the same arguments."""
-
-    def wrap(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    def wrap(method: F) -> F:
         @functools.wraps(method)
-        def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
-            except Exception as error:  # the border: a fault of ours must not fail a request
+            except Exception as error:  # the boundary: a fault of ours must not fail a request
                 self.faults.note(method.__name__, error)
                 return fallback(self, *args, **kwargs)
 
-        return call
+        return cast(F, call)
 
     return wrap
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, in one line; of one that nobody foresaw its kind too."""
+    """An error's text in one line; of an error that is not ours, with its type."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, RagKVError) else f"{type(error).__name__}: {text}"
 

@@ -12,9 +12,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ragkv.connectors.vllm.sampling import Sample
-from ragkv.connectors.vllm.weights import Look
-
 Indices = npt.NDArray[np.int64]
 Run = tuple[int, int]  # positions, from and up to
 Times = tuple[int, int, int, bool]  # began, ended (ns since 1970), of how many workers, whether one failed
@@ -80,6 +77,26 @@ class Question(NamedTuple):
 NOTHING_ASKED = Question()
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsLook:
+    """A worker's answer to a look. `number`: of the question; `fingerprint`: None where its model cannot be looked
+    at."""
+
+    number: int
+    rank: int
+    fingerprint: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSample:
+    """A worker's answer to a round of samples. `number`: of the round; `same`: whether nothing differs from the
+    last look."""
+
+    number: int
+    rank: int
+    same: bool
+
+
 @dataclass
 class StepOrders(KVConnectorMetadata):
     """Scheduler side to workers, once a step. A load's request waits until every worker has named it as received;
@@ -130,8 +147,8 @@ class StepReport(KVConnectorWorkerMetadata):
     unfused: set[str] = field(default_factory=set)
     times: dict[int, Times] = field(default_factory=dict)
     handshakes: list["Handshake"] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    looks: list[WeightsLook] = field(default_factory=list)
+    samples: list[WeightsSample] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """The reports of two workers, or of two groups of workers, as one."""

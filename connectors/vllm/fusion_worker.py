@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ragkv.connectors.vllm.forward import EngineForward, watch
-from ragkv.connectors.vllm.layout import LayerCache
-from ragkv.connectors.vllm.protocol import Fusion, Indices, positions_of, slots_of
+from ragkv.connectors.vllm.layers import LayerCache, Layers, Slots
+from ragkv.connectors.vllm.messages import Fusion, Indices, positions_of, slots_of
 from ragkv.connectors.vllm.streams import Packed
-from ragkv.kvstore.fusion.selection import SELECTIONS, Look, Selection, deviation_scores, query_scores
+from ragkv.kvstore.fusion.selection import SELECTIONS, Look, deviation_scores, early_layer, query_scores
 
 
 class Fuser:
@@ -25,7 +25,8 @@ class Fuser:
     def __init__(
         self, forward: EngineForward, layers: list[Any], caches: list[LayerCache], dtype: torch.dtype, tokens: int
     ) -> None:
-        self._forward, self._layers, self._caches, self._dtype = forward, layers, caches, dtype
+        self._forward, self._layers, self._dtype = forward, layers, dtype
+        self._caches = Layers(caches)
         self._block_tokens = tokens
 
     def fuse(self, fusion: Fusion) -> int:
@@ -46,28 +47,28 @@ class Fuser:
         selection = SELECTIONS[fusion.selection]
         looks: list[torch.Tensor] = []
         if Look.EARLY_KEYS in selection.looks_at:
-            looks.append(tensor_model_parallel_all_reduce(self._early_keys(fusion, moved, selection)))
+            looks.append(tensor_model_parallel_all_reduce(self._early_keys(fusion, moved)))
         if Look.QUESTION in selection.looks_at:
             before = gaps[gaps < fusion.asked]  # the question must not see what was there
             self._forward.compute(fusion.tokens, before, fusion.blocks)
-            looks.append(tensor_model_parallel_all_reduce(self._question(fusion, moved, selection)))
+            looks.append(tensor_model_parallel_all_reduce(self._question(fusion, moved)))
         scores = torch.stack(looks).prod(0) if looks else None
         chosen = selection.choose(fusion.runs, fusion.budget, scores)
         if get_tp_group().world_size > 1:  # equal sums need not be equal bits: the first rank decides for all
             chosen = get_tp_group().broadcast(chosen.to(self._layers[0].kv_cache.device), src=0)
         return chosen.cpu().numpy()
 
-    def _early_keys(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
+    def _early_keys(self, fusion: Fusion, moved: Indices) -> torch.Tensor:
         """How far moved keys are from those that a forward over all tokens gives in an early layer. What it gives
         there is kept: up to that layer nothing is left to mend."""
-        number = selection.early_layer(len(self._layers))
+        number = early_layer(len(self._layers))
         layer = self._layers[number]
         device = layer.kv_cache.device
         scores = [torch.zeros(0, device=device)]
 
         def compare(_: int, inputs: Any) -> None:
             keys, values = (side.reshape(len(slots), layer.num_kv_heads, -1) for side in inputs[1:])
-            scores.append(deviation_scores(keys[here], self._keys(number, moved_slots)))
+            scores.append(deviation_scores(keys[here], self._keys(number, found)))
             layer.impl.do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots)
 
         for runs in self._forward.batches(np.arange(fusion.start, fusion.end, dtype=np.int64)):
@@ -76,32 +77,31 @@ class Fuser:
             every = slots_of(fusion.blocks, positions, self._block_tokens)
             sent = Packed([every, among, every[among]], device)
             slots, here, moved_slots = sent.on_device()
+            found = self._caches.find(moved_slots)
             with watch([layer], compare, stop=True):
                 self._forward.forward(fusion.tokens, runs, fusion.blocks)
         return torch.cat(scores)
 
-    def _question(self, fusion: Fusion, moved: Indices, selection: Selection) -> torch.Tensor:
-        """How much the question attends to each moved token, among all before it. It is run right behind them, in
-        the places of tokens that are computed afterwards."""
+    def _question(self, fusion: Fusion, moved: Indices) -> torch.Tensor:
+        """How much the question attends to each moved token, among all before it. It is computed at the positions
+        right after them; the tokens that belong there are computed later."""
         before = slots_of(fusion.blocks, np.arange(fusion.asked, dtype=np.int64), self._block_tokens)
         tokens = np.concatenate([fusion.tokens[: fusion.asked], fusion.question])
-        numbers = selection.question_layers(len(self._layers))
-        layers = [self._layers[number] for number in numbers]
-        device = layers[0].kv_cache.device
+        device = self._layers[0].kv_cache.device
         slots, among = Packed([before, moved], device).on_device()
+        found = self._caches.find(slots)
         scores = torch.zeros(fusion.asked, dtype=torch.float32, device=device)
 
-        def look(place: int, inputs: Any) -> None:
-            layer = layers[place]
+        def look(number: int, inputs: Any) -> None:
+            layer = self._layers[number]
             queries = inputs[0].reshape(-1, layer.num_heads, layer.head_size)
-            scores.add_(query_scores(queries, self._keys(numbers[place], slots), layer.impl.scale))
+            scores.add_(query_scores(queries, self._keys(number, found), layer.impl.scale))
 
-        with watch(layers, look, stop=True):
+        with watch(self._layers, look, stop=True):
             self._forward.forward(tokens, [(fusion.asked, len(tokens))], fusion.blocks)
         return scores[among]
 
-    def _keys(self, number: int, slots: torch.Tensor) -> torch.Tensor:
+    def _keys(self, number: int, slots: Slots) -> torch.Tensor:
         """K of some slots as the cache has them: [tokens, kv_heads, head_dim], scaled as they are used."""
-        cache, layer = self._caches[number], self._layers[number]
-        keys = cache.read(cache.find(slots), 0).view(self._dtype)
-        return keys.float() * layer._k_scale.float() if self._dtype.itemsize == 1 else keys
+        keys = self._caches.read(slots, 0, range(number, number + 1))[0].view(self._dtype)
+        return keys.float() * self._layers[number]._k_scale.float() if self._dtype.itemsize == 1 else keys
