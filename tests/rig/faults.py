@@ -109,7 +109,7 @@ def _side(llm: Any) -> Any:
 
 
 def _tiers(llm: Any) -> Any:
-    return _side(llm)._placement._tiers
+    return _side(llm)._cache.tiers
 
 
 def _never(_method: str, _number: int) -> None:
