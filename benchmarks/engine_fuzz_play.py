@@ -155,9 +155,9 @@ class Faults:
             self._break_copies()
 
     def _break_stores(self) -> None:
+        from ragkv.benchmarks.faulty_stores import Fault, FaultyStore, now_and_then
         from ragkv.connectors.vllm import builder
         from ragkv.kvstore.stores.disk import DiskStore
-        from ragkv.kvstore.stores.wrappers import Fault, FaultyStore, now_and_then
 
         chosen = now_and_then(self.store, self.seed)
 

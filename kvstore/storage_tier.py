@@ -6,14 +6,14 @@ their own; writes and deletions have one thread, so that they happen in the orde
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import io_pool
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import Breaker, State
 from ragkv.kvstore.budget import Budget, Index
-from ragkv.kvstore.io_pool import Done, Outcome, Wanted, Write
+from ragkv.kvstore.io_pool import Lane, Outcome, Wanted, Write
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.stores.contract import Room, Store
 from ragkv.policies.admission import AdmissionPolicy, Always
@@ -21,16 +21,6 @@ from ragkv.policies.admission import AdmissionPolicy, Always
 NO_KEY = bytes(16)  # a key that no chunk has: what a trial asks for
 LASTING = frozenset({"full", "refused", "gone"})  # reasons that do not pass in the next moment
 Note = Callable[[str, BaseException | str], None]
-
-
-class Lane(Protocol):
-    """What a tier needs of a lane of the I/O pool."""
-
-    def submit(self, job: Callable[[], Any], done: Done) -> None: ...
-
-    def close(self, seconds: float) -> bool: ...
-
-    def abandon(self) -> None: ...
 
 
 class StorageTier:

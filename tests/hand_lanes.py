@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from memory_store import MemoryStore
+from ragkv.benchmarks.faulty_stores import FaultyStore, Plan, WrapperStore
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
 from ragkv.kvstore.budget import Index
@@ -17,8 +19,6 @@ from ragkv.kvstore.metrics import METRICS, Metrics
 from ragkv.kvstore.pages import Pages, PageShape
 from ragkv.kvstore.prefix_tree import is_detached
 from ragkv.kvstore.storage_tier import StorageTier
-from ragkv.kvstore.stores.memory import MemoryStore
-from ragkv.kvstore.stores.wrappers import FaultyStore, Plan, WrapperStore
 from ragkv.policies import AdmissionPolicy, Always, make_policy
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ragkv.kvstore.stores.wrappers import Fault as StoreFault
-from ragkv.kvstore.stores.wrappers import FaultyStore
+from ragkv.benchmarks.faulty_stores import Fault as StoreFault
+from ragkv.benchmarks.faulty_stores import FaultyStore
 
 CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {

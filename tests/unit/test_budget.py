@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from hand_lanes import Bench, HandClock, Lower, key
+from memory_store import MemoryStore
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.budget import LOOK_SECONDS, MOST_FILES, MOST_RESERVE, PATIENCE_SECONDS, Budget, Index, there
@@ -18,7 +19,6 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import DiskStore
-from ragkv.kvstore.stores.memory import MemoryStore
 from ragkv.policies import Always, make_policy
 
 GIB = 1 << 30

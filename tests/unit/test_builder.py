@@ -18,6 +18,7 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.prefix_tree import Chunk
 
 SHAPE = examine(config(), caches(spec()))  # 3 layers, 2 heads of 64, bfloat16, 2 ranks
 SPACE = b"namespace of one"
@@ -63,9 +64,10 @@ def test_there_is_a_device_tier_where_its_capacity_holds_a_page():
 
 
 def test_tokens_far_from_the_start_cost_more():
-    hierarchy = cache_of().memory
-    assert hierarchy.cost(bytes(4 * 10), 0) == 10.0
-    assert hierarchy.cost(bytes(4 * 10), 12 * 64) == 20.0, "where attention costs as much as the rest"
+    memory, root = cache_of().memory, Chunk(b"namespace", None, b"")
+    assert memory.cost(Chunk(b"first", root, bytes(4 * 10))) == 10.0
+    after = Chunk(b"after", Chunk(b"parent", root, bytes(4 * 12 * 64)), bytes(4 * 10))
+    assert memory.cost(after) == 20.0, "where attention costs as much as the rest"
 
 
 def test_a_disk_that_cannot_be_had_is_told_and_done_without(tmp_path, caplog):

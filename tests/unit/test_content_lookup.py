@@ -8,9 +8,8 @@ from hand_lanes import ContentStack, Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.codec import decode, encode
-from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.device_tier import DeviceTier
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gate import BELIEF, Gate
 from ragkv.kvstore.keys import as_tokens, chain_key, content_key
 from ragkv.kvstore.prefix_tree import Match, is_detached, origin
 from ragkv.kvstore.stores.disk import DiskStore

@@ -9,8 +9,7 @@ import toy_engine
 import toy_vllm
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.fusing import QUESTION
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gate import BELIEF, Gate
 from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
 
 NO = {"ragkv": {"fuse": False}}

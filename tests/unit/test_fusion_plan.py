@@ -4,7 +4,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import (
     DECLINED,
@@ -21,7 +20,7 @@ from ragkv.kvstore.fusion.plan import (
     make_plan,
     runs_of,
 )
-from ragkv.kvstore.gate import FIRST, PROBE, Gate
+from ragkv.kvstore.gate import BELIEF, FIRST, PROBE, Gate
 from ragkv.kvstore.prefix_tree import Chunk
 
 CHUNK = Chunk(b"", None, b"")

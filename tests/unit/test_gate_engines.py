@@ -10,8 +10,7 @@ from hypothesis import given, settings
 
 from ragkv.connectors.vllm.timing import Timing
 from ragkv.connectors.vllm.transfer import Done
-from ragkv.kvstore.costs import BELIEF, range_of
-from ragkv.kvstore.gate import PROBE, Gate
+from ragkv.kvstore.gate import BELIEF, PROBE, Gate, range_of
 from toy_engine import Engine, closing, text
 
 PLAY = settings(max_examples=60, deadline=None, derandomize=True)

@@ -5,8 +5,7 @@ import pytest
 from hand_lanes import Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import FIRST, LEAST_TOKENS, Gate
+from ragkv.kvstore.gate import BELIEF, FIRST, LEAST_TOKENS, Gate
 from ragkv.kvstore.keys import tail_key
 
 TEXT = words(1, 60)  # chunks of 21 and 23 tokens, and a tail of 16

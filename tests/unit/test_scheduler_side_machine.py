@@ -12,8 +12,8 @@ from hypothesis.stateful import (
 )
 
 from hand_lanes import Lower, redis
+from ragkv.benchmarks.faulty_stores import Fault
 from ragkv.kvstore.codec import BLOCK_BYTES
-from ragkv.kvstore.stores.wrappers import Fault
 from toy_engine import Engine, text
 
 PROMPTS = st.builds(

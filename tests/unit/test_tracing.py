@@ -24,8 +24,7 @@ from ragkv.connectors.vllm.protocol import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gate import BELIEF, Gate
 from toy_engine import BREAK, Engine, closing, text
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
