@@ -63,7 +63,8 @@ class Engine:
         handle, log = tempfile.mkstemp(prefix="ragkv-engine-", suffix=".log")
         os.close(handle)
         self.log = Path(log)
-        context = _forking() if options.one_process else multiprocessing.get_context("spawn")
+        context: Any = _forking() if options.one_process else multiprocessing.get_context("spawn")
+        self._pipe: Connection
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(options, log, theirs, dict(os.environ)))
         self._process.start()

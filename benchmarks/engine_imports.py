@@ -1,4 +1,4 @@
-"""What an engine imports: the process that engines are forked from loads it once. Nothing may run or start here."""
+"""What an engine imports. The process that engines are forked from loads it once; nothing may be started here."""
 
 import vllm.entrypoints.llm
 import vllm.v1.engine.core

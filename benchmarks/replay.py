@@ -1,8 +1,8 @@
 """Replay of a trace through the classes that decide in production: eviction and admission policies.
 
-A request is served as `ragkv.kvstore.hierarchy` does it. Prefix semantics: its longest cached prefix hits, and is
-touched from the root on; then the missing blocks are inserted in order, each with its parent pinned while room is
-made; where admission declines one, or no room can be made, the rest of the request is not stored. Content
+A request is served as `ragkv.kvstore.memory_tier` does it. Prefix semantics: its longest cached prefix hits,
+and is touched from the root on; then the missing blocks are inserted in order, each with its parent pinned while
+room is made; where admission declines one, or no room can be made, the rest of the request is not stored. Content
 semantics: each block stands alone, hits wherever it stands, and is inserted or not for itself.
 """
 

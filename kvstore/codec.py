@@ -9,7 +9,8 @@ same layout under another magic.
 
 import math
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ import msgpack
 import xxhash
 
 from ragkv.errors import PayloadError
+from ragkv.kvstore.keys import chain_key, tail_key
+from ragkv.kvstore.pages import Pages
+from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, origin
 
 Buffer = bytes | bytearray | memoryview
 
@@ -25,6 +29,7 @@ ALIAS_MAGIC = b"\x89RAGKA\r\n"
 VERSION = 1
 MOST_HEADER_BYTES = 1 << 20
 CHECKSUM_BYTES = 16
+HEADER_BYTES, BLOCK_BYTES = 256, 4096  # of a header, about; of a file system
 DTYPES = {
     "bfloat16": 2,
     "float16": 2,
@@ -149,6 +154,100 @@ def header_end(first: Buffer) -> int:
     if length > MOST_HEADER_BYTES:
         raise PayloadError("header", f"payload: a header of {length} bytes; allowed: {MOST_HEADER_BYTES}")
     return PREFIX_BYTES + int(length)
+
+
+def address(chunk: Chunk) -> bytes:
+    """Where a chunk lies in the lower tiers: under its chain key; an open tail under `tail_key` of its parent, one
+    for each parent, the latest, so that an engine that has just started finds it without knowing its tokens; a
+    detached chunk where the chunk lies that it is a copy of."""
+    if isinstance(chunk.parent, DetachedRoot):
+        return chunk.parent.source
+    if not chunk.open:
+        return chunk.key
+    assert chunk.parent is not None
+    return tail_key(chunk.parent.key)
+
+
+class ChunkCodec:
+    """Chunks as payloads: what is written, and what is believed when read. `wall`: seconds since the epoch, for
+    what outlives the process."""
+
+    def __init__(self, pages: Pages, wall: Callable[[], float] = time.time) -> None:
+        self.pages, self.wall = pages, wall
+
+    def size(self, chunk: Chunk) -> int:
+        """Bytes that a chunk's payload occupies, about: with its header, in whole blocks of a file system."""
+        return -(-(self.pages.size(chunk) + len(chunk.tokens) + HEADER_BYTES) // BLOCK_BYTES) * BLOCK_BYTES
+
+    def writer(self, chunk: Chunk, *, expires: float, copy: bool) -> Callable[[], Sequence[Buffer]]:
+        """What makes a chunk's payload, on any thread: of its bytes as they are now if `copy`, else it must be
+        called while the chunk is pinned. `expires`: seconds since the epoch, 0.0 for never."""
+        assert chunk.parent is not None
+        namespace, position = origin(chunk)
+        header = Header(
+            namespace=namespace,
+            key=chunk.key,
+            parent=chunk.parent.key,
+            tokens=chunk.tokens,
+            position=position,
+            open=chunk.open,
+            shape=self.pages.shape.of(len(chunk)),
+            dtype=self.pages.shape.dtype,
+            created=self.wall(),
+            expires=expires,
+        )
+        if copy:
+            raw = self.pages.parts(chunk, copy=True)
+            return lambda: encode(header, raw)
+        return lambda: encode(header, self.pages.parts(chunk))
+
+    def reader(self, chunk: Chunk) -> Callable[[Buffer], Header]:
+        """What checks a payload against all that is known of a reserved chunk, and fills the chunk's pages. It
+        raises PayloadError."""
+        parent, key, (namespace, position) = chunk.parent, address(chunk), origin(chunk)
+        assert parent is not None
+        detached = isinstance(parent, DetachedRoot)  # its parent is not known, but follows from its key
+
+        def read(value: Buffer) -> Header:
+            header, raw = self._decode(value, namespace)
+            follows = chain_key(header.parent, header.tokens) == key if detached else header.parent == parent.key
+            found = (header.key, header.tokens, header.position, header.open)
+            if not follows or found != (key, chunk.tokens, position, False):
+                raise PayloadError("tokens", "payload: it is of other tokens than its key says")
+            self.pages.fill(chunk, raw)
+            return header
+
+        return read
+
+    def tail_reader(self, parent: Chunk) -> Callable[[Buffer], tuple[Header, memoryview]]:
+        """What checks a payload that should be the open tail after `parent`, of tokens yet unknown. It raises
+        PayloadError."""
+        namespace, position = origin(parent)
+        expected = parent.key, position + len(parent), True
+
+        def read(value: Buffer) -> tuple[Header, memoryview]:
+            header, raw = self._decode(value, namespace)
+            if (header.parent, header.position, header.open) != expected:
+                raise PayloadError("tokens", "payload: it is of another place than its key says")
+            if header.key != chain_key(header.parent, header.tokens):
+                raise PayloadError("tokens", "payload: its key is not of its tokens")
+            return header, raw
+
+        return read
+
+    def _decode(self, value: Buffer, namespace: bytes) -> tuple[Header, memoryview]:
+        """Header and bytes of a payload that fits this engine. PayloadError."""
+        header, raw = decode(value)
+        if isinstance(header, AliasHeader):
+            raise PayloadError("magic", "payload: it is an alias")
+        shape = self.pages.shape
+        if header.namespace != namespace:
+            raise PayloadError("namespace", "payload: it is of another namespace")
+        if (header.shape, header.dtype) != (shape.of(header.token_count), shape.dtype):
+            raise PayloadError("shape", f"payload: {header.shape} {header.dtype} does not fit this engine")
+        if header.expires and header.expires <= self.wall():
+            raise PayloadError("expired", "payload: its time is over")
+        return header, raw
 
 
 def _header(view: memoryview, end: int) -> Header:

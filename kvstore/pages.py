@@ -1,4 +1,4 @@
-"""The bytes of chunks in the memory tier, as the scheduler side sees them: out for storing, in for loading."""
+"""Pages: which are free, their shape, and the bytes of chunks in them, out for storing, in for loading."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ragkv.kvstore.catalogue import Chunk
+from ragkv.kvstore.prefix_tree import Chunk
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -39,12 +39,52 @@ class PageShape:
         return (tokens, self.ranks, self.layers, 2, self.row_elements)
 
 
+class PagePool:
+    """`pages` pages; the budget is the pages: there are never more in use."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))  # from the end: lowest first, so that copies run together
+
+    @property
+    def used(self) -> int:
+        """Pages in use."""
+        return self.pages - len(self._free)
+
+    @property
+    def free(self) -> int:
+        """Pages not in use."""
+        return len(self._free)
+
+    def take(self, pages: int) -> bytes:
+        """`pages` free pages as int32 bytes. IndexError: fewer are free."""
+        if pages > len(self._free):
+            raise IndexError(f"pages: {pages} asked for, {len(self._free)} free")
+        cut = len(self._free) - pages
+        taken = self._free[cut:][::-1]
+        del self._free[cut:]
+        return np.array(taken, dtype=np.int32).tobytes()
+
+    def give_back(self, pages: bytes) -> None:
+        """Take back what `take` gave."""
+        self._free.extend(np.frombuffer(pages, dtype=np.int32)[::-1].tolist())
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where a page is free twice, or is none."""
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert all(0 <= page < self.pages for page in self._free)
+
+
 class Pages:
     """`buffer`: the whole tier, a whole number of pages. Threads may use it for chunks that nobody else writes."""
 
     def __init__(self, buffer: bytearray | memoryview, shape: PageShape) -> None:
         self.shape = shape
         self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, shape.page_bytes)
+
+    def __len__(self) -> int:
+        """Pages that there are."""
+        return len(self._bytes)
 
     def close(self) -> None:
         """Let the buffer go."""

@@ -1,201 +1,400 @@
-"""From the lower tiers up into memory, while a request waits.
+"""Promotion: chunks from the lower tiers into memory, while a request waits.
 
-A fetch looks for what memory lacks of a prompt (one question a tier, where the tier must be asked), lets the gate
-decide, reserves room, and reads (`ragkv.kvstore.lifting`).
+A fetch asks which tiers hold what (one question a tier, where the tier must be asked), lets the gate decide,
+reserves room, and reads. It is over when all has come or its deadline has passed; what comes later is there for
+the next request. Fetches that lack the same chunk wait for the same read.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ragkv.kvstore.catalogue import Chunk, Match, shared_tokens
+from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import TokenChain
-from ragkv.kvstore.codec import Header
+from ragkv.kvstore.codec import ChunkCodec, Header
+from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.io_pool import Completions, Wanted
 from ragkv.kvstore.keys import TOKEN_BYTES, tail_key
-from ragkv.kvstore.lifting import BATCH_BYTES, Lift, Lifts, Read
-from ragkv.kvstore.tier import StoreTier
-from ragkv.kvstore.tier_jobs import Wanted
+from ragkv.kvstore.memory_tier import MemoryTier
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.prefix_tree import Chunk, Match, has_open_child, shared_tokens
+from ragkv.kvstore.prompt import Fetch
+from ragkv.kvstore.storage_tier import StorageTier
+
+BATCH_BYTES = 8 << 20  # read by one job: enough to be quick, and small enough for several threads to share
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a prompt that memory lacks: its chunk key, its tokens and where they begin."""
+class Read:
+    """A reserved chunk, the tier that has it, and what to read. `beside`: to be read in the same job, after all
+    that the job wants; no fetch waits for it."""
+
+    chunk: Chunk
+    tier: StorageTier
+    wanted: Wanted
+    beside: Wanted | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A chunk of a prompt that memory lacks: its key, its tokens, and their positions."""
 
     key: bytes
     tokens: bytes
     start: int
-
-    @property
-    def end(self) -> int:
-        """Where its tokens end."""
-        return self.start + len(self.tokens) // TOKEN_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What memory lacks of a prompt: `parent`, ready or on its way, is the last that it has; then the pieces; then
-    `rest`, tokens behind the last cut. `end`: where `parent` ends. `loading`: chunks on their way up to it.
-    `has_tail`: memory has an open tail behind `parent`."""
-
-    parent: Chunk
     end: int
-    pieces: list[Piece]
-    rest: bytes
-    loading: list[Chunk]
-    has_tail: bool
-
-    def keys(self) -> list[bytes]:
-        """Where all of it would lie: the pieces, and a tail behind each of them."""
-        pieces = [piece.key for piece in self.pieces]
-        tails = [tail_key(key) for key in pieces]
-        if (self.rest or pieces) and not self.has_tail:
-            tails.append(tail_key(self.parent.key))
-        return pieces + tails
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
-class Fetch(Lift):
-    """A prompt's prefix. `have`: tokens that the request has without it; `limit`: that it can use."""
+@dataclass(slots=True)
+class Prefix:
+    """What a fetch of a prompt's prefix is for: `have` tokens the request has without it, `limit` it can use.
+    `tail`: an open tail that was read, to be attached to a chunk once all before it has come."""
 
     chain: TokenChain
     have: int
     limit: int
-    tail: tuple[StoreTier, Chunk, Header, memoryview] | None = None
+    tail: tuple[StorageTier, Chunk, Header, memoryview] | None = None
 
 
-class Promotion(Lifts[Fetch]):
-    """Chunks of a prompt's prefix, and the open tail behind them."""
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What memory lacks of a prompt: the parts after `parent`, the last chunk that is ready or on its way, which
+    ends at `end`; then `rest`, tokens after the last cut. `loading`: chunks on their way up to `parent`."""
+
+    parent: Chunk
+    end: int
+    parts: list[Part]
+    rest: bytes
+    loading: list[Chunk]
+    has_tail: bool  # memory has an open tail after `parent`
+
+    def keys(self) -> list[bytes]:
+        """Keys of all of it: the parts, and a tail after each of them."""
+        parts = [part.key for part in self.parts]
+        tails = [tail_key(key) for key in parts]
+        if (self.rest or parts) and not self.has_tail:
+            tails.append(tail_key(self.parent.key))
+        return parts + tails
+
+
+class Promotion:
+    """`tiers`: from the quickest to the slowest. `deadline`: seconds that a request may wait."""
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        codec: ChunkCodec,
+        tiers: Sequence[StorageTier],
+        gate: Gate,
+        completions: Completions,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        deadline: float,
+    ) -> None:
+        self._memory, self._codec, self._tiers, self._gate = memory, codec, tuple(tiers), gate
+        self._completions, self._metrics, self._clock, self._deadline = completions, metrics, clock, deadline
+        self.loading: dict[Chunk, list[Fetch]] = {}  # chunks that are being read, and who waits for them
+
+    # --- of a prompt's prefix ---
 
     def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
-        """Begin to bring up what lies below of a prompt's first `limit` tokens, beyond a match in memory and what
-        the engine has `computed` itself; None where nothing is to be had, or not worth the wait."""
-        have, now = max(match.length, computed), self._clock()
-        least = self._hierarchy.page_tokens
-        if (
-            limit - have < least
-            or self._gate.small(limit - have)
-            or not any(tier.readable for tier in self._tiers)
-        ):
+        """Begin to bring up what lower tiers have of a prompt's first `limit` tokens, beyond a match in memory and
+        what the engine has `computed` itself; None where there is nothing, or it is not worth the wait."""
+        have = max(match.length, computed)
+        if limit - have < self._memory.page_tokens or self._gate.small(limit - have) or not self.readable:
             return None
-        fetch = Fetch(
-            namespace=namespace,
-            chain=chain,
-            have=have,
-            limit=limit,
-            began=now,
-            since=now,
-            deadline=now + self._deadline,
-        )
-        gap = self._gap(fetch)
+        prefix = Prefix(chain, have, limit)
+        gap = self._gap(namespace, prefix)
         keys = gap.keys()
         if not keys and not gap.loading:
             return None
-        size = (limit - gap.end) * self._payloads.pages.shape.token_bytes
-        if keys and self._declines(fetch, limit - have, size, have):
+        probes = self.probes(limit - have, limit - gap.end, have) if keys else False
+        if probes is None:
             return None
-        self._ask(fetch, keys)
-        if not gap.loading and not self._found(fetch):
-            return None
-        self._answered(fetch)
-        return fetch
+        load, complete = (functools.partial(each, prefix=prefix) for each in (self._load, self._attach))
+        return self.begin(namespace, keys, load, complete, probes=probes, coming=bool(gap.loading))
 
-    def _gap(self, fetch: Fetch) -> Gap:
+    def _gap(self, namespace: bytes, prefix: Prefix) -> Gap:
         """What memory lacks now. Nothing, where a chunk on the way is being computed by another request."""
-        chain, parent = fetch.chain, self._hierarchy.root(fetch.namespace)
+        chain, parent = prefix.chain, self._memory.tree.root(namespace)
         raw = chain.tokens.tobytes()
-        pieces: list[Piece] = []
+        parts: list[Part] = []
         loading: list[Chunk] = []
         start = behind = 0
         for end, key in zip(chain.ends, chain.keys, strict=True):
-            if start >= fetch.limit:
+            if start >= prefix.limit:
                 break
             tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
-            chunk = None if pieces else self._hierarchy.get(key, parent, tokens)
+            chunk = None if parts else self._memory.tree.get(key, parent, tokens)
             if chunk is None:
-                pieces.append(Piece(key, tokens, start))
-            elif chunk.ready or chunk in self._loading:
-                loading += [chunk] if chunk in self._loading else []
+                parts.append(Part(key, tokens, start, end))
+            elif chunk.ready or chunk in self.loading:
+                loading += [chunk] if chunk in self.loading else []
                 parent, behind = chunk, end
             else:
                 return Gap(parent, behind, [], b"", loading, has_tail=False)
             start = end
-        rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * fetch.limit]
-        return Gap(parent, behind, pieces, rest, loading, _has_open_child(parent))
+        rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * prefix.limit]
+        return Gap(parent, behind, parts, rest, loading, has_open_child(parent))
 
-    def _load(self, fetch: Fetch) -> None:
-        """Reserve room for the pieces that lie below without a gap, and order their reads."""
-        gap = self._gap(fetch)  # again: memory may have changed since it was asked
+    def _load(self, fetch: Fetch, prefix: Prefix) -> None:
+        """Reserve room for the parts that lower tiers have without a gap, and order their reads."""
+        gap = self._gap(fetch.namespace, prefix)  # again: memory may have changed since it was asked
         for chunk in gap.loading:
-            self._join(fetch, chunk)
-        run: list[tuple[Piece, StoreTier]] = []
-        for piece in gap.pieces:
-            tier = self._holder(fetch, piece.key)
+            self.join(fetch, chunk)
+        run: list[Part] = []
+        sizes: dict[str, int] = {}
+        for part in gap.parts:
+            tier = fetch.holders.get(part.key)
             if tier is None:
                 break
-            run.append((piece, tier))
-        if run and not self._pays(fetch, run):
+            sizes[tier.name] = sizes.get(tier.name, 0) + part.end - part.start
+            run.append(part)
+        gain = min(run[-1].end, prefix.limit) - prefix.have if run else 0
+        if run and not self.worth(fetch, gain, sizes, prefix.have):
             return
-        parent = self._order(fetch, gap.parent, run)
-        if len(run) == len(fetch.sources) and (run or not gap.has_tail):
-            rest = b"".join(piece.tokens for piece in gap.pieces[len(run) :]) + gap.rest
-            tier = self._holder(fetch, tail_key(parent.key)) if rest else None
-            if tier is not None:
-                self._order_tail(fetch, tier, parent, run[-1][0].end if run else gap.end, rest)
-
-    def _pays(self, fetch: Fetch, run: list[tuple[Piece, StoreTier]]) -> bool:
-        sizes: dict[str, int] = {}
-        for piece, tier in run:
-            size = (piece.end - piece.start) * self._payloads.pages.shape.token_bytes
-            sizes[tier.name] = sizes.get(tier.name, 0) + size
-        return self._worth(fetch, min(run[-1][0].end, fetch.limit) - fetch.have, sizes, fetch.have)
-
-    def _order(self, fetch: Fetch, parent: Chunk, run: list[tuple[Piece, StoreTier]]) -> Chunk:
-        """Order the reads of a run behind `parent`, as far as there is room; its last chunk."""
-        reads: list[Read] = []
-        for piece, tier in run:
-            chunk = self._hierarchy.reserve_chunk(piece.key, parent, piece.tokens, piece.start)
-            if chunk is None:
+        parent, reads = gap.parent, []
+        for part in run:
+            new = self._memory.reserve_chunk(part.key, parent, part.tokens)
+            if new is None:
                 break
-            filler = self._payloads.filler(chunk, fetch.namespace, piece.start)
-            reads.append(Read(chunk, tier, Wanted(piece.key, filler)))
-            parent = chunk
-        self._read(fetch, reads, BATCH_BYTES)
-        return parent
+            reads.append(Read(new, fetch.holders[part.key], Wanted(part.key, self._codec.reader(new))))
+            parent = new
+        self.read(fetch, reads)
+        if len(reads) == len(run) and (run or not gap.has_tail):
+            rest = b"".join(part.tokens for part in gap.parts[len(run) :]) + gap.rest
+            tier = fetch.holders.get(tail_key(parent.key)) if rest else None
+            if tier is not None:
+                self._read_tail(fetch, prefix, tier, parent, rest)
 
-    def _order_tail(self, fetch: Fetch, tier: StoreTier, parent: Chunk, position: int, rest: bytes) -> None:
+    def _read_tail(self, fetch: Fetch, prefix: Prefix, tier: StorageTier, parent: Chunk, rest: bytes) -> None:
         def done(found: list[Any]) -> None:
-            fetch.waiting_for.remove(tier)
             if found[0] is not None and shared_tokens(found[0][0].tokens, rest):
-                fetch.tail = (tier, parent, *found[0])
-            self._loaded(fetch)
+                prefix.tail = (tier, parent, *found[0])
 
-        fetch.loading += 1
-        fetch.waiting_for.append(tier)
-        accept = self._payloads.tail(parent.key, fetch.namespace, position)
-        tier.read([Wanted(tail_key(parent.key), accept)], done)
+        self.read_beside(fetch, tier, [Wanted(tail_key(parent.key), self._codec.tail_reader(parent))], done)
 
-    def _complete(self, fetch: Fetch) -> None:
-        if fetch.tail is not None:
-            self._attach(fetch, *fetch.tail)
-            fetch.tail = None
-
-    def _attach(self, fetch: Fetch, tier: StoreTier, parent: Chunk, header: Header, raw: memoryview) -> None:
+    def _attach(self, fetch: Fetch, prefix: Prefix) -> None:
         """Put an open tail into memory, if all before it came and is still there."""
+        if prefix.tail is None:
+            return
+        tier, parent, header, raw = prefix.tail
+        prefix.tail = None
         if parent.parent is None:
-            parent = self._hierarchy.root(fetch.namespace)
-        elif not parent.ready or parent not in self._hierarchy:
+            parent = self._memory.tree.root(fetch.namespace)
+        elif not parent.ready or parent not in self._memory:
             return
-        if self._hierarchy.get(header.key, parent, header.tokens) is not None:
+        if self._memory.tree.get(header.key, parent, header.tokens) is not None:
             return
-        chunk = self._hierarchy.reserve_chunk(header.key, parent, header.tokens, header.position)
+        chunk = self._memory.reserve_chunk(header.key, parent, header.tokens)
         if chunk is not None:
             chunk.open = True
-            self._payloads.pages.fill(chunk, raw)
+            self._codec.pages.fill(chunk, raw)
             self._arrived(chunk, tier, header, [fetch])
             fetch.sources[chunk] = tier.name
             fetch.result = "loaded"
 
+    # --- of any chunks ---
 
-def _has_open_child(parent: Chunk) -> bool:
-    children = parent.children
-    several = children if isinstance(children, list) else [] if children is None else [children]
-    return any(child.open for child in several)
+    @property
+    def readable(self) -> bool:
+        """Whether any tier may be asked and read."""
+        return any(tier.readable for tier in self._tiers)
+
+    def begin(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        load: Callable[[Fetch], None],
+        complete: Callable[[Fetch], None] = lambda fetch: None,
+        *,
+        probes: bool,
+        coming: bool,
+    ) -> Fetch | None:
+        """Find out which tiers hold which keys; then `load` orders reads, and `complete` is called when they have
+        ended. None where no tier has any, unless some chunk is `coming` that is waited for."""
+        now = self._clock()
+        fetch = Fetch(
+            namespace=namespace,
+            began=now,
+            since=now,
+            deadline=now + self._deadline,
+            load=load,
+            complete=complete,
+            probes=probes,
+        )
+        for tier in self._tiers:
+            known = {key: tier.knows(key) for key in keys}
+            _note_holder(fetch, tier, known)
+            if unsure := [key for key, answer in known.items() if answer is None]:
+                self._ask(fetch, tier, unsure)
+        if not coming and not fetch.holders and fetch.asking == 1:
+            return None
+        self._answered(fetch)
+        return fetch
+
+    def waits(self, fetch: Fetch, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
+        """Whether a request should go on waiting. Blocks for at most `answer_seconds` while tiers have not said
+        what they hold (mostly nothing, and an answer now saves the engine a step), and for at most `load_seconds`
+        while they load (for an engine that has nothing else to do but ask again)."""
+        begun = self._clock()
+        while not fetch.over:
+            seconds = max(load_seconds, answer_seconds if fetch.asking else 0.0)
+            left = min(begun + seconds, fetch.deadline) - self._clock()
+            if left <= 0 or not self._completions.drain(left):
+                break
+        if not fetch.over and self._clock() >= fetch.deadline:
+            reads = {
+                first.sources[chunk] for chunk, (first, *more) in self.loading.items() if fetch in (first, *more)
+            }
+            for tier in self._tiers:
+                if tier in fetch.waiting_for or tier.name in reads:
+                    tier.late()
+            self._end(fetch, "deadline")
+        return not fetch.over
+
+    def let_go(self, fetch: Fetch) -> None:
+        """The request has what it wants of it, or wants nothing any more: what has come may be evicted."""
+        kept, fetch.kept, fetch.gone = fetch.kept, [], True
+        self._memory.unpin(kept)
+
+    def probes(self, tokens: int, lacking: int, start: int = 0) -> bool | None:
+        """Whether bringing up `tokens` tokens from a position on, of which `lacking` must be read, is a probe: it
+        would not pay even from the quickest tier, and is tried all the same. None: it is declined."""
+        quickest = next(tier.name for tier in self._tiers if tier.readable)
+        sizes = {quickest: lacking * self._codec.pages.shape.token_bytes}
+        pays = self._gate.pays(tokens, sizes, start)
+        if self._gate.allows(tokens, quickest, sizes, start):
+            return not pays
+        self._metrics.count(m.GATE_DECISIONS, tier=quickest, decision="decline")
+        return None
+
+    def worth(self, fetch: Fetch, gain: int, tokens: dict[str, int], start: int = 0) -> bool:
+        """Whether `gain` tokens from a position on are worth reading so many tokens of each tier; noted."""
+        slowest = [tier.name for tier in self._tiers if tier.name in tokens][-1]
+        sizes = {name: count * self._codec.pages.shape.token_bytes for name, count in tokens.items()}
+        if gain > 0 and self._gate.small(gain):
+            decision = "small"
+        elif gain > 0 and (fetch.probes or self._gate.allows(gain, slowest, sizes, start)):
+            fetch.sizes |= sizes
+            decision = "load"
+        else:
+            decision, fetch.result = "decline", "declined"
+        self._metrics.count(m.GATE_DECISIONS, tier=slowest, decision=decision)
+        return decision == "load"
+
+    def join(self, fetch: Fetch, chunk: Chunk) -> None:
+        """Wait for a read that is under way."""
+        self.loading[chunk].append(fetch)
+        fetch.loading += 1
+
+    def read(self, fetch: Fetch, reads: Sequence[Read]) -> None:
+        """Order reads, in batches of one tier and some `BATCH_BYTES`."""
+        batch, size = list[Read](), 0
+        for each in reads:
+            if batch and (each.tier is not batch[-1].tier or size >= BATCH_BYTES):
+                self._read_batch(batch)
+                batch, size = [], 0
+            batch.append(each)
+            size += self._codec.pages.size(each.chunk)
+            self.loading[each.chunk] = [fetch]
+            fetch.loading += 1
+            fetch.sources[each.chunk] = each.tier.name
+        if batch:
+            self._read_batch(batch)
+
+    def read_beside(
+        self, fetch: Fetch, tier: StorageTier, wanted: Sequence[Wanted], done: Callable[[list[Any]], None]
+    ) -> None:
+        """Order small values to be read that no chunk waits for; `done` is called before the fetch may end."""
+
+        def ended(found: list[Any]) -> None:
+            fetch.waiting_for.remove(tier)
+            done(found)
+            self._loaded(fetch)
+
+        fetch.loading += 1
+        fetch.waiting_for.append(tier)
+        tier.read(wanted, ended)
+
+    def spend(self, fetch: Fetch) -> None:
+        """The last of what was ordered is answered: count the time until it was, without the time that the answer
+        lay here, since this thread is woken once a step of the engine, whatever that computes."""
+        answered = max((tier.answered for tier in self._tiers), default=0.0)
+        if answered > fetch.since:
+            fetch.spent += answered - fetch.since
+        fetch.since = self._clock()
+
+    def _ask(self, fetch: Fetch, tier: StorageTier, keys: list[bytes]) -> None:
+        def done(answers: list[bool]) -> None:
+            fetch.waiting_for.remove(tier)
+            _note_holder(fetch, tier, dict(zip(keys, answers, strict=True)))
+            self._answered(fetch)
+
+        fetch.asking += 1
+        fetch.waiting_for.append(tier)
+        tier.ask(keys, done)
+
+    def _answered(self, fetch: Fetch) -> None:
+        """One answer is in. With the last: load what is there, unless the request has given up."""
+        fetch.asking -= 1
+        if fetch.asking:
+            return
+        self.spend(fetch)
+        if not fetch.over:
+            fetch.load(fetch)
+        self._loaded(fetch)
+
+    def _read_batch(self, batch: list[Read]) -> None:
+        tier = batch[0].tier
+
+        def done(found: list[Any]) -> None:
+            for read, header in zip(batch, found, strict=False):
+                if header is None:
+                    self._memory.abandon(read.chunk)
+                else:
+                    self._arrived(read.chunk, tier, header, self.loading[read.chunk])
+                for fetch in self.loading.pop(read.chunk):
+                    fetch.result = fetch.result if header is None else "loaded"
+                    self._loaded(fetch)
+
+        beside = [read.beside for read in batch if read.beside is not None]
+        tier.read([read.wanted for read in batch] + beside, done)
+
+    def _arrived(self, chunk: Chunk, tier: StorageTier, header: Header, fetches: Sequence[Fetch]) -> None:
+        """A chunk has come; it stays at least until those who wait for it have used it."""
+        chunk.stored_in |= tier.bit
+        for fetch in fetches:
+            if not fetch.over and not fetch.gone and chunk in self._memory:
+                self._memory.pin([chunk])
+                fetch.kept.append(chunk)
+        self._memory.commit(chunk)
+        if header.expires and chunk in self._memory:
+            self._memory.pins.expire(chunk, self._clock() + header.expires - self._codec.wall())
+        self._metrics.count(m.PROMOTED_TOKENS, len(chunk), tier=tier.name)
+
+    def _loaded(self, fetch: Fetch) -> None:
+        """One read has ended, well or not. With the last, the fetch is over."""
+        fetch.loading -= 1
+        if fetch.loading:
+            return
+        self.spend(fetch)
+        fetch.complete(fetch)
+        if fetch.result == "loaded" and len(fetch.sizes) == 1:  # else it is not clear whose time it was
+            ((name, size),) = fetch.sizes.items()
+            self._gate.tier(name).note(size, fetch.spent)
+        if not fetch.over:
+            self._end(fetch, fetch.result)
+
+    def _end(self, fetch: Fetch, result: str) -> None:
+        fetch.over = True
+        self._metrics.count(m.WAITS, result=result)
+        self._metrics.observe(m.WAIT_SECONDS, max(0.0, self._clock() - fetch.began))
+
+
+def _note_holder(fetch: Fetch, tier: StorageTier, answers: dict[bytes, bool | None]) -> None:
+    """A tier has answered: keep for each key the quickest that has it."""
+    for key, answer in answers.items():
+        if answer and (key not in fetch.holders or tier.bit < fetch.holders[key].bit):
+            fetch.holders[key] = tier

@@ -5,23 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from memory_store import MemoryStore
+from ragkv.benchmarks.faulty_stores import FaultyStore, Plan, WrapperStore
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
-from ragkv.kvstore.catalogue import is_loose
+from ragkv.kvstore.budget import Index
+from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.gate import Gate
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.index import Index
+from ragkv.kvstore.io_pool import Completions, Wanted, Write, run
 from ragkv.kvstore.keys import as_tokens
-from ragkv.kvstore.memory import MemoryTier
 from ragkv.kvstore.metrics import METRICS, Metrics
 from ragkv.kvstore.pages import Pages, PageShape
-from ragkv.kvstore.placement import Placement
-from ragkv.kvstore.stores.memory import MemoryStore
-from ragkv.kvstore.stores.wrappers import FaultyStore, Plan, WrapperStore
-from ragkv.kvstore.tier import StoreTier
-from ragkv.kvstore.tier_jobs import Wanted, Write
-from ragkv.kvstore.work import Completions, run
+from ragkv.kvstore.prefix_tree import is_detached
+from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.policies import AdmissionPolicy, Always, make_policy
 
 
@@ -126,13 +123,13 @@ class Lower:
     say: Callable[[str], None] = lambda text: None
     values: MemoryStore = field(default_factory=MemoryStore)
 
-    def open(self, clock, metrics, completions):
+    def open(self, clock, metrics, completions, bit=1):
         """A tier of a new engine."""
         self.store = Kept(FaultyStore(self.values, lambda method, number: self.plan(method, number)), self.name)
         self.reads, self.writes = HandLane(completions), HandLane(completions)
         self.index = None if self.capacity is None else Index(self.capacity, make_policy(self.policy))
         self.admission, self.notes = Always(), []
-        self.tier = StoreTier(
+        self.tier = StorageTier(
             self.store,
             self.index,
             self.admission,
@@ -144,6 +141,7 @@ class Lower:
             through=self.through,
             queue_bytes=self.queue,
             asks=self.asks,
+            bit=bit,
             may_write=self.may_write,
             say=lambda text: self.say(text),
         )
@@ -215,7 +213,9 @@ class Bench:
             return lambda: [value]
 
         write = Write(where, parent, len(value) if size is None else size, 1.0, make, replaces)
-        return self.tier.write(write, lambda well: self.written.append((where, well)))
+        taken = self.tier.write(write, lambda ok: self.written.append((where, ok)))
+        self.tier.report()
+        return taken
 
     def keep(self, where, value=b"value", **more):
         assert self.write(where, value, **more)
@@ -231,6 +231,7 @@ class Bench:
 
     def drain(self):
         self.completions.drain()
+        self.tier.report()
 
     def settle(self):
         self.drain()
@@ -238,6 +239,7 @@ class Bench:
             self.drain()
 
     def state(self, side):
+        self.tier.report()
         return State(self.metrics.get(m.TIER_STATE, self.lower.name, side))
 
     def values(self):
@@ -249,6 +251,7 @@ class Stack:
 
     SHAPE = PageShape(ranks=2, layers=1, page_tokens=4, row_elements=3, itemsize=2, dtype="float16")
     SPACE = bytes(range(16))
+    by_content = False
 
     def __init__(self, *lowers, pages=100, deadline=2.0, gate=None):
         self.lowers = lowers
@@ -260,21 +263,23 @@ class Stack:
         """A new engine over what lies in the lower tiers; what the old one had under way is lost."""
         self.clock, self.metrics, self.lifts = HandClock(self.wall.now / 1e6), Recorded(), []
         self.completions = HandCompletions(self.clock)
-        shape = self.SHAPE
-        self.memory = MemoryTier(self.pages_wanted, make_policy("lru"))
-        self.hierarchy = Hierarchy(self.memory, shape.page_tokens, shape.page_bytes, self.metrics)
-        self.pages = Pages(bytearray(self.pages_wanted * shape.page_bytes), shape)
-        self.placement = Placement(
-            self.hierarchy,
+        self.pages = Pages(bytearray(self.pages_wanted * self.SHAPE.page_bytes), self.SHAPE)
+        self.cache = KVCache(
             self.pages,
-            [lower.open(self.clock, self.metrics, self.completions) for lower in self.lowers],
+            make_policy("lru"),
+            [
+                lower.open(self.clock, self.metrics, self.completions, bit=1 << number)
+                for number, lower in enumerate(self.lowers)
+            ],
             self.gate,
             self.completions,
             self.metrics,
             deadline=self.deadline,
+            by_content=self.by_content,
             clock=self.clock,
             wall=self.wall,
         )
+        self.memory, self.promotion, self.tiering = self.cache.memory, self.cache.promotion, self.cache.tiering
         self.settle()
 
     def chain(self, tokens, named=()):
@@ -288,18 +293,18 @@ class Stack:
     def keep(self, tokens, named=(), ttl=None):
         """Store as an engine does; the chunks that are new."""
         chain = self.chain(tokens, named)
-        new = self.hierarchy.reserve(self.SPACE, chain, len(tokens))
-        for _, chunk in new:
+        new = self.memory.reserve(self.SPACE, chain, len(tokens))
+        for chunk in new:
             self.pages.fill(chunk, memoryview(self.bytes_of(chunk)))
-            self.hierarchy.commit(chunk)
+            self.memory.commit(chunk)
             if ttl is not None:
-                self.hierarchy.holds.expire(chunk, self.clock() + ttl)
-        self.placement.stored(self.SPACE, new)
-        return [chunk for _, chunk in new]
+                self.memory.pins.expire(chunk, self.clock() + ttl)
+        self.tiering.stored(new)
+        return new
 
     def match(self, tokens, named=()):
         """What can be read of a prompt now; its bytes are checked."""
-        match = self.hierarchy.match(self.SPACE, self.chain(tokens, named), len(tokens))
+        match = self.memory.match(self.SPACE, self.chain(tokens, named), len(tokens))
         for chunk in match.chunks:
             assert b"".join(self.pages.parts(chunk)) == self.bytes_of(chunk), "wrong KV"
         return match
@@ -307,7 +312,7 @@ class Stack:
     def fetch(self, tokens, named=(), computed=0):
         match = self.match(tokens, named)
         chain = self.chain(tokens, named)
-        return self._lifted(self.placement.fetch(self.SPACE, chain, match, computed, len(tokens)))
+        return self._lifted(self.promotion.fetch(self.SPACE, chain, match, computed, len(tokens)))
 
     def _lifted(self, lift):
         """A request waits for it, until `let_go`."""
@@ -316,20 +321,22 @@ class Stack:
 
     def let_go(self):
         """Whoever waited has used what came."""
-        self.placement.let_go(*self.lifts)
+        for lift in self.lifts:
+            if lift is not None:
+                self.promotion.let_go(lift)
         self.lifts.clear()
 
     def get(self, tokens, named=()):
         """Fetch, let all lanes work, and see how much there is then."""
         fetch = self.fetch(tokens, named)
         self.settle()
-        assert fetch is None or not self.placement.waits(fetch)
+        assert fetch is None or not self.promotion.waits(fetch)
         return self.match(tokens, named).length
 
     def settle(self):
         """Let everybody work until nothing is left to do."""
         while True:
-            self.placement.tick()
+            self.cache.tick()
             if not any(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)):
                 break
         self.let_go()
@@ -337,14 +344,12 @@ class Stack:
     def forget(self):
         """Memory loses everything; below nothing changes."""
         self.let_go()
-        self.hierarchy.reset()
+        self.memory.reset()
         assert self.memory.used == 0
 
     def check(self):
         self.let_go()
-        self.hierarchy.check_integrity()
-        assert self.hierarchy._pins == len(self.hierarchy.holds._all.owners) and not self.hierarchy._doomed
-        assert not self.placement._up._loading
+        assert_at_rest(self.cache)
         for lower in self.lowers:
             lower.check()
 
@@ -352,19 +357,17 @@ class Stack:
 class ContentStack(Stack):
     """A stack that knows its contents, in memory and below."""
 
-    def start(self):
-        super().start()
-        self.placement.index_contents()
+    by_content = True
 
     def gather(self, *passages, space=Stack.SPACE):
         """Gather passages, each of all tokens of a chunk."""
-        return self._lifted(self.placement.gather(space, [as_tokens(tokens).tobytes() for tokens in passages]))
+        return self._lifted(self.cache.content.fetch(space, [as_tokens(tokens).tobytes() for tokens in passages]))
 
     def holders(self, tokens):
         """The chunks in memory that hold these tokens; their bytes are checked."""
-        found = self.hierarchy.contents.holders(self.SPACE, as_tokens(tokens).tobytes(), 100)
+        found = self.memory.tree.contents.holders(self.SPACE, as_tokens(tokens).tobytes(), 100)
         for chunk in found:
-            made = Random(chunk.parent.holder if is_loose(chunk) else chunk.key)
+            made = Random(chunk.parent.source if is_detached(chunk) else chunk.key)
             assert b"".join(self.pages.parts(chunk)) == made.randbytes(self.pages.size(chunk)), "wrong KV"
         return found
 
@@ -372,14 +375,18 @@ class ContentStack(Stack):
         """Gather, let all lanes work, and see for each how many hold it then."""
         gather = self.gather(*passages)
         self.settle()
-        assert gather is None or not self.placement.waits(gather)
+        assert gather is None or not self.promotion.waits(gather)
         return [len(self.holders(tokens)) for tokens in passages]
 
-    def check(self):
-        super().check()
-        assert not self.placement._loose._loading
-        aliases = self.placement.aliases
-        assert not aliases._coming and not aliases._offered and not aliases._comparing
+
+def assert_at_rest(cache):
+    """Nothing is under way, so nothing may be pinned but by owners, and nothing waited for."""
+    memory = cache.memory
+    memory.check_integrity()
+    pinned = {chunk: chunk.pins for chunk in memory.tree if chunk.pins}
+    assert pinned == dict.fromkeys(memory.pins.pinned, 1) and not memory.leaving
+    assert not cache.promotion.loading
+    assert cache.tiering.aliases is None or cache.tiering.aliases.idle
 
 
 def words(seed, length):

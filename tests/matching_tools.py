@@ -7,11 +7,10 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ragkv.kvstore.catalogue import Catalogue, Chunk, LooseRoot
 from ragkv.kvstore.chunking import Chunker, TokenChain
-from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.fusion.matching import Piece, find_moved
 from ragkv.kvstore.keys import TOKEN_BYTES, as_tokens, chain_key
+from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, PrefixTree
 
 NAMESPACE = b"n" * 16
 
@@ -22,11 +21,12 @@ def part(chunk: Chunk, first: int, size: int) -> list[int]:
 
 
 class TokenStore:
-    """Stores prompts as `Hierarchy.reserve` does: cuts, and an open tail; without pages."""
+    """Stores prompts as `MemoryTier.reserve` does: cuts, and an open tail; without pages."""
 
     def __init__(self, chunker: Chunker) -> None:
         self.chunker = chunker
-        self.catalogue, self.contents = Catalogue(), Contents()
+        self.catalogue = PrefixTree(by_content=True)
+        self.contents = self.catalogue.contents
 
     def chain(self, tokens: Sequence[int], named: Sequence[int] = (), namespace: bytes = NAMESPACE) -> TokenChain:
         """A prompt, cut."""
@@ -50,8 +50,7 @@ class TokenStore:
             chunk = self.catalogue.get(key, parent, piece)
             if chunk is None:
                 chunk = self.catalogue.insert(key, parent, piece)
-                chunk.ready = True
-                self.contents.add(chunk)
+                self.catalogue.mark_ready(chunk)
             chunks.append(chunk)
             parent, start = chunk, end
         return chunks
@@ -59,11 +58,10 @@ class TokenStore:
     def add_loose(self, tokens: Sequence[int], position: int, namespace: bytes = NAMESPACE) -> Chunk:
         """Store a chunk without what it was computed behind, at `position`."""
         raw = as_tokens(tokens).tobytes()
-        root = LooseRoot(namespace, raw, position)
+        root = DetachedRoot(namespace, raw, position)
         chunk = self.catalogue.insert(root.key, root, raw)
         assert chunk is not None
-        chunk.ready = True
-        self.contents.add(chunk)
+        self.catalogue.mark_ready(chunk)
         return chunk
 
     def found(

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from memory_store import MemoryStore
+from ragkv.benchmarks.faulty_stores import FaultyStore, LatencyStore, WrapperStore, on_calls
 from ragkv.benchmarks.internal.redis_server import Server, find_server
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.folder import SUFFIX, value_name
-from ragkv.kvstore.stores.memory import MemoryStore
 from ragkv.kvstore.stores.redis import PREFIX, RedisStore
-from ragkv.kvstore.stores.wrappers import FaultyStore, LatencyStore, WrapperStore, on_calls
 
 
 @dataclass

@@ -11,20 +11,20 @@ from collections import Counter
 
 import numpy as np
 
-from hand_lanes import HandClock, HandCompletions, Recorded
+from hand_lanes import HandClock, HandCompletions, Recorded, assert_at_rest
 from ragkv.config import Settings
+from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.copying import Copier
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.worker import WorkerSide
+from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenStructure
+from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.gate import Gate
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.pages import Pages, PageShape
-from ragkv.kvstore.placement import Placement
 from ragkv.policies import Prioritized, make_policy
 from toy_blocks import Blocks
 from toy_vllm import BLOCK, BREAK, MAX, MIN, Request, Scheduler, mix, text
@@ -69,26 +69,26 @@ class Engine(Scheduler):
         self.faults = Faults(self.metrics)
         shape = PageShape(workers, LAYERS, PAGE, 1, 4, "float32")
         buffer = bytearray(b"\xfe" * (pages * shape.page_bytes))
-        self.hierarchy = Hierarchy(
-            MemoryTier(pages, Prioritized(lambda: make_policy(policy), 10)),
-            PAGE,
-            shape.page_bytes,
-            self.metrics,
-            device=DeviceTier(device, make_policy("lru"), 2) if device else None,
-        )
-        self.placement = Placement(
-            self.hierarchy,
+        self.cache = KVCache(
             Pages(buffer, shape),
-            [lower.open(self.clock, self.metrics, self.completions) for lower in self.lowers],
+            Prioritized(lambda: make_policy(policy), 10),
+            [
+                lower.open(self.clock, self.metrics, self.completions, bit=1 << number)
+                for number, lower in enumerate(self.lowers)
+            ],
             self.gate or Gate(active=False),
             self.completions,
             self.metrics,
+            device=DeviceTier(device, make_policy("lru"), 2) if device else None,
+            by_content=self.fusion is not None and (self.fusion.enabled or "fuse" in self._allowed),
+            note=self.faults.note,
             clock=self.clock,
             wall=self.wall,
         )
+        self.memory = self.cache.memory
         self.namespaces = Namespaces(b"the toy engine's")
         self.side = SchedulerSide(
-            self.placement,
+            self.cache,
             BLOCK,
             workers,
             self.metrics,
@@ -108,8 +108,12 @@ class Engine(Scheduler):
         self.loaded, self.writes = 0, []  # tokens, checked
         self.work()
 
+    @property
+    def _allowed(self):
+        return self.duties.get("allow", HINT_NAMES)
+
     def _fusing(self):
-        return Fusing(self.fusion, self.placement, BLOCK, LAYERS, self.metrics)
+        return Fusing(self.fusion, self.cache, BLOCK, LAYERS, self.metrics)
 
     def _worker(self, rank, buffer):
         blocks = self.sizes[1]
@@ -124,6 +128,11 @@ class Engine(Scheduler):
     def _movers(self, memory):
         """Memory's, and that of a device tier in which nothing is."""
         return {False: memory, True: Mover(memory.cache, np.full(self.sizes[4] * PAGE, -2), memory.fails)}
+
+    @property
+    def pins(self):
+        """Pins of all chunks in memory."""
+        return sum(chunk.pins for chunk in self.memory.tree)
 
     @property
     def free(self):
@@ -166,7 +175,7 @@ class Engine(Scheduler):
     def work(self):
         """Let all lanes work until nothing is left to do."""
         while True:
-            self.placement.tick()
+            self.cache.tick()
             if not any(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)):
                 return
 
@@ -187,7 +196,7 @@ class Engine(Scheduler):
         self.pool.forget()
         self.weights += 1
         for request in self.waiting:
-            if request.request_id not in self.side._tracked:
+            if request.request_id not in self.side.requests:
                 request.weights = self.weights
 
     def step(self, admit=True, budget=10**6, local=None, sample=(), run=None, deliver=True):
@@ -276,12 +285,8 @@ class Engine(Scheduler):
 
     def check(self):
         """Nothing is under way, so nothing may be pinned (but by owners) or waited for."""
-        assert not self.side._under_way and not self.held and not self.side._loads._loads
-        assert not self.side.has_pending_work and not self.side.has_pending_frees
-        assert self.hierarchy._pins == len(self.hierarchy.holds._all.owners)
-        assert not self.hierarchy._doomed and not self.placement._up._loading
-        assert all(chunk in self.hierarchy for chunk in self.hierarchy.holds._expiries)
-        self.hierarchy.check_integrity()
+        assert self.side.idle and not self.held
+        assert_at_rest(self.cache)
         for lower in self.lowers:
             lower.check()
 

@@ -72,7 +72,7 @@ class Scheduler:
             self.side.allocated(request, list(request.blocks), external)
         except Exception as error:  # as the connector does
             self.faults.note("allocated", error)
-            self.side.disappoint(request, list(request.blocks), external)
+            self.side.fail_allocation(request, list(request.blocks), external)
         request.num_computed_tokens = local + external
         hits[request.request_id] = external
         if not external:

@@ -155,9 +155,9 @@ class Faults:
             self._break_copies()
 
     def _break_stores(self) -> None:
-        from ragkv.connectors.vllm import compose
+        from ragkv.benchmarks.faulty_stores import Fault, FaultyStore, now_and_then
+        from ragkv.connectors.vllm import builder
         from ragkv.kvstore.stores.disk import DiskStore
-        from ragkv.kvstore.stores.wrappers import Fault, FaultyStore, now_and_then
 
         chosen = now_and_then(self.store, self.seed)
 
@@ -173,7 +173,7 @@ class Faults:
                 super().__init__(store, plan)
                 self.warning = store.warning
 
-        setattr(compose, "DiskStore", FaultyDisk)  # noqa: B010 (mypy: not exported)
+        setattr(builder, "DiskStore", FaultyDisk)  # noqa: B010 (mypy: not exported)
 
     def _break_copies(self) -> None:
         from ragkv.connectors.vllm.transfer import DirectMover

@@ -12,9 +12,8 @@ from rich.table import Table
 
 from ragkv.benchmarks.report import median_seconds, write_json
 from ragkv.kvstore.chunking import HOLDS, Chunker, TokenChain, TokenStructure, rolling_hash
-from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.keys import Tokens, as_tokens, chain_key, namespace
-from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.policies import make_policy
 
@@ -37,7 +36,9 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def fill(store: Hierarchy, new_chain: Callable[[Tokens], TokenChain], space: bytes, chunks: int, size: int) -> int:
+def fill(
+    store: MemoryTier, new_chain: Callable[[Tokens], TokenChain], space: bytes, chunks: int, size: int
+) -> int:
     """Store documents of `size` tokens until there are `chunks` chunks; the bytes of all their tokens."""
     generator = np.random.default_rng(1)
     token_bytes = 0
@@ -45,7 +46,7 @@ def fill(store: Hierarchy, new_chain: Callable[[Tokens], TokenChain], space: byt
         task = bar.add_task("filling the catalogue", total=chunks)
         while len(store) < chunks:
             chain = new_chain(make_tokens(generator, size))
-            for _, chunk in store.reserve(space, chain, chain.ends[-1]):
+            for chunk in store.reserve(space, chain, chain.ends[-1]):
                 store.commit(chunk)
                 token_bytes += len(chunk.tokens)
             bar.update(task, completed=len(store))
@@ -68,10 +69,10 @@ def run(tokens: int, chunks: int, json_file: Path | None) -> dict[str, Any]:
     prompt = make_tokens(np.random.default_rng(0), tokens)
     ids = prompt.tolist()
     pages = chunks * (256 // PAGE_TOKENS) + tokens
-    store = Hierarchy(MemoryTier(pages, make_policy("lru")), PAGE_TOKENS, 1, Metrics())
+    store = MemoryTier(pages, make_policy("lru"), PAGE_TOKENS, 1, Metrics())
     known = new_chain(prompt)
     before = resident_bytes()
-    for _, chunk in store.reserve(space, known, tokens):
+    for chunk in store.reserve(space, known, tokens):
         store.commit(chunk)
     token_bytes = fill(store, new_chain, space, chunks, tokens)
     used = resident_bytes() - before - token_bytes

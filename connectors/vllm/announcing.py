@@ -6,9 +6,9 @@ import ragkv
 from ragkv.config import Settings
 from ragkv.config.settings import rough_size
 from ragkv.connectors.vllm.error_boundary import logger
-from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.cache import KVCache
+from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.redis_url import parse_location
-from ragkv.kvstore.tier import StoreTier
 
 NOT_ALL_WRITTEN = "ragkv: not all was written to the lower tiers within placement.flush"
 SHOWN = 8  # hexadecimal digits of a namespace
@@ -17,18 +17,18 @@ SHOWN = 8  # hexadecimal digits of a namespace
 class Announcer:
     """Of one engine, on its scheduler side."""
 
-    def __init__(self, settings: Settings, placement: Placement) -> None:
-        self._settings, self._placement = settings, placement
+    def __init__(self, settings: Settings, cache: KVCache) -> None:
+        self._settings, self._cache = settings, cache
         self._resting: dict[str, tuple[str, ...]] = {}
 
     def started(self, namespace: bytes, workers: int, no_fusion: str | None) -> None:
         """Reuse begins: all workers have proven their layout. `no_fusion`: why the model cannot be fused."""
-        self._placement.tick()  # what was found in the tiers meanwhile
-        memory = rough_size(self._placement.hierarchy.pages * self._placement.hierarchy.page_bytes)
+        self._cache.tick()  # what was found in the tiers meanwhile
+        memory = rough_size(self._cache.capacity * self._cache.token_bytes)
         tiers = [f"memory {memory}"]
         if self._settings.device.capacity:
             tiers.append(f"device {rough_size(self._settings.device.capacity)} a worker")
-        tiers += [self._described(tier) for tier in self._placement.tiers]
+        tiers += [self._described(tier) for tier in self._cache.tiers]
         parts = [
             f"version {ragkv.__version__} on vLLM {vllm.__version__} reuses KV",
             f"namespace {namespace.hex()[:SHOWN]}",
@@ -41,7 +41,7 @@ class Announcer:
 
     def look(self) -> None:
         """Say which tiers rest now and did not before, and which are in use again."""
-        for tier in self._placement.tiers:
+        for tier in self._cache.tiers:
             before, now = self._resting.get(tier.name, ()), tier.resting
             for side in now:
                 if side not in before:
@@ -57,11 +57,11 @@ class Announcer:
         """The engine has ended; `written`: whether all that was to be written is."""
         if not written:
             logger.warning(NOT_ALL_WRITTEN)
-        tiers = " and ".join(tier.name for tier in self._placement.tiers if tier.may_write)
+        tiers = " and ".join(tier.name for tier in self._cache.tiers if tier.may_write)
         kept = f"; all that was to be kept is in {tiers}" if tiers and written else ""
-        logger.info("ragkv: ended, with %d chunks in memory%s", len(self._placement.hierarchy), kept)
+        logger.info("ragkv: ended, with %d chunks in memory%s", len(self._cache), kept)
 
-    def _described(self, tier: StoreTier) -> str:
+    def _described(self, tier: StorageTier) -> str:
         """A lower tier: where it is, its budget, and what was found there."""
         if tier.index is None:
             url = self._settings.redis.url

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ragkv.connectors.vllm.announcing import Announcer
-from ragkv.connectors.vllm.compose import make_placement, make_recorder, side_maker
+from ragkv.connectors.vllm.builder import make_cache, make_recorder, side_maker
 from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded, in_words, logger
@@ -87,15 +87,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
         recorder = make_recorder(settings, self.faults)
         duties, make_side = duties_of(config.kv_transfer_config), side_maker(config)
-        placement = make_placement(
+        cache = make_cache(
             *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
         )
-        self._announcer = Announcer(settings, placement)
-        if settings.fusion.enabled:
-            placement.index_contents()
+        self._announcer = Announcer(settings, cache)
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
         return make_side(
-            placement,
+            cache,
             block_tokens,
             shape.ranks,
             self._metrics,
@@ -103,7 +101,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             chunker=chunker,
             namespace_of=self._trust.namespaces.of,
             recorder=recorder,
-            fusing=Fusing(settings.fusion, placement, block_tokens, layers, self._metrics),
+            fusing=Fusing(settings.fusion, cache, block_tokens, layers, self._metrics),
             documents=DocumentStats(self._metrics, settings.fusion.documents),
             stores=duties.stores,
             loads=duties.loads,
@@ -164,7 +162,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _not_looked_up(self, request: Any, _computed: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
-        self._scheduler.disown(request)
+        self._scheduler.ignore_request(request)
         return NO_TOKENS
 
     @guarded(_not_looked_up)
@@ -175,7 +173,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._trust.ready(request, self._scheduler):
             return None, False
         if not self._trust.serves(request.request_id, num_computed_tokens):
-            self._scheduler.disown(request)
+            self._scheduler.ignore_request(request)
             return NO_TOKENS
         tokens = self._scheduler.lookup(request, num_computed_tokens)
         return tokens, bool(tokens)
@@ -190,7 +188,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _not_allocated(self, request: Any, blocks: list[int], external: int) -> None:
         assert self._scheduler is not None
-        self._scheduler.disappoint(request, blocks, external)
+        self._scheduler.fail_allocation(request, blocks, external)
 
     @guarded(_not_allocated)
     def _allocated(self, request: Any, blocks: list[int], external: int) -> None:
@@ -201,7 +199,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """After a fault: the loads, which vLLM counts on; the books of the requests may be wrong now."""
         if self._scheduler is None:
             return StepOrders()
-        self._scheduler.distrust()
+        self._scheduler.invalidate_in_flight()
         return self._scheduler.take_orders()
 
     @guarded(_orders_so_far)
@@ -227,7 +225,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return
         if self._among_others and getattr(connector_output, "invalid_block_ids", None):
-            self._scheduler.distrust()  # perhaps another connector's failed load: its blocks hold no KV
+            self._scheduler.invalidate_in_flight()  # perhaps of another connector: its blocks hold no KV
         report = report if isinstance(report, StepReport) else None
         received = connector_output.finished_recving
         told = report, connector_output.finished_sending or (), received or ()

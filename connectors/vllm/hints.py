@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ragkv.config.settings import HINT_NAMES, SELECTION_NAMES
+from ragkv.kvstore.pins import Pin
 
 KEY = "ragkv"
 LONGEST = 3e9  # seconds to live; a century
@@ -38,15 +39,6 @@ LAST = 2**31 - 1  # token position
 OWNER = 200  # characters of a name
 SHOWN = 80  # characters of a faulty value
 SHOWN_NAMES = 5  # unknown hints that are named
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """`end`: up to which token; None for all of the prompt."""
-
-    owner: str
-    seconds: float
-    end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

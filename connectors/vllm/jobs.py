@@ -1,48 +1,56 @@
-"""The books of what workers were ordered to copy: who waits for it, what it fills, and what becomes of it."""
+"""Jobs: what workers were ordered to copy, who waits for it, and what becomes of it."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Sequence
-
-import numpy as np
+from collections.abc import Callable, Collection, Container
+from dataclasses import dataclass
 
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
-from ragkv.connectors.vllm.hints import Hints, with_problem
 from ragkv.connectors.vllm.loading import Loads
-from ragkv.connectors.vllm.messages import Indices, Job, Question, StepOrders, StepReport, slots_between
-from ragkv.connectors.vllm.tracking import Tracked, UnderWay
+from ragkv.connectors.vllm.messages import Job, Question, StepOrders, StepReport, slots_of
+from ragkv.connectors.vllm.request_state import RequestState
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk, rows
+from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.prompt import Load, Store
 
-PINNED_ALL = "ragkv.pin: a tenant's owners, or all, have pinned all that they may of the memory tier"
+
+@dataclass(slots=True)
+class InFlight:
+    """A job that workers have been given."""
+
+    request: str
+    work: Load | Store
+    workers: int  # that have not done it yet
+    failed: bool = False
+
+    @property
+    def is_store(self) -> bool:
+        """Whether it reads the engine's blocks."""
+        return isinstance(self.work, Store)
 
 
 class Jobs:
-    """Orders in the making, and jobs under way. `workers`: that must do each; `confirmed_by`: the number that will
-    confirm what has been computed until now (`Placement.confirm`)."""
+    """Orders in the making, and jobs in flight. `workers`: that must do each; `confirmed_by`: the number that will
+    confirm what has been computed until now (`KVCache.confirm`)."""
 
     def __init__(
         self,
-        placement: Placement,
+        cache: KVCache,
         block_tokens: int,
         workers: int,
         metrics: Metrics,
         faults: Faults,
-        clock: Callable[[], float] = time.monotonic,
         fusing: Fusing | None = None,
         confirmed_by: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._placement, self._hierarchy = placement, placement.hierarchy
-        self._block_tokens, self._workers = block_tokens, workers
-        self._metrics, self._faults, self._clock = metrics, faults, clock
+        self._cache, self._block_tokens, self._workers = cache, block_tokens, workers
+        self._metrics, self._faults = metrics, faults
         self.fusing, self._confirmed_by = fusing, confirmed_by
-        self._tracked: dict[str, Tracked | None] = {}
-        self._under_way: dict[int, UnderWay] = {}
+        self._states: dict[str, RequestState | None] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._loads = Loads()
-        self._storing: Counter[str] = Counter()  # stores under way, by request
+        self._storing: Counter[str] = Counter()  # stores in flight, by request
         self._ending: set[str] = set()  # ended requests whose blocks vLLM keeps until their stores are done
         self._orders = StepOrders(block_tokens=block_tokens)
         self._jobs = 0
@@ -54,8 +62,13 @@ class Jobs:
 
     @property
     def has_pending_frees(self) -> bool:
-        """Whether stores under way keep blocks of requests that have ended."""
+        """Whether stores in flight keep blocks of requests that have ended."""
         return bool(self._ending)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight, and no request waits."""
+        return not (self._in_flight or self._loads or self.has_pending_work or self.has_pending_frees)
 
     def take_orders(self) -> StepOrders:
         """What has been ordered so far."""
@@ -81,7 +94,7 @@ class Jobs:
         self, report: StepReport | None, sent: Collection[str] = (), received: Collection[str] = ()
     ) -> set[str]:
         """As `report`, after that has failed: jobs that are not settled yet have failed. Must not fail itself."""
-        self.distrust()
+        self.invalidate_in_flight()
         for job, workers in report.done.items() if report is not None else ():
             self._done(job, workers, failed=True)
         self._ending.difference_update(sent)
@@ -89,29 +102,28 @@ class Jobs:
             self._loads.received(request, self._orders)
         return {request for request in received if request in self._loads}
 
-    def distrust(self) -> None:
-        """The books may be wrong: keep nothing of what is under way."""
-        for under_way in self._under_way.values():
-            under_way.failed |= under_way.is_store
+    def invalidate_in_flight(self) -> None:
+        """The state of requests may be wrong: keep nothing of what is being stored."""
+        for job in self._in_flight.values():
+            job.failed |= job.is_store
         self._forget_requests()
 
     def forget(self, request: str) -> None:
         """A request ended, and what was due then failed: vLLM frees its blocks now, so that nothing that is still
         being stored of them is kept. Must not fail itself."""
-        if (tracked := self._tracked.pop(request, None)) is not None:
-            self._let_go(tracked)
+        if (state := self._states.pop(request, None)) is not None:
+            self._cache.release(state.prompt)
         self._orders.finishing.discard(request)  # vLLM does not wait for it
         self._ending.discard(request)
         self._take_back(self._orders.stores, {request})
-        for under_way in self._under_way.values():
-            under_way.failed |= under_way.is_store and under_way.request == request
+        for job in self._in_flight.values():
+            job.failed |= job.is_store and job.request == request
         self._loads.cancel(request, self._orders)
 
     def reset(self) -> None:
         """Forget all KV. What requests under way still compute is not stored (their prefix may be outdated), and
         what is being loaded for them is not used."""
-        self._placement.outdate()
-        self._hierarchy.reset()
+        self._cache.reset()
         self._forget_requests()
         self._loads.outdate(self._orders)
 
@@ -126,60 +138,48 @@ class Jobs:
 
     def taint(self, request: str) -> None:
         """Nothing that a request computes is exact: it began on KV of other weights."""
-        tracked = self._tracked.get(request)
-        if tracked is not None:
-            tracked.taint(0)
+        state = self._states.get(request)
+        if state is not None:
+            state.taint(0)
 
     @property
     def memory_tokens(self) -> int:
         """Tokens that memory has room for."""
-        return self._hierarchy.pages * self._hierarchy.page_tokens
+        return self._cache.capacity
 
     @property
     def unconfirmed(self) -> bool:
         """Whether some KV that is kept, or being stored, waits to be confirmed."""
-        return self._placement.unconfirmed > 0 or bool(self._storing)
+        return self._cache.unconfirmed > 0 or bool(self._storing)
 
     def confirm(self, number: int) -> None:
-        """As `Placement.confirm`."""
-        self._placement.confirm(number)
+        """As `KVCache.confirm`."""
+        self._cache.confirm(number)
 
     def outdate(self) -> None:
         """Drop all KV that is not confirmed, and what requests under way still load and store."""
-        self._placement.outdate()
-        self.distrust()
+        self._cache.invalidate()
+        self.invalidate_in_flight()
         self._loads.outdate(self._orders)
 
     @property
     def requests(self) -> set[str]:
         """All that were looked up and have not ended."""
-        return set(self._tracked)
+        return set(self._states)
 
     def _forget_requests(self) -> None:
-        for tracked in self._tracked.values():
-            if tracked is not None:
-                self._let_go(tracked)
-        self._tracked = dict.fromkeys(self._tracked)
-
-    def _hold(self, tracked: Tracked, chunks: Sequence[Chunk]) -> None:
-        """Keep what a lookup has found, and nothing else, for a request, until it is used or looked up again."""
-        if tuple(chunks) != tracked.held:
-            self._hierarchy.pin(chunks)
-            self._hierarchy.unpin(tracked.held)
-            tracked.held = tuple(chunks)
-
-    def _let_go(self, tracked: Tracked) -> None:
-        """Nothing is kept for a request any more."""
-        self._hold(tracked, ())
-        self._placement.let_go(tracked.fetch, tracked.gather)
+        for state in self._states.values():
+            if state is not None:
+                self._cache.release(state.prompt)
+        self._states = dict.fromkeys(self._states)
 
     def _note(self, report: StepReport) -> None:
         for work, seconds in report.prefills:
-            self._placement.gate.prefill.note(work, seconds)
+            self._cache.gate.prefill.note(work, seconds)
         for tokens, seconds in report.copies:
-            self._placement.gate.copy.note(tokens, seconds)
+            self._cache.gate.copy.note(tokens, seconds)
         for work, seconds in report.fusions:
-            self._placement.gate.fuse.note(work, seconds)
+            self._cache.gate.fuse.note(work, seconds)
         for request in report.unfused:
             self._loads.unfused(request)
         if report.unfused and self.fusing is not None:
@@ -187,151 +187,64 @@ class Jobs:
         for job, workers in report.done.items():
             self._done(job, workers, failed=job in report.failed)
 
-    def _done(self, job: int, workers: int, *, failed: bool) -> None:
+    def _done(self, number: int, workers: int, *, failed: bool) -> None:
         """So many workers have done a job; with the last it is over."""
-        if (under_way := self._under_way.get(job)) is not None:
-            under_way.workers -= workers
-            under_way.failed |= failed
-            if under_way.workers <= 0:
-                self._job_over(job, under_way)
+        if (job := self._in_flight.get(number)) is not None:
+            job.workers -= workers
+            job.failed |= failed
+            if job.workers <= 0:
+                self._job_over(number, job)
 
-    def _job_over(self, job: int, under_way: UnderWay) -> None:
-        del self._under_way[job]
-        if under_way.is_store:
-            self._storing[under_way.request] -= 1
-            if not self._storing[under_way.request]:
-                del self._storing[under_way.request]
+    def _job_over(self, number: int, job: InFlight) -> None:
+        del self._in_flight[number]
+        if job.is_store:
+            self._storing[job.request] -= 1
+            if not self._storing[job.request]:
+                del self._storing[job.request]
         try:
-            self._settle(under_way)
+            if isinstance(job.work, Store):
+                self._cache.complete_store(job.work, ok=not job.failed)
+            else:
+                self._cache.complete_load(job.work, ok=not job.failed)
         except Exception as error:  # one job's trouble must not lose the others
             self._faults.note("settle", error)
-        if not under_way.is_store:
-            self._loads.job_over(under_way.request, job, self._orders, failed=under_way.failed)
+        if not job.is_store:
+            self._loads.job_over(job.request, number, self._orders, failed=job.failed)
 
     def _received(self, request: str) -> None:
         """A request has what it waited for, or will compute it."""
-        load, tracked = self._loads.received(request, self._orders), self._tracked.get(request)
+        load, state = self._loads.received(request, self._orders), self._states.get(request)
         if load is None:
             return
-        if load.failed or load.unwanted or tracked is None:
+        if load.failed or load.unwanted or state is None:
             for job in load.after:
                 self._fail(job)
-            if tracked is not None:
-                tracked.refused = True
-                tracked.sources, tracked.mended = {}, 0
+            if state is not None:
+                state.refused = True
+                state.sources, state.fusion.mended = {}, 0
             return
         self._orders.stores += load.after
-        for tier, tokens in tracked.sources.items():
+        for tier, tokens in state.sources.items():
             self._metrics.count(m.HIT_TOKENS, tokens, tier=tier)
 
-    def _copies_of_hot(
-        self, tracked: Tracked, hot: Sequence[Chunk], places: dict[Chunk, int], blocks: list[int]
-    ) -> Job:
-        """A job that copies chunks to the device tier, from the engine's cache, once they are loaded there."""
-        where = [slots_between(blocks, places[c], places[c] + len(c), self._block_tokens) for c in hot]
-        job = self._new_job(
-            tracked, rows(hot, self._hierarchy.page_tokens, device=True), np.concatenate(where), device=True
-        )
-        pages = [chunk.device for chunk in hot]
-        self._give_out(job, UnderWay(job.request, list(hot), self._workers, is_store=True, pages=pages))
+    def _new_job(self, state: RequestState, work: Load | Store, blocks: list[int], *, fused: bool = False) -> Job:
+        """A job that copies between a paged tier and a request's blocks. From now on it is in flight."""
+        slots = slots_of(blocks, work.positions, self._block_tokens)
+        self._jobs += 1
+        shifts = work.shifts if isinstance(work, Load) else None
+        job = Job(self._jobs, work.rows, slots, state.request.request_id, work.device, shifts, fused)
+        self._in_flight[job.id] = in_flight = InFlight(job.request, work, self._workers)
+        if in_flight.is_store:
+            self._storing[job.request] += 1
         return job
 
-    def _order_store(self, tracked: Tracked, new: list[tuple[int, Chunk]]) -> None:
-        """Order the store of reserved chunks, each with its first position."""
-        chunks = [chunk for _, chunk in new]
-        slots = [slots_between(tracked.blocks, at, at + len(chunk), self._block_tokens) for at, chunk in new]
-        job = self._new_job(tracked, rows(chunks, self._hierarchy.page_tokens), np.concatenate(slots))
-        tail, last = tracked.tail, chunks[-1]
-        covers = tail is not None and any(chunk.parent is tail.parent for chunk in chunks)
-        under_way = UnderWay(
-            job.request,
-            chunks,
-            self._workers,
-            is_store=True,
-            superseded=tail if covers else None,
-            hints=tracked.hints,
-            starts=[at for at, _ in new],
-            namespace=tracked.namespace,
-            tenant=tracked.tenant,
-            confirmed_by=self._confirmed_by(),
-        )
-        self._give_out(job, under_way)
-        self._orders.stores.append(job)
-        if last.open:
-            tracked.tail = last
-        elif covers:
-            tracked.tail = None
-
-    def _give_out(self, job: Job, under_way: UnderWay) -> None:
-        self._under_way[job.id] = under_way
-        if under_way.is_store:
-            self._storing[job.request] += 1
-
     def _take_back(self, jobs: list[Job], requests: Container[str]) -> None:
-        """Jobs of some requests that nobody was told of fail."""
+        """Jobs of some requests that no worker was told of fail."""
         for job in [job for job in jobs if job.request in requests]:
             jobs.remove(job)
             self._fail(job)
 
     def _fail(self, job: Job) -> None:
-        under_way = self._under_way[job.id]
-        under_way.failed = True
-        self._job_over(job.id, under_way)
-
-    def _keep(
-        self, request: str, hints: Hints, tenant: bytes, chunks: Sequence[Chunk], starts: Sequence[int]
-    ) -> None:
-        """Pin chunks as a request asks."""
-        if hints.pin is None:
-            return
-        until = self._clock() + hints.pin.seconds
-        for chunk, start in zip(chunks, starts, strict=True):
-            if (hints.pin.end is not None and start >= hints.pin.end) or chunk not in self._hierarchy:
-                return
-            if not self._hierarchy.holds.hold(hints.pin.owner, chunk, until, tenant):
-                self._faults.note("pins", PINNED_ALL)
-                tracked = self._tracked.get(request)
-                if tracked is not None:
-                    tracked.hints = with_problem(tracked.hints, PINNED_ALL)
-                return
-
-    def _settle(self, done: UnderWay) -> None:
-        if not done.is_store:
-            self._hierarchy.unpin(done.chunks)
-            if done.failed:
-                self._hierarchy.lose_copies(done.copies)
-        elif done.pages:
-            assert self._hierarchy.device is not None
-            for chunk, pages in zip(done.chunks, done.pages, strict=True):
-                self._hierarchy.device.made(chunk, pages, well=not done.failed)
-        elif done.failed:
-            for chunk in reversed(done.chunks):
-                self._hierarchy.abandon(chunk)
-        else:
-            self._stored(done)
-
-    def _stored(self, done: UnderWay) -> None:
-        for chunk in done.chunks:
-            self._hierarchy.commit(chunk)
-            self._metrics.count(m.STORED_TOKENS, len(chunk))
-            if done.hints.ttl is not None and chunk in self._hierarchy:
-                self._hierarchy.holds.expire(chunk, self._clock() + done.hints.ttl)
-        self._keep(done.request, done.hints, done.tenant, done.chunks, done.starts)
-        self._placement.stored(done.namespace, zip(done.starts, done.chunks, strict=True), after=done.confirmed_by)
-        if done.superseded is not None:
-            self._hierarchy.discard(done.superseded)
-
-    def _new_job(
-        self,
-        tracked: Tracked,
-        tier_rows: Indices,
-        slots: Indices,
-        *,
-        device: bool = False,
-        shifts: Indices | None = None,
-        fused: bool = False,
-    ) -> Job:
-        if len(tier_rows) != len(slots):
-            raise ValueError(f"job: {len(tier_rows)} rows for {len(slots)} slots")
-        self._jobs += 1
-        return Job(self._jobs, tier_rows, slots, tracked.request.request_id, device, shifts, fused)
+        in_flight = self._in_flight[job.id]
+        in_flight.failed = True
+        self._job_over(job.id, in_flight)

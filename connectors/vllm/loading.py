@@ -10,7 +10,7 @@ from ragkv.connectors.vllm.messages import Fusion, Job, StepOrders
 
 
 @dataclass(slots=True)
-class Load:
+class PendingLoad:
     """What one request waits for."""
 
     request: str
@@ -27,17 +27,20 @@ class Loads:
     """The loads of an engine that vLLM waits for."""
 
     def __init__(self) -> None:
-        self._loads: dict[str, Load] = {}
-        self._ready: list[Load] = []  # to be fused, and not ordered yet
+        self._loads: dict[str, PendingLoad] = {}
+        self._ready: list[PendingLoad] = []  # to be fused, and not ordered yet
+
+    def __len__(self) -> int:
+        return len(self._loads)
 
     def __contains__(self, request: str) -> bool:
         return request in self._loads
 
-    def get(self, request: str) -> Load | None:
+    def get(self, request: str) -> PendingLoad | None:
         """What a request waits for, or None."""
         return self._loads.get(request)
 
-    def begin(self, load: Load) -> None:
+    def begin(self, load: PendingLoad) -> None:
         """A request waits from now on."""
         self._loads[load.request] = load
 
@@ -83,7 +86,7 @@ class Loads:
             load.outdated = True
             self.cancel(request, orders)
 
-    def received(self, request: str, orders: StepOrders) -> Load | None:
+    def received(self, request: str, orders: StepOrders) -> PendingLoad | None:
         """Every worker has named a request as received: what it waited for, `failed` or not. None: it must wait
         on, until workers have named it again; or it never waited."""
         load = self._loads.get(request)
@@ -92,6 +95,6 @@ class Loads:
             return None
         return self._loads.pop(request, None)
 
-    def _give_up(self, load: Load, orders: StepOrders) -> None:
+    def _give_up(self, load: PendingLoad, orders: StepOrders) -> None:
         load.failed = True
         orders.given_up[load.request] = load.blocks

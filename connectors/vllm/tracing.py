@@ -7,7 +7,7 @@ ended. vLLM makes its span when the request has ended, under what the request's 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ragkv.connectors.vllm.messages import Fusion, Job, StepOrders, StepReport, Times, merge_times
+from ragkv.connectors.vllm.request_state import RequestState
 from ragkv.connectors.vllm.scheduler import SchedulerSide
-from ragkv.connectors.vllm.tracking import Tracked
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Chunk
 from ragkv.kvstore.fusion.plan import Declined, Plan
+from ragkv.kvstore.prompt import Load, Store
 
 LOOKUP, LOAD, FUSE, STORE = "ragkv.lookup", "ragkv.load", "ragkv.fuse", "ragkv.store"
 SCOPE = "ragkv"
@@ -81,20 +81,20 @@ class TracedSide(SchedulerSide):
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """As `SchedulerSide.allocated`; ends the lookup's span, and opens those of what it orders."""
-        loads, tracked = len(self._orders.loads), self._tracked.get(request.request_id)
-        again = tracked is not None and not tracked.looked
+        loads, state = len(self._orders.loads), self._states.get(request.request_id)
+        again = state is not None and not state.looked_up
         super().allocated(request, blocks, external)
         with self._noted():
-            if tracked is None or again:
+            if state is None or again:
                 return
-            self._looked_up(tracked, external)
+            self._looked_up(state, external)
             for job in self._orders.loads[loads:]:
-                self._expect(job.id, LOAD, tracked, self._of_load(tracked, job))
+                self._expect(job.id, LOAD, state, self._of_load(state, job))
             load = self._loads.get(request.request_id)
             if load is not None and load.fusion is not None:
                 self._jobs += 1
                 load.fusion = replace(load.fusion, timed=self._jobs)
-                self._expect(self._jobs, FUSE, tracked, _of_fusion(tracked, load.fusion))
+                self._expect(self._jobs, FUSE, state, _of_fusion(state, load.fusion))
 
     def take_orders(self) -> StepOrders:
         """As `SchedulerSide.take_orders`; asks for the times of the jobs."""
@@ -139,41 +139,33 @@ class TracedSide(SchedulerSide):
             sender.join(FLUSH_SECONDS)
         return complete
 
-    def _order_store(self, tracked: Tracked, new: list[tuple[int, Chunk]]) -> None:
-        super()._order_store(tracked, new)
+    def _new_job(self, state: RequestState, work: Load | Store, blocks: list[int], *, fused: bool = False) -> Job:
+        job = super()._new_job(state, work, blocks, fused=fused)
         with self._noted():
-            self._ordered_store(tracked, self._orders.stores[-1], m.MEMORY)
-
-    def _copies_of_hot(
-        self, tracked: Tracked, hot: Sequence[Chunk], places: dict[Chunk, int], blocks: list[int]
-    ) -> Job:
-        job = super()._copies_of_hot(tracked, hot, places, blocks)
-        with self._noted():
-            self._ordered_store(tracked, job, m.DEVICE)
+            if isinstance(work, Store):
+                tier = m.DEVICE if job.device else m.MEMORY
+                attributes = {"ragkv.chunks": len(work.chunks), **self._size(job), "ragkv.tier": tier}
+                self._expect(job.id, STORE, state, attributes)
         return job
 
-    def _ordered_store(self, tracked: Tracked, job: Job, tier: str) -> None:
-        chunks = len(self._under_way[job.id].chunks)
-        self._expect(job.id, STORE, tracked, {"ragkv.chunks": chunks, **self._size(job), "ragkv.tier": tier})
-
-    def _looked_up(self, tracked: Tracked, external: int) -> None:
-        asked, request = self._requests[tracked.request.request_id], tracked.request
+    def _looked_up(self, state: RequestState, external: int) -> None:
+        asked, request = self._requests[state.request.request_id], state.request
         attributes: Attributes = {
             "ragkv.request.id": request.request_id,
-            "ragkv.result": _result(tracked, external),
+            "ragkv.result": _result(state, external),
             "ragkv.tokens": request.num_tokens,
-            "ragkv.tokens.engine": tracked.computed,
+            "ragkv.tokens.engine": state.computed,
             "ragkv.tokens.hit": external,
-            "ragkv.chunks": len(tracked.match.chunks),
-            "ragkv.turn": tracked.turn,
+            "ragkv.chunks": len(state.prompt.match.chunks),
+            "ragkv.turn": state.turn,
         }
         if external:
-            attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in tracked.sources.items()}
-        if tracked.declined is not None:
-            attributes["ragkv.gate"] = "decline" if tracked.declined else "load"
-        if tracked.fetch is not None:
-            attributes["ragkv.fetch"] = tracked.fetch.result
-        outcome = tracked.outcome[2] if tracked.outcome is not None else None
+            attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in state.sources.items()}
+        if state.prompt.declined is not None:
+            attributes["ragkv.gate"] = "decline" if state.prompt.declined else "load"
+        if state.prompt.fetch is not None:
+            attributes["ragkv.fetch"] = state.prompt.fetch.result
+        outcome = state.fusion.outcome[2] if state.fusion.outcome is not None else None
         if isinstance(outcome, Declined):
             attributes |= {"ragkv.fusion": outcome.kind, "ragkv.fusion.reason": outcome.reason}
         elif isinstance(outcome, Plan):
@@ -184,21 +176,20 @@ class TracedSide(SchedulerSide):
             asked.context = trace.set_span_in_context(span, Context())
         asked.began = asked.ended = 0
 
-    def _of_load(self, tracked: Tracked, job: Job) -> Attributes:
+    def _of_load(self, state: RequestState, job: Job) -> Attributes:
         tier = m.DEVICE if job.device else m.MEMORY
         attributes = {**self._size(job), "ragkv.tier": tier, "ragkv.moved": job.shifts is not None}
         if tier == m.MEMORY and job.shifts is None:
-            brought = {name: tokens for name, tokens in tracked.sources.items() if name in (m.DISK, m.REDIS)}
+            brought = {name: tokens for name, tokens in state.sources.items() if name in (m.DISK, m.REDIS)}
             attributes |= {f"ragkv.tokens.{name}": tokens for name, tokens in brought.items()}
         return attributes
 
     def _size(self, job: Job) -> Attributes:
-        token_bytes = self._hierarchy.page_bytes // self._hierarchy.page_tokens
-        return {"ragkv.tokens": len(job.rows), "ragkv.bytes": len(job.rows) * token_bytes}
+        return {"ragkv.tokens": len(job.rows), "ragkv.bytes": len(job.rows) * self._cache.token_bytes}
 
-    def _expect(self, number: int, name: str, tracked: Tracked, attributes: Attributes) -> None:
+    def _expect(self, number: int, name: str, state: RequestState, attributes: Attributes) -> None:
         """A job was ordered: its span is made once all workers have reported it."""
-        request_id = tracked.request.request_id
+        request_id = state.request.request_id
         asked = self._requests[request_id]
         self._open[number] = _Open(name, asked, {"ragkv.request.id": request_id, **attributes})
         if len(self._open) > MOST_OPEN:
@@ -254,15 +245,17 @@ def _context(request: Any) -> Context | None:
     return context if trace.get_current_span(context).get_span_context().is_valid else None
 
 
-def _result(tracked: Tracked, external: int) -> str:
+def _result(state: RequestState, external: int) -> str:
     if external:
         return "hit"
-    declined = tracked.declined or (tracked.fetch is not None and tracked.fetch.result == "declined")
+    declined = state.prompt.declined or (
+        state.prompt.fetch is not None and state.prompt.fetch.result == "declined"
+    )
     return "declined" if declined else "miss"
 
 
-def _of_fusion(tracked: Tracked, fusion: Fusion) -> Attributes:
-    plan = tracked.plan
+def _of_fusion(state: RequestState, fusion: Fusion) -> Attributes:
+    plan = state.fusion.plan
     assert plan is not None
     return {
         "ragkv.tokens": fusion.end - plan.exact,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from ragkv.connectors.vllm.tracking import Tracked
+from ragkv.connectors.vllm.request_state import RequestState
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import chain_key
@@ -100,22 +100,23 @@ class Turns:
         self._metrics = metrics
         self._conversations = Conversations()
 
-    def begin(self, tracked: Tracked) -> None:
+    def begin(self, state: RequestState) -> None:
         """A request came, and its chain holds its prompt."""
-        namespace, chain, hinted = tracked.namespace, tracked.chain, tracked.hints.turn
-        tracked.turn = self._conversations.turn(namespace, chain) if hinted is None else hinted
-        if tracked.turn and tracked.hints.store:
-            self._conversations.remember(namespace, chain, tracked.turn)
+        namespace, chain, hinted = state.prompt.namespace, state.prompt.chain, state.hints.turn
+        state.turn = self._conversations.turn(namespace, chain) if hinted is None else hinted
+        if state.turn and state.hints.store:
+            self._conversations.remember(namespace, chain, state.turn)
 
-    def count(self, tracked: Tracked, external: int) -> None:
+    def count(self, state: RequestState, external: int) -> None:
         """A request was taken up, perhaps not for the first time, with `external` tokens behind vLLM's own hit."""
-        if not tracked.turn or tracked.counted:
+        if not state.turn or state.counted:
             return
-        tracked.counted = True
-        turn = f"{LAST}+" if tracked.turn >= LAST else str(tracked.turn)
+        state.counted = True
+        turn = f"{LAST}+" if state.turn >= LAST else str(state.turn)
+        reused = state.computed + external - state.fusion.mended
         self._metrics.count(m.TURN_REQUESTS, turn=turn)
-        self._metrics.count(m.TURN_PROMPT_TOKENS, tracked.request.num_prompt_tokens, turn=turn)
-        self._metrics.count(m.TURN_REUSED_TOKENS, tracked.computed + external - tracked.mended, turn=turn)
+        self._metrics.count(m.TURN_PROMPT_TOKENS, state.request.num_prompt_tokens, turn=turn)
+        self._metrics.count(m.TURN_REUSED_TOKENS, reused, turn=turn)
 
 
 def _name(behind: bytes, chain: TokenChain, start: int, end: int) -> bytes:

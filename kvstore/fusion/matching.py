@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ragkv.kvstore.catalogue import Chunk, child_of, longest_shared, shared_tokens
 from ragkv.kvstore.chunking import TokenChain
-from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.keys import TOKEN_BYTES
+from ragkv.kvstore.prefix_tree import Chunk, ContentIndex, child_of, longest_shared, shared_tokens
 
 FOREIGN = 4  # what a token of foreign context weighs, where one of its own document that is lacking weighs 1
 FOLLOWED = 4  # of the holders of a cut's tokens, the best, which may go on behind it
@@ -75,7 +74,7 @@ class _Fresh(NamedTuple):
 
 
 def find_moved(
-    contents: Contents,
+    contents: ContentIndex,
     namespace: bytes,
     chain: TokenChain,
     start: int,
@@ -98,7 +97,7 @@ class _Search:
 
     def __init__(
         self,
-        contents: Contents,
+        contents: ContentIndex,
         namespace: bytes,
         chain: TokenChain,
         start: int,

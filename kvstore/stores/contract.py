@@ -2,7 +2,7 @@
 
 A miss is a result (None, False), never an error; an error (`StoreError`) says that the backend could not answer.
 Stores decide nothing: no budget, no policy, no retry. Every method is synchronous, and may be called from several
-threads at once; concurrency lives in `ragkv.kvstore.work`.
+threads at once; concurrency lives in `ragkv.kvstore.io_pool`.
 """
 
 from abc import ABC, abstractmethod

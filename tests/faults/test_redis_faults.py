@@ -13,11 +13,10 @@ import pytest
 from redis.crc import key_slot
 
 from ragkv.benchmarks.internal.redis_server import HOST, SERVICE, Cluster, Server, wait_until
+from ragkv.kvstore.io_pool import Completions, Lane, Wanted
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.redis import RedisStore
-from ragkv.kvstore.tier import StoreTier
-from ragkv.kvstore.tier_jobs import Wanted
-from ragkv.kvstore.work import Completions, Lane
 from ragkv.policies.admission import Always
 from redis_server import Relay, certificate, fails, key, name, needs_openssl, needs_server, runs
 
@@ -149,7 +148,7 @@ def test_a_tier_does_not_wait_for_an_answer_that_trickles(server):
         completions = Completions()
         lanes = [Lane(name, 1, completions) for name in ("reads", "writes")]
         options = {"through": True, "queue_bytes": 1 << 20, "asks": True}
-        tier = StoreTier(store, None, Always(), *lanes, time.monotonic, Metrics(), print, **options)
+        tier = StorageTier(store, None, Always(), *lanes, time.monotonic, Metrics(), print, **options)
         tier.read([Wanted(key(1), bytes)], pytest.fail)
         for _ in range(3):
             assert tier.readable

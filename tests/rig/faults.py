@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ragkv.kvstore.stores.wrappers import Fault as StoreFault
-from ragkv.kvstore.stores.wrappers import FaultyStore
+from ragkv.benchmarks.faulty_stores import Fault as StoreFault
+from ragkv.benchmarks.faulty_stores import FaultyStore
 
 CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {
@@ -109,7 +109,7 @@ def _side(llm: Any) -> Any:
 
 
 def _tiers(llm: Any) -> Any:
-    return _side(llm)._placement._tiers
+    return _side(llm)._cache.tiers
 
 
 def _never(_method: str, _number: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hand_lanes import ContentStack, Lower, SeenTwice, Stack, redis, words
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.aliases import holder, reader
 from ragkv.kvstore.codec import AliasHeader, decode, encode
+from ragkv.kvstore.content_lookup import reader, source
 from ragkv.kvstore.keys import as_tokens, content_key, tail_key
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.kvstore.stores.inventory import Inventory
@@ -37,7 +37,7 @@ def alias_of(lower, tokens=PASSAGE):
     if value is None:
         return None
     header, raw = decode(value[0])
-    assert isinstance(header, AliasHeader) and raw == holder(header)
+    assert isinstance(header, AliasHeader) and raw == source(header)
     return header
 
 
@@ -58,7 +58,7 @@ def test_every_whole_chunk_that_is_written_leaves_an_alias(lower):
         first.key, second.key, tail_key(second.key), content(TEXT[:21]), content(TEXT[21:44])
     }  # fmt: skip
     alias = alias_of(lower, TEXT[21:44])
-    assert (holder(alias), alias.parent, alias.position) == (second.key, first.key, 21)
+    assert (source(alias), alias.parent, alias.position) == (second.key, first.key, 21)
     assert (alias.namespace, alias.token_count) == (Stack.SPACE, 0)
     stack.check()
 
@@ -74,8 +74,8 @@ def test_without_being_asked_there_are_none():
     lower = Lower()
     stack = Stack(lower)
     stack.keep(TEXT), stack.settle()
-    assert len(lower.stored()) == 3 and stack.placement.aliases is None
-    assert stack.placement.gather(Stack.SPACE, [as_tokens(TEXT[:21]).tobytes()]) is None
+    assert len(lower.stored()) == 3 and stack.tiering.aliases is None
+    assert stack.cache.content is None
 
 
 def test_a_chunk_is_there_before_its_alias():
@@ -95,15 +95,15 @@ def test_what_is_written_in_the_end_leaves_one_too(lower, through):
     lower.through = through
     stack, _ = one(lower)
     keep(stack, NEAR)
-    assert stack.placement.close(5.0)
-    assert holder(alias_of(lower)) in lower.stored()
+    assert stack.cache.close(5.0)
+    assert source(alias_of(lower)) in lower.stored()
 
 
 def test_what_memory_evicts_leaves_one_too():
     stack, lower = one(Lower(through=False), pages=24)
     keep(stack, NEAR)
     stack.keep(words(8, 90)), stack.settle()
-    assert stack.match(NEAR).length < len(NEAR) and holder(alias_of(lower)) in lower.stored()
+    assert stack.match(NEAR).length < len(NEAR) and source(alias_of(lower)) in lower.stored()
     stack.check()
 
 
@@ -159,7 +159,7 @@ def test_a_better_one_overtakes_one_that_is_being_replaced():
     assert alias_of(lower).position == 63
     for text in (NEAR, FAR):
         keep(stack, text)
-    lower.reads.run(), stack.placement.tick()
+    lower.reads.run(), stack.cache.tick()
     lower.writes.run(), stack.settle()
     assert alias_of(lower).position == 16
     stack.check()
@@ -202,29 +202,32 @@ def test_what_was_written_before_gets_one_when_it_is_used(asks):
     stack = Stack(lower)
     keep(stack, NEAR), stack.settle()
     assert alias_of(lower) is None
-    stack.placement.index_contents()
+    stack = ContentStack(lower)
+    assert stack.get(NEAR, [16, 36]) == 36
+    lower.store.read.clear()
     for _ in range(2):
-        stack.placement.used(stack.match(NEAR).chunks)
+        stack.tiering.touch(stack.match(NEAR, [16, 36]).chunks)
         stack.settle()
-    assert alias_of(lower).position == 16 and lower.store.calls["put"] == 4
+    assert alias_of(lower).position == 16 and lower.store.calls["put"] == 2
     assert lower.store.read == [], "nothing had to be compared"
 
 
 def test_what_was_written_before_gets_one_when_it_is_computed_anew():
     lower = Lower()
     stack = Stack(lower)
-    keep(stack, NEAR), stack.settle(), stack.forget()
-    stack.placement.index_contents()
     keep(stack, NEAR), stack.settle()
-    assert alias_of(lower).position == 16 and lower.store.calls["put"] == 4
+    stack = ContentStack(lower)
+    keep(stack, NEAR), stack.settle()
+    assert alias_of(lower).position == 16 and lower.store.calls["put"] == 2
 
 
 def test_in_redis_it_does_not():
     lower = redis()
     stack = Stack(lower)
     keep(stack, NEAR), stack.settle()
-    stack.placement.index_contents()
-    stack.placement.used(stack.match(NEAR).chunks), stack.settle()
+    stack = ContentStack(lower)
+    assert stack.get(NEAR, [16, 36]) == 36
+    stack.tiering.touch(stack.match(NEAR, [16, 36]).chunks), stack.settle()
     assert alias_of(lower) is None
 
 
@@ -241,7 +244,7 @@ def test_a_use_keeps_an_alias_with_its_holder():
     stack, lower = one()
     first, second = keep(stack, NEAR)
     stack.settle()
-    stack.placement.used([first, second]), stack.settle()
+    stack.tiering.touch([first, second]), stack.settle()
     used = {key: when for key, (_, when) in lower.values.values.items()}
     order = [first.key, content(NEAR[:16]), second.key, content(PASSAGE)]
     assert sorted(used, key=used.get, reverse=True) == order
@@ -255,7 +258,7 @@ def test_an_alias_goes_before_its_holder_and_both_are_within_the_budget():
         lower.check()
         for value, _ in lower.values.values.values():
             header = decode(value)[0]
-            assert not isinstance(header, AliasHeader) or holder(header) in lower.index
+            assert not isinstance(header, AliasHeader) or source(header) in lower.index
     assert 0 < len(lower.index) <= 10 and lower.index.keys() == lower.stored()
     assert alias_of(lower, texts[-1][16:]) is not None
 
@@ -264,21 +267,21 @@ def test_a_choosy_tier_chooses_among_aliases_too():
     stack, lower = one()
     lower.tier._admission = SeenTwice()
     (first, second) = keep(stack, NEAR)
-    stack.placement.stored(Stack.SPACE, [(0, first), (16, second)])
+    stack.tiering.stored([first, second])
     stack.settle()
     assert lower.stored() == {first.key, second.key}
-    stack.placement.used([first, second]), stack.settle()
+    stack.tiering.touch([first, second]), stack.settle()
     assert alias_of(lower).position == 16
 
 
 def test_an_alias_ends_with_its_holder():
     stack, lower = one()
     text = NEAR
-    for _, chunk in (new := stack.hierarchy.reserve(Stack.SPACE, stack.chain(text, [16, 36]), 36)):
-        stack.hierarchy.commit(chunk)
-        stack.hierarchy.holds.expire(chunk, stack.clock() + 60)
-    stack.placement.stored(Stack.SPACE, new), stack.settle()
-    assert alias_of(lower).expires == decode(lower.values.get(new[1][1].key))[0].expires == stack.wall() + 60
+    for chunk in (new := stack.memory.reserve(Stack.SPACE, stack.chain(text, [16, 36]), 36)):
+        stack.memory.commit(chunk)
+        stack.memory.pins.expire(chunk, stack.clock() + 60)
+    stack.tiering.stored(new), stack.settle()
+    assert alias_of(lower).expires == decode(lower.values.get(new[1].key))[0].expires == stack.wall() + 60
 
 
 # --- what is believed, and what people see ---
@@ -298,12 +301,12 @@ ALIAS = AliasHeader(
 
 
 def value_of(alias=ALIAS, named=None):
-    return b"".join(encode(alias, [holder(alias) if named is None else named]))
+    return b"".join(encode(alias, [source(alias) if named is None else named]))
 
 
 def test_an_alias_comes_back():
     header, raw = decode(value_of())
-    assert header == ALIAS and type(header) is AliasHeader and raw == holder(ALIAS)
+    assert header == ALIAS and type(header) is AliasHeader and raw == source(ALIAS)
     assert reader(Stack.SPACE, ALIAS.tokens, lambda: 1e9)(value_of()) == ALIAS
     assert value_of()[:8] == b"\x89RAGKA\r\n"
 

@@ -41,7 +41,7 @@ def serve(engine, seed):
 def test_the_start_is_one_line(said):
     engine = Engine(lowers=[Lower()])
     given = settings(disk={"path": "/kv"}, fusion={"enabled": True}, placement={"gate": False})
-    Announcer(given, engine.placement).started(NAMESPACE, 2, None)
+    Announcer(given, engine.cache).started(NAMESPACE, 2, None)
     (line,) = said()
     start = f"ragkv: version {ragkv.__version__} on vLLM {vllm.__version__} reuses KV; namespace 3f2a9c41; memory "
     assert line.startswith(start)
@@ -53,7 +53,7 @@ def test_a_second_engine_says_what_it_found(said):
     engine = Engine(lowers=[Lower()])
     serve(engine, 1)
     engine.restart()
-    Announcer(settings(disk={"path": "/kv"}), engine.placement).started(NAMESPACE, 1, "MLA")
+    Announcer(settings(disk={"path": "/kv"}), engine.cache).started(NAMESPACE, 1, "MLA")
     (line,) = said()
     index = engine.lowers[0].index
     assert len(index) and f"({len(index):,} values, " in line and "KiB found)" in line
@@ -63,7 +63,7 @@ def test_a_second_engine_says_what_it_found(said):
 def test_passwords_and_redis_ask_for_care(said):
     engine = Engine(lowers=[Lower(name="redis", capacity=None)])
     given = settings(redis={"url": "redis://u:hunter2@cache:6379/0"})
-    Announcer(given, engine.placement).started(NAMESPACE, 1, None)
+    Announcer(given, engine.cache).started(NAMESPACE, 1, None)
     (line,) = said()
     assert "redis redis://" in line and "cache:6379" in line and "hunter2" not in line
     assert "fusion where a request asks for it" in line
@@ -73,7 +73,7 @@ def test_a_tier_that_rests_and_returns_is_told_once_each(said):
     lower = Lower()
     engine = Engine(lowers=[lower])
     lower.store.errors["put"] = StoreError("gone", "no such folder")
-    announcer = Announcer(settings(), engine.placement)
+    announcer = Announcer(settings(), engine.cache)
     announcer.look()
     assert said() == [], "nothing to say while all is well"
     for seed in range(1, 4):
@@ -92,7 +92,7 @@ def test_a_tier_that_rests_and_returns_is_told_once_each(said):
 def test_the_end_is_one_line(said, written):
     engine = Engine(lowers=[Lower()])
     serve(engine, 1)
-    Announcer(settings(), engine.placement).ended(written=written)
+    Announcer(settings(), engine.cache).ended(written=written)
     (line,) = said()
-    assert line.startswith(f"ragkv: ended, with {len(engine.hierarchy)} chunks in memory")
+    assert line.startswith(f"ragkv: ended, with {len(engine.memory)} chunks in memory")
     assert line.endswith("all that was to be kept is in disk") is written

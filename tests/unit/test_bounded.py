@@ -11,18 +11,16 @@ from hypothesis import given, settings
 from matching_tools import NAMESPACE, TokenStore, counted
 from ragkv.connectors.vllm import turns
 from ragkv.connectors.vllm.turns import Conversations
-from ragkv.kvstore import catalogue, chunking
-from ragkv.kvstore.catalogue import Catalogue, Chunk
+from ragkv.kvstore import chunking, prefix_tree
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
-from ragkv.kvstore.contents import Contents
 from ragkv.kvstore.fusion import matching, plan
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import MOST_RUNS, Plan, decisions
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.holds import AT_ONCE, MOST_ENTRIES, Holds
 from ragkv.kvstore.keys import as_tokens
-from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pins import AT_ONCE, MOST_ENTRIES, Pins
+from ragkv.kvstore.prefix_tree import Chunk, ContentIndex, PrefixTree
 from ragkv.policies import make_policy
 
 STRUCTURE = TokenStructure.of(["a"] * 5 + ["\n\n"] + ["a"] * 1000)
@@ -46,7 +44,7 @@ def steps_of(store, asked, named=()):
     chain = store.chain(asked, named)
     match = store.catalogue.match(store.catalogue.root(NAMESPACE), chain, len(asked) - 1)
     names = ("child_of", "longest_shared", "shared_tokens", "_shared_last", "_cost", "Piece", "_Holder")
-    with counted(matching, *names) as all_of_it, counted(Contents, "holders") as lookups:
+    with counted(matching, *names) as all_of_it, counted(ContentIndex, "holders") as lookups:
         matching.find_moved(store.contents, NAMESPACE, chain, match.length, len(asked) - 1, match.chunks)
     return all_of_it.count + lookups.count, len(chain.ends) + 1
 
@@ -144,16 +142,16 @@ def test_a_chain_that_is_cut_elsewhere_is_matched_without_looking_at_the_rest_ea
     ends = list(range(40, 100_001, 40))
     store.add_cut(tokens, ends)
     compared = 0
-    shared = catalogue.longest_shared
+    shared = prefix_tree.longest_shared
 
     def longest_shared(parent, raw):
         nonlocal compared
         compared += len(raw) // 4
         return shared(parent, raw)
 
-    monkeypatch.setattr(catalogue, "longest_shared", longest_shared)
+    monkeypatch.setattr(prefix_tree, "longest_shared", longest_shared)
     match = store.catalogue.match(store.catalogue.root(NAMESPACE), chain, 99_999)
-    assert match.length == 99_999 and compared <= catalogue.REACH * len(ends)
+    assert match.length == 99_999 and compared <= prefix_tree.REACH * len(ends)
 
 
 def test_a_chunk_longer_than_what_is_compared_at_first_is_matched_as_a_whole():
@@ -183,8 +181,8 @@ def test_children_that_are_not_ready_are_passed_over_within_a_bound():
 
     for child in parent.children:
         child.__class__ = Looking
-    assert catalogue.longest_shared(parent, as_tokens([7, 500, 3]).tobytes()) == (None, 0)
-    assert looked <= 2 * catalogue.LOOKED_AT
+    assert prefix_tree.longest_shared(parent, as_tokens([7, 500, 3]).tobytes()) == (None, 0)
+    assert looked <= 2 * prefix_tree.LOOKED_AT
 
 
 def test_cutting_looks_a_few_times_for_each_chunk():
@@ -265,11 +263,11 @@ class Unpinned:
 
 def test_an_owner_is_released_without_looking_at_others():
     told = Unpinned()
-    holds = Holds(100_000, lambda chunks: None, told)
+    holds = Pins(100_000, lambda chunks: None, told)
     chunks = [pinnable(number) for number in range(4)]
     held = [holds.hold(f"desk {number}", chunks[number % 4], 10.0) for number in range(20_000)]
     assert sum(held) == MOST_ENTRIES // 2 and all(held[: MOST_ENTRIES // 2]), "a tenant's books are bounded"
-    with counted(Holds, "_counts", most=0):
+    with counted(Pins, "_counts", most=0):
         assert holds.release("desk 7") == 1 and holds.release("desk 20000") == 0
     assert holds.pages == 4 and not told.calls, "others hold it"
 
@@ -277,7 +275,7 @@ def test_an_owner_is_released_without_looking_at_others():
 @pytest.mark.parametrize("how", ["released", "over"])
 def test_very_many_pins_go_some_at_a_time(how):
     told = Unpinned()
-    holds = Holds(100_000, lambda chunks: None, told)
+    holds = Pins(100_000, lambda chunks: None, told)
     size = MOST_ENTRIES // 2
     assert all(holds.hold("desk", pinnable(number), 10.0) for number in range(size))
     assert how == "over" or holds.release("desk") == size
@@ -288,27 +286,26 @@ def test_very_many_pins_go_some_at_a_time(how):
 
 
 def test_very_many_chunks_go_some_at_a_time_and_none_is_served_beyond_its_time():
-    memory = MemoryTier(40_000, make_policy("lru"))
-    hierarchy = Hierarchy(memory, 4, 100, Metrics())
+    memory = MemoryTier(40_000, make_policy("lru"), 4, 100, Metrics())
     prompts = [words(seed, 700) for seed in range(100)]
     for number, prompt in enumerate(prompts):
         chain = TokenChain(NAMESPACE, SMALL)
         chain.extend(as_tokens(prompt))
-        for _, chunk in hierarchy.reserve(NAMESPACE, chain, 700, until=50.0 if number else 60.0):
-            hierarchy.commit(chunk)
-    known = len(hierarchy)
+        for chunk in memory.reserve(NAMESPACE, chain, 700, until=50.0 if number else 60.0):
+            memory.commit(chunk)
+    known = len(memory)
     assert known > 2 * AT_ONCE
-    with counted(Catalogue, "remove", most=AT_ONCE + 50) as removed:
-        hierarchy.tick(50.0)
-    assert removed.count >= AT_ONCE and hierarchy.holds.late
+    with counted(PrefixTree, "remove", most=AT_ONCE + 50) as removed:
+        memory.tick(50.0)
+    assert removed.count >= AT_ONCE and memory.pins.late
 
     def length(prompt):
         chain = TokenChain(NAMESPACE, SMALL)
         chain.extend(as_tokens(prompt))
-        return hierarchy.match(NAMESPACE, chain, 699).length
+        return memory.match(NAMESPACE, chain, 699).length
 
     assert [length(prompt) for prompt in prompts] == [699] + [0] * 99
     for _ in range(known // AT_ONCE):
-        hierarchy.tick(50.0)
-    assert not hierarchy.holds.late and 0 < len(hierarchy) <= 700 // 16
-    hierarchy.check_integrity()
+        memory.tick(50.0)
+    assert not memory.pins.late and 0 < len(memory) <= 700 // 16
+    memory.check_integrity()

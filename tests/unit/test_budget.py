@@ -10,17 +10,15 @@ import pytest
 from hypothesis import given, settings
 
 from hand_lanes import Bench, HandClock, Lower, key
+from memory_store import MemoryStore
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.budget import LOOK_SECONDS, MOST_FILES, MOST_RESERVE, PATIENCE_SECONDS, Budget, there
-from ragkv.kvstore.index import Index
+from ragkv.kvstore.budget import LOOK_SECONDS, MOST_FILES, MOST_RESERVE, PATIENCE_SECONDS, Budget, Index, there
+from ragkv.kvstore.io_pool import Completions, Lane, Write
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import DiskStore
-from ragkv.kvstore.stores.memory import MemoryStore
-from ragkv.kvstore.tier import StoreTier
-from ragkv.kvstore.tier_jobs import Write
-from ragkv.kvstore.work import Completions, Lane
 from ragkv.policies import Always, make_policy
 
 GIB = 1 << 30
@@ -302,7 +300,7 @@ def small(tmp_path, request):
 
 def test_a_small_file_system_goes_on(small):
     store, completions, lines, kept = DiskStore(small / "kv"), Completions(), [], []
-    tier = StoreTier(
+    tier = StorageTier(
         store,
         Index(64 << 30, make_policy("lru")),
         Always(),

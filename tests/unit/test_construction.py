@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 import ragkv
 from ragkv.connectors.vllm import NAME, lifecycle, plugin
 from ragkv.errors import ConfigError, StoreError
-from ragkv.kvstore import work
-from ragkv.kvstore.work import Completions, Lane
+from ragkv.kvstore import io_pool
+from ragkv.kvstore.io_pool import Completions, Lane
 from whole_start import Engine, alone, refusals, serves
 
 HOME = str(Path(ragkv.__file__).parent)  # links and all: as code is named
@@ -199,7 +199,7 @@ def test_a_lane_does_with_fewer_threads_and_tries_again(monkeypatch):
         left[0] -= 1
         start(self)
 
-    monkeypatch.setattr(work.threading.Thread, "start", refuse)
+    monkeypatch.setattr(io_pool.threading.Thread, "start", refuse)
     lane = Lane("test", 3, completions)
     lane.submit(lambda: 1, came.append)
     assert completions.drain(0.0) and isinstance(came[0].error, StoreError) and came[0].error.reason == "io"

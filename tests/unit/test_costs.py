@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from ragkv.kvstore.costs import BELIEF, NEAR, Cost
+from ragkv.kvstore.gate import BELIEF, NEAR, Cost
 
 QUICK = settings(max_examples=200, deadline=None)
 amounts = st.floats(1, 1e9)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from ragkv.kvstore.catalogue import Chunk, rows
-from ragkv.kvstore.memory import DeviceTier, PagePool
+from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.pages import PagePool
+from ragkv.kvstore.prefix_tree import Chunk, rows
 from ragkv.policies import POLICIES, make_policy
 
 PAGES, AFTER, PAGE_TOKENS = 8, 2, 4
@@ -65,14 +66,14 @@ class Machine(RuleBasedStateMachine):
         self.orders += [(chunk, chunk.device) for chunk in given]
 
     @precondition(lambda self: self.orders)
-    @rule(well=st.booleans())
-    def made(self, well):
+    @rule(ok=st.booleans())
+    def made(self, ok):
         """Copies are made, and reported, in the order of the steps."""
         chunk, pages = self.orders.pop(0)
-        self.content |= dict.fromkeys(np.frombuffer(pages, np.int32).tolist(), chunk if well else None)
+        self.content |= dict.fromkeys(np.frombuffer(pages, np.int32).tolist(), chunk if ok else None)
         current = chunk.device is pages
-        self.tier.made(chunk, pages, well=well)
-        if current and well:
+        self.tier.made(chunk, pages, ok=ok)
+        if current and ok:
             self.copied.add(chunk)
         elif current:
             assert not chunk.device, "a failed copy is forgotten"
@@ -118,7 +119,7 @@ def test_a_chunk_is_copied_at_its_second_use(tier):
     assert use(tier, [chunk]) == [chunk] and tier.used == 3
     assert chunk not in tier and len(tier) == 0, "before a worker has said that it was made"
     assert use(tier, [chunk]) == [], "it is ordered once"
-    tier.made(chunk, chunk.device, well=True)
+    tier.made(chunk, chunk.device, ok=True)
     assert chunk in tier and len(tier) == 1
     assert rows([chunk], PAGE_TOKENS, device=True).tolist() == list(range(12))
 
@@ -127,7 +128,7 @@ def test_a_failed_copy_is_ordered_anew_at_the_next_use(tier):
     chunk = chunk_of(3)
     use(tier, [chunk])
     use(tier, [chunk])
-    tier.made(chunk, chunk.device, well=False)
+    tier.made(chunk, chunk.device, ok=False)
     assert chunk not in tier and tier.used == 0
     assert use(tier, [chunk]) == [chunk]
 
@@ -160,11 +161,11 @@ def test_word_of_a_copy_that_was_dropped_meanwhile_counts_for_nothing(tier):
     assert not chunk.device
     tier.used_now([chunk])
     assert chunk.device == old
-    tier.made(chunk, old, well=True)
+    tier.made(chunk, old, ok=True)
     assert chunk not in tier
-    tier.made(chunk, old, well=False)
+    tier.made(chunk, old, ok=False)
     assert chunk.device, "nor does its failure undo the new order"
-    tier.made(chunk, chunk.device, well=True)
+    tier.made(chunk, chunk.device, ok=True)
     assert chunk in tier
 
 

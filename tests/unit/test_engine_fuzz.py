@@ -283,17 +283,17 @@ def test_an_engine_that_ends_nothing_is_stuck(monkeypatch):
 
 
 def test_faults_are_injected_into_stores_and_copies(monkeypatch, tmp_path):
-    from ragkv.connectors.vllm import compose
+    from ragkv.benchmarks.faulty_stores import FaultyStore
+    from ragkv.connectors.vllm import builder
     from ragkv.connectors.vllm.transfer import DirectMover
-    from ragkv.kvstore.stores.wrappers import FaultyStore
 
-    for owner, name in ((compose, "DiskStore"), (DirectMover, "load"), (DirectMover, "store")):
+    for owner, name in ((builder, "DiskStore"), (DirectMover, "load"), (DirectMover, "store")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is put back
     monkeypatch.setattr(engine_fuzz_play, "_injected", Counter())
     pickle.loads(pickle.dumps(Faults(1)))()
-    assert not issubclass(compose.DiskStore, FaultyStore)
+    assert not issubclass(builder.DiskStore, FaultyStore)
     Faults(1, store=1.0, copy=1.0)()
-    store = compose.DiskStore(tmp_path / "disk", fsync=False)
+    store = builder.DiskStore(tmp_path / "disk", fsync=False)
     for number in range(8):
         with contextlib.suppress(StoreError):
             store.put(bytes([number] * 16), [b"value"])

@@ -9,8 +9,7 @@ import toy_engine
 import toy_vllm
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.fusing import QUESTION
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gate import BELIEF, Gate
 from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
 
 NO = {"ragkv": {"fuse": False}}
@@ -91,16 +90,16 @@ def test_a_lookup_that_fails_leaves_nothing_fused_behind_for_the_store():
         names = names_of(WHOLE, BLOCK)
         made.run(WHOLE, block_hashes=list(names))
         start = made.wrong = fusions(made)[0].start
-        lookup, match = made.side.lookup, made.hierarchy.match
+        lookup, match = made.side.lookup, made.memory.match
 
         def guarded(request, computed):  # as the connector
-            made.hierarchy.match = fails
+            made.memory.match = fails
             try:
                 return lookup(request, computed)
             except OSError:
                 return 0
             finally:
-                made.hierarchy.match = match
+                made.memory.match = match
 
         def fails(*_):
             raise OSError("no match")
@@ -117,21 +116,21 @@ def test_a_plan_is_forgotten_when_the_next_one_fails():
         request = Request("waits", WHOLE)
         lookup, fusing = made.side.lookup, made.side.fusing
         assert lookup(request, 0)
-        tracked, plan_it = made.side._tracked["waits"], fusing._plan
-        chunk = tracked.plan.pieces[0].chunk
+        state, plan_it = made.side._states["waits"], fusing._plan
+        chunk = state.fusion.plan.pieces[0].chunk
 
         def fails(*_):
             raise OSError("no memory")
 
-        made.hierarchy.forget([chunk], "expired")
+        made.memory.forget([chunk], "expired")
         fusing._plan = fails
         with pytest.raises(OSError, match="no memory"):
             lookup(request, 0)  # the connector says: nothing; and vLLM has no blocks in this step
         fusing._plan = plan_it
         lookup(request, 0)
-        plan = tracked.plan
+        plan = state.fusion.plan
         made.side.finished(request, [])
-        assert plan is None or all(piece.chunk in made.hierarchy for piece in plan.pieces)
+        assert plan is None or all(piece.chunk in made.memory for piece in plan.pieces)
 
 
 def test_what_is_too_slow_to_load_is_not_loaded_to_be_fused():

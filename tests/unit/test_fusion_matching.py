@@ -10,10 +10,10 @@ from hypothesis import given, settings
 
 from matching_tools import NAMESPACE, TokenStore, counted, covered, part
 from ragkv.benchmarks.tenk import generate_filing
-from ragkv.kvstore.catalogue import origin
 from ragkv.kvstore.chunking import Chunker, TokenStructure
 from ragkv.kvstore.fusion import matching
 from ragkv.kvstore.fusion.matching import find_moved
+from ragkv.kvstore.prefix_tree import origin
 
 PARAGRAPH = 0
 STRUCTURE = TokenStructure.of(["\n\n"] * 100 + [" w"] * 400)
@@ -145,7 +145,7 @@ def test_a_run_is_followed_up_to_the_next_one():
     tokens = text(7, 30) + a + tail + b + QUESTION
     chain = store.chain(tokens)
     chain.ends[:] = [30, 70, 81, 121]
-    store.contents.remove(store.catalogue.everything()[2])  # the tail is found through the tree alone
+    store.contents.remove(list(store.catalogue)[2])  # the tail is found through the tree alone
     pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
     assert spans(pieces) == [(30, 70, -10), (70, 81, -10), (81, 121, 41)]
 
@@ -162,7 +162,7 @@ def test_a_run_ends_with_the_first_token_that_differs():
     store.add_cut(text(9) + a + b + c, [40, 80, 140, 180])
     tokens = text(7, 30) + a + b[:20] + c + QUESTION
     chain = store.chain(tokens)
-    for chunk in store.catalogue.everything()[2:]:
+    for chunk in list(store.catalogue)[2:]:
         store.contents.remove(chunk)
     pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
     assert spans(pieces) == [(30, 70, -10), (70, 90, -10)]
@@ -357,7 +357,7 @@ def test_what_is_found_is_true_and_whole_chunks_are_never_missed(parts, data):
     held = {position for piece in pieces for position in range(piece.start, piece.end)}
     for begin, end in pairwise([0, *chain.ends]):
         wanted = tokens[begin:end]
-        if any(part(chunk, 0, len(chunk)) == wanted for chunk in store.catalogue.everything()):
+        if any(part(chunk, 0, len(chunk)) == wanted for chunk in list(store.catalogue)):
             assert held.issuperset(range(max(begin, start), min(end, limit)))
     longest = longest_run(tokens, stored)
     assert all(longest[piece.start] >= len(piece) for piece in pieces)

@@ -4,8 +4,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from ragkv.kvstore.catalogue import Chunk
-from ragkv.kvstore.costs import BELIEF
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import (
     DECLINED,
@@ -21,7 +19,8 @@ from ragkv.kvstore.fusion.plan import (
     make_plan,
     runs_of,
 )
-from ragkv.kvstore.gate import FIRST, PROBE, Gate
+from ragkv.kvstore.gate import BELIEF, FIRST, PROBE, Gate
+from ragkv.kvstore.prefix_tree import Chunk
 
 CHUNK = Chunk(b"", None, b"")
 

@@ -4,8 +4,7 @@ import pytest
 
 from hand_lanes import Recorded
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import FIRST, LEAST_TOKENS, PROBE, Gate
+from ragkv.kvstore.gate import BELIEF, FIRST, LEAST_TOKENS, PROBE, Gate
 
 SIZES = (100, 200, 400, 1000, 4000)
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from ragkv.connectors.vllm.streams import Ticket
-from ragkv.kvstore.costs import BELIEF, range_of
-from ragkv.kvstore.gate import PROBE, Gate
+from ragkv.kvstore.gate import BELIEF, PROBE, Gate, range_of
 from toy_engine import Engine, closing, text
 from toy_worker import Took
 

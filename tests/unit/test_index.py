@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from ragkv.kvstore.index import Index
+from ragkv.kvstore.budget import Index
 from ragkv.kvstore.stores.contract import Entry
 from ragkv.policies import POLICIES, make_policy
 

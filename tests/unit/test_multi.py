@@ -135,7 +135,7 @@ def late(tmp_path):
     made.distrusted, made.reports = [], []
     made._trust, made._vllm_config = Trust(b""), config()
     side = SimpleNamespace(fusing=None, memory_tokens=4096, close=lambda seconds: True, requests=set())
-    side.distrust = lambda: made.distrusted.append(True)
+    side.invalidate_in_flight = lambda: made.distrusted.append(True)
     side.report = lambda report, sent, received: made.reports.append(report)
     made._scheduler, made._proposed = None, side
     made._segment = Segment("engine", 4096, tmp_path)

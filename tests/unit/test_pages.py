@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ragkv.kvstore.catalogue import Chunk
 from ragkv.kvstore.pages import Pages, PageShape
+from ragkv.kvstore.prefix_tree import Chunk
 
 CANARY = 0xA5
 QUICK = settings(max_examples=300, deadline=None)

@@ -5,8 +5,7 @@ import pytest
 from hand_lanes import Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import FIRST, LEAST_TOKENS, Gate
+from ragkv.kvstore.gate import BELIEF, FIRST, LEAST_TOKENS, Gate
 from ragkv.kvstore.keys import tail_key
 
 TEXT = words(1, 60)  # chunks of 21 and 23 tokens, and a tail of 16
@@ -78,7 +77,7 @@ def test_a_tail_that_shares_nothing_is_left_below(stack):
     stack.keep(TEXT), stack.settle()
     stack.start()
     assert stack.get(TEXT[:44] + words(3, 16)) == 44
-    assert len(stack.hierarchy) == 2
+    assert len(stack.memory) == 2
 
 
 def test_a_tail_that_became_a_whole_chunk_is_found(stack):
@@ -103,8 +102,8 @@ def test_a_tail_that_memory_got_meanwhile_is_not_read():
     stack.keep(TEXT[:44], named=[44]), stack.settle()
     fetch = stack.fetch(TEXT)
     stack.keep(TEXT)
-    stack.lowers[0].reads.step(), stack.placement.tick()
-    assert not stack.placement.waits(fetch) and stack.lowers[0].store.read == []
+    stack.lowers[0].reads.step(), stack.cache.tick()
+    assert not stack.promotion.waits(fetch) and stack.lowers[0].store.read == []
 
 
 def test_what_stands_behind_a_chunk_of_memory_is_found(stack):
@@ -161,36 +160,36 @@ def test_who_has_computed_more_than_there_is_loads_nothing(stack, disk):
 def test_a_fetch_is_over_when_all_has_come(stack, disk):
     emptied(stack)
     fetch = stack.fetch(TEXT)
-    assert stack.placement.waits(fetch)
+    assert stack.promotion.waits(fetch)
     disk.reads.step()
-    assert stack.placement.waits(fetch), "read, but nobody has heard of it"
-    stack.placement.tick()
-    assert stack.placement.waits(fetch), "the tail is still to come"
-    disk.reads.step(), stack.placement.tick()
-    assert not stack.placement.waits(fetch)
+    assert stack.promotion.waits(fetch), "read, but nobody has heard of it"
+    stack.cache.tick()
+    assert stack.promotion.waits(fetch), "the tail is still to come"
+    disk.reads.step(), stack.cache.tick()
+    assert not stack.promotion.waits(fetch)
     assert stack.match(TEXT).length == 60
 
 
 def test_reads_may_end_in_any_order(stack, disk):
     emptied(stack)
     fetch = stack.fetch(TEXT)
-    disk.reads.step(1), stack.placement.tick()
-    assert stack.placement.waits(fetch) and stack.match(TEXT).length == 0
-    disk.reads.step(), stack.placement.tick()
-    assert not stack.placement.waits(fetch) and stack.match(TEXT).length == 60
+    disk.reads.step(1), stack.cache.tick()
+    assert stack.promotion.waits(fetch) and stack.match(TEXT).length == 0
+    disk.reads.step(), stack.cache.tick()
+    assert not stack.promotion.waits(fetch) and stack.match(TEXT).length == 60
 
 
 def test_at_the_deadline_it_is_a_miss_and_the_load_goes_on(stack, disk):
     emptied(stack)
     fetch = stack.fetch(TEXT)
     stack.clock.now += 1.999
-    assert stack.placement.waits(fetch)
+    assert stack.promotion.waits(fetch)
     stack.clock.now += 0.001
-    assert not stack.placement.waits(fetch) and stack.match(TEXT).length == 0
+    assert not stack.promotion.waits(fetch) and stack.match(TEXT).length == 0
     assert stack.metrics.get(m.WAITS, "deadline") == 1
     second = stack.fetch(TEXT)
     stack.settle()
-    assert stack.match(TEXT).length == 60 and not stack.placement.waits(second)
+    assert stack.match(TEXT).length == 60 and not stack.promotion.waits(second)
     assert all(disk.store.read.count(key) == 1 for key in stack.chain(TEXT).keys), "the second waited for the same"
     assert stack.metrics.get(m.WAITS, "loaded") == 1 and stack.metrics.get(m.WAITS, "deadline") == 1
 
@@ -202,7 +201,7 @@ def test_a_tier_that_hangs_is_put_to_rest(stack, disk):
     for number in range(3):
         fetch = stack.fetch(TEXT)
         stack.clock.now += 2
-        assert not stack.placement.waits(fetch)
+        assert not stack.promotion.waits(fetch)
         assert stack.metrics.get(m.TIER_ERRORS, "disk", "deadline") == number + 1
     assert stack.fetch(TEXT) is None
     stack.settle()
@@ -217,7 +216,7 @@ def test_an_answer_after_the_deadline_orders_nothing():
     stack = emptied(Stack(redis()))
     fetch = stack.fetch(TEXT)
     stack.clock.now += 2
-    assert not stack.placement.waits(fetch)
+    assert not stack.promotion.waits(fetch)
     stack.settle()
     assert stack.lowers[0].store.read == [] and stack.memory.used == 0
     assert stack.get(TEXT) == 60
@@ -227,9 +226,9 @@ def test_an_engine_with_nothing_else_to_do_stands_still_for_a_load(stack, disk):
     emptied(stack)
     fetch = stack.fetch(TEXT)
     begun = stack.clock.now
-    assert stack.placement.waits(fetch, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
+    assert stack.promotion.waits(fetch, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
     stack.completions.meanwhile = disk.reads.run
-    assert not stack.placement.waits(fetch, 0.0, 0.005) and stack.match(TEXT).length == 60
+    assert not stack.promotion.waits(fetch, 0.0, 0.005) and stack.match(TEXT).length == 60
     assert stack.clock.now < begun + 0.01, "it goes on as soon as all has come"
 
 
@@ -237,11 +236,11 @@ def test_an_answer_that_comes_at_once_saves_a_step():
     stack = Stack(redis())
     stack.completions.meanwhile = stack.lowers[0].reads.run
     fetch = stack.fetch(TEXT)
-    assert not stack.placement.waits(fetch, 0.002), "nothing is there"
+    assert not stack.promotion.waits(fetch, 0.002), "nothing is there"
     begun = stack.clock.now
     stack.completions.meanwhile = None
     fetch = stack.fetch(TEXT)
-    assert stack.placement.waits(fetch, 0.002) and stack.clock.now == pytest.approx(begun + 0.002)
+    assert stack.promotion.waits(fetch, 0.002) and stack.clock.now == pytest.approx(begun + 0.002)
     stack.settle()
 
 
@@ -251,7 +250,7 @@ def test_two_requests_share_a_read(stack, disk):
     stack.settle()
     keys = stack.chain(TEXT).keys
     assert [disk.store.read.count(key) for key in keys] == [1, 1]
-    assert not stack.placement.waits(first) and not stack.placement.waits(second)
+    assert not stack.promotion.waits(first) and not stack.promotion.waits(second)
     assert stack.metrics.get(m.WAITS, "loaded") == 2
 
 
@@ -259,10 +258,10 @@ def test_who_shares_a_read_waits_for_it(stack, disk):
     emptied(stack)
     stack.fetch(TEXT[:44])
     second = stack.fetch(TEXT[:44])
-    assert second is not None and stack.placement.waits(second)
-    disk.reads.step(), stack.placement.tick()
+    assert second is not None and stack.promotion.waits(second)
+    disk.reads.step(), stack.cache.tick()
     stack.settle()
-    assert not stack.placement.waits(second)
+    assert not stack.promotion.waits(second)
 
 
 def test_behind_a_chunk_on_its_way_more_is_read(stack, disk):
@@ -277,10 +276,10 @@ def test_behind_a_chunk_on_its_way_more_is_read(stack, disk):
 
 def test_what_another_request_computes_is_not_read(stack, disk):
     emptied(stack)
-    new = stack.hierarchy.reserve(stack.SPACE, stack.chain(TEXT), 21)
+    new = stack.memory.reserve(stack.SPACE, stack.chain(TEXT), 21)
     assert stack.fetch(TEXT) is None and disk.store.read == []
-    for _, chunk in new:
-        stack.hierarchy.abandon(chunk)
+    for chunk in new:
+        stack.memory.abandon(chunk)
 
 
 # --- is it worth it ---
@@ -305,7 +304,7 @@ def test_a_slow_tier_is_declined_and_probed_now_and_then():
         assert stack.fetch(TEXT) is None
     assert stack.metrics.get(m.GATE_DECISIONS, "disk", "decline") == FIRST
     fetch = stack.fetch(TEXT)
-    assert fetch is not None and stack.placement.waits(fetch)
+    assert fetch is not None and stack.promotion.waits(fetch)
     stack.clock.now += 0.001  # it has become quick
     stack.settle()
     assert stack.match(TEXT).length == 60
@@ -353,7 +352,7 @@ def test_what_there_is_may_not_be_worth_it_though_all_of_it_would_be():
         slow.tier("disk").note(size, 1.0)  # a second, whatever it is
     stack = emptied(Stack(Lower(), gate=slow))
     fetch = stack.fetch(prompt)
-    assert fetch is not None and not stack.placement.waits(fetch)
+    assert fetch is not None and not stack.promotion.waits(fetch)
     assert stack.metrics.get(m.WAITS, "declined") == 1
     assert stack.metrics.get(m.GATE_DECISIONS, "disk", "decline") == 1
     assert stack.memory.used == 0
@@ -377,7 +376,7 @@ def test_a_failure_spread_over_batches_leaves_nothing(stack, disk, monkeypatch):
     disk.store.errors["get_many"] = StoreError("timeout", "slow")
     stack.fetch(TEXT)
     assert len(disk.reads.jobs) == 3
-    disk.reads.step(), stack.placement.tick()  # the parent first
+    disk.reads.step(), stack.cache.tick()  # the parent first
     stack.settle()
     assert stack.memory.used == 0
 
@@ -404,12 +403,12 @@ def test_a_parent_that_memory_loses_between_question_and_answer():
     stack = emptied(Stack(redis(), pages=26))
     stack.keep(TEXT[:25]), stack.settle()
     fetch = stack.fetch(TEXT)
-    assert stack.placement.waits(fetch)
+    assert stack.promotion.waits(fetch)
     stack.keep(words(7, 100))  # makes room
     assert stack.match(TEXT).length == 0
     stack.lowers[0].reads.step()  # the answer: without its parent nothing of it can be loaded
-    stack.placement.tick()
-    assert not stack.placement.waits(fetch) and stack.lowers[0].store.read == []
+    stack.cache.tick()
+    assert not stack.promotion.waits(fetch) and stack.lowers[0].store.read == []
     stack.settle()
     assert stack.get(TEXT) == 60
 
@@ -418,10 +417,10 @@ def test_a_reset_while_it_is_brought_up(stack, disk):
     emptied(stack)
     fetch = stack.fetch(TEXT)
     disk.reads.step()
-    stack.hierarchy.reset()
+    stack.memory.reset()
     assert stack.memory.used > 0, "a thread may be writing there"
     stack.settle()
-    assert stack.match(TEXT).length == 0 and not stack.placement.waits(fetch)
+    assert stack.match(TEXT).length == 0 and not stack.promotion.waits(fetch)
     assert stack.memory.used == 0
 
 
@@ -430,7 +429,7 @@ def test_a_tail_whose_parent_was_dropped_is_not_attached(stack, disk):
     stack.keep(TEXT[:44]), stack.settle()
     stack.fetch(TEXT)
     parent = stack.match(TEXT).chunks[-1]
-    stack.hierarchy.forget([parent], m.EXPIRED)
+    stack.memory.forget([parent], m.EXPIRED)
     stack.settle()
     assert tail_key(parent.key) in disk.store.read and stack.match(TEXT).length == 21
 

@@ -106,18 +106,18 @@ def test_the_same_prompt_twice_in_one_step_is_stored_once(engine):
     engine.request(prompt), engine.request(prompt)
     engine.step()
     engine.settle()
-    used = engine.hierarchy._memory.used
+    used = engine.memory.used
     assert used < 90 / PAGE + 8
     assert engine.run(prompt) == 89
-    assert engine.hierarchy._memory.used == used
+    assert engine.memory.used == used
 
 
 def test_a_superseded_tail_makes_room(engine):
     prompt = text(1, 40)
     engine.run(prompt[:37])
-    chunks = len(engine.hierarchy)
+    chunks = len(engine.memory)
     engine.run(prompt)
-    assert len(engine.hierarchy) == chunks
+    assert len(engine.memory) == chunks
     assert engine.run(prompt) == 39
 
 
@@ -126,7 +126,7 @@ def test_named_boundaries_cut(engine):
     hint = {"ragkv": {"documents": [{"start": 18, "end": 41}]}}
     engine.run(prompt, kv_transfer_params=hint)
     assert engine.run(prompt, kv_transfer_params=hint) == 89
-    assert {41 - 18} <= {len(chunk) for chunk in engine.hierarchy._catalogue.everything()}
+    assert {41 - 18} <= {len(chunk) for chunk in engine.memory.tree}
 
 
 # --- who shares with whom ---
@@ -185,4 +185,4 @@ def test_what_cannot_be_named_is_left_alone(engine, features):
     prompt = text(1, 60)
     for _ in range(2):
         assert engine.run(prompt, text(2, 40), **features) == 0
-    assert len(engine.hierarchy) == 0
+    assert len(engine.memory) == 0

@@ -20,9 +20,9 @@ def test_a_lookup_is_repeated_while_the_request_waits_for_blocks(engine):
     request = engine.request(prompt)
     for _ in range(3):
         assert engine.step() == {}
-    assert engine.hierarchy._pins == 1, "what was found is kept for it"
+    assert engine.pins == 1, "what was found is kept for it"
     engine.side.reset()  # what was found is gone, and is not loaded
-    assert engine.hierarchy._pins == 0
+    assert engine.pins == 0
     engine.free = free
     assert engine.step()[request.request_id] == 0
 
@@ -78,7 +78,7 @@ def test_aborted_before_it_was_taken_up(engine):
     engine.step()
     engine.finish(request)
     engine.free = free
-    assert not engine.held and request.request_id not in engine.side._tracked
+    assert not engine.held and request.request_id not in engine.side.requests
 
 
 def test_aborted_while_it_is_prefilled(engine):
@@ -133,7 +133,7 @@ def test_a_failed_store_matches_never_and_is_tried_again(engine):
     prompt = text(1, 100)
     engine.fail("store", worker=len(engine.workers) - 1)  # one of them is enough
     engine.run(prompt)
-    assert engine.hierarchy._memory.used == 0, "what failed keeps no room"
+    assert engine.memory.used == 0, "what failed keeps no room"
     engine.fail(worker=len(engine.workers) - 1)
     assert engine.run(prompt) == 0
     assert engine.run(prompt) == 99
@@ -165,7 +165,7 @@ def test_a_failed_load_is_computed_and_nothing_that_rests_on_it_is_kept(engine, 
     engine.fail()
     while request.num_tokens == 100:
         engine.step(budget=budget)
-    assert engine.hierarchy._pins == 0
+    assert engine.pins == 0
     engine.finish(request)
     engine.settle()
     assert engine.run(prompt) >= 60
@@ -233,7 +233,7 @@ def test_disappoint(engine, monkeypatch):
         raise KeyError("lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.hierarchy, "touch", broken)
+        patch.setattr(engine.memory, "touch", broken)
         assert engine.step()[request.request_id] == 60
     assert request.num_computed_tokens == 0 and request in engine.waiting, "vLLM was told to compute"
     engine.step()
@@ -246,7 +246,7 @@ def test_disappoint(engine, monkeypatch):
 def test_disappoint_without_a_promise_spoils_nothing(engine):
     request = engine.request(text(1, 40))
     engine.side.lookup(request, 0)
-    engine.side.disappoint(request, [4, 5, 6], 0)
+    engine.side.fail_allocation(request, [4, 5, 6], 0)
     assert engine.side.take_orders().given_up == {}
 
 
@@ -254,7 +254,7 @@ def test_disappoint_keeps_vllms_own_blocks(engine):
     engine.run(text(1, 40))
     request = engine.request(text(1, 40))
     assert engine.side.lookup(request, 16) == 23
-    engine.side.disappoint(request, [4, 5, 6, 7, 8], 23)
+    engine.side.fail_allocation(request, [4, 5, 6, 7, 8], 23)
     assert engine.side.take_orders().given_up == {request.request_id: [6, 7, 8]}
     assert not engine.side.report(None, (), [request.request_id])
 
@@ -281,7 +281,7 @@ def test_a_full_tier_evicts_and_stays_right():
     for turn in range(3):
         for seed in range(4):
             engine.run(text(seed, 100), budget=50)
-            engine.hierarchy.check_integrity()
+            engine.memory.check_integrity()
             assert engine.run(text(seed, 100)) >= 64, turn
     assert engine.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY) > 20
     engine.check()
@@ -315,6 +315,6 @@ def test_after_a_reset_nothing_old_matches(engine):
     engine.finish(request)
     engine.settle()
     engine.check()
-    assert engine.hierarchy._memory.used == 0
+    assert engine.memory.used == 0
     assert engine.run(prompt, world=9) == 0
     assert engine.run(prompt, world=9) == 99

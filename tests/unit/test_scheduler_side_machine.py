@@ -12,8 +12,8 @@ from hypothesis.stateful import (
 )
 
 from hand_lanes import Lower, redis
-from ragkv.kvstore.payloads import BLOCK_BYTES
-from ragkv.kvstore.stores.wrappers import Fault
+from ragkv.benchmarks.faulty_stores import Fault
+from ragkv.kvstore.codec import BLOCK_BYTES
 from toy_engine import Engine, text
 
 PROMPTS = st.builds(
@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def whole(self):
-        self.engine.hierarchy.check_integrity()
+        self.engine.memory.check_integrity()
         for lower in self.lowers:
             assert 0 <= lower.tier._queued <= lower.queue
             if lower.index is not None:
@@ -208,7 +208,7 @@ class Machine(RuleBasedStateMachine):
             engine.pass_time(40)
             engine.settle()
         engine.check()
-        assert engine.hierarchy._pins == 0 and not engine.side._tracked
+        assert engine.pins == 0 and not engine.side.requests
         assert all(lower.tier.readable for lower in self.lowers)
         for seed in range(2):
             engine.run(text(seed, 90))

@@ -96,14 +96,14 @@ def test_prompts_that_share_a_beginning(engine):
 
 def first_keys(engine, prompts):
     """Keys of the chunks that all prompts share."""
-    chunk = engine.hierarchy.match(b"the toy engine's", chain(engine, prompts[0]), 44).chunks
+    chunk = engine.memory.match(b"the toy engine's", chain(engine, prompts[0]), 44).chunks
     return {each.key for each in chunk}
 
 
 def chain(engine, prompt):
     request = Request("probe", prompt)
     engine.side.lookup(request, 0)
-    found = engine.side._tracked["probe"].chain
+    found = engine.side._states["probe"].prompt.chain
     engine.side.finished(request, [])
     return found
 
@@ -146,7 +146,7 @@ def test_a_request_is_brought_up_once(alone, disk):
     alone.step(), alone.work(), alone.step(), alone.step()
     alone.preempt(request)
     read = len(disk.store.read)
-    alone.hierarchy.reset()
+    alone.memory.reset()
     assert alone.step() == {request.request_id: 0} and len(disk.store.read) == read
 
 
@@ -164,7 +164,7 @@ def test_what_is_found_may_be_gone_when_it_is_taken_up(alone, disk):
     alone.step(), disk.reads.run()
     free, alone.free = alone.free, []
     assert alone.step() == {}, "found, but there are no blocks"
-    alone.hierarchy.reset()
+    alone.memory.reset()
     alone.free = free
     assert alone.step() == {request.request_id: 0}
 
@@ -249,7 +249,7 @@ def test_memory_smaller_than_the_work(disk):
     for _ in range(3):
         for seed in range(5):
             assert engine.run(text(seed, 100)) in (0, 99)
-            engine.hierarchy.check_integrity()
+            engine.memory.check_integrity()
     assert engine.metrics.get(m.HIT_TOKENS, "disk") == 10 * 99
     engine.check()
 
@@ -281,7 +281,7 @@ def test_unpinned_by_its_owner():
     for seed in range(2, 9):
         engine.run(text(seed, 100))
     assert engine.run(PROMPT) == 0
-    assert engine.hierarchy._pins == 0
+    assert engine.pins == 0
 
 
 def test_of_what_is_pinned_the_end_is_named():
@@ -342,7 +342,7 @@ def test_the_device_tier_is_too_small():
     for seed in (0, 1, 0, 2):
         for _ in range(4):
             engine.run(text(seed, 60))
-    assert engine.metrics.get(m.HIT_TOKENS, m.DEVICE) > 0 and engine.hierarchy.device.used <= 9
+    assert engine.metrics.get(m.HIT_TOKENS, m.DEVICE) > 0 and engine.memory.device.used <= 9
     engine.check()
 
 
@@ -353,7 +353,7 @@ def test_a_copy_to_the_device_that_fails_is_never_read():
     engine.fail("store")
     engine.run(PROMPT)
     engine.fail()
-    assert engine.hierarchy.device.used == 0
+    assert engine.memory.device.used == 0
     assert engine.run(PROMPT) == 99
     engine.check()
 
@@ -367,7 +367,7 @@ def test_a_device_tier_that_lost_its_memory_is_not_read(workers):
     engine.empty_device(worker=workers - 1)
     engine.run(PROMPT)  # computed: what was promised did not come
     assert engine.metrics.get(m.HIT_TOKENS, m.DEVICE) == before > 0
-    assert engine.hierarchy.device.used == 0
+    assert engine.memory.device.used == 0
     assert engine.run(PROMPT) == 99, "memory still has it"
     assert engine.run(PROMPT) == 99 and engine.metrics.get(m.HIT_TOKENS, m.DEVICE) > before
     engine.check()

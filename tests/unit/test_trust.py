@@ -75,7 +75,7 @@ class Watched(Engine):
             if not self.trust.ready(request, side):
                 return None
             if not self.trust.serves(request.request_id, computed):
-                side.disown(request)
+                side.ignore_request(request)
                 return 0
             return lookup(request, computed)
 
@@ -91,7 +91,7 @@ class Watched(Engine):
         """Behind everybody's back. What is running goes on with KV of both."""
         self.weights = weights
         for request in self.waiting:
-            if request.request_id not in self.side._tracked:
+            if request.request_id not in self.side.requests:
                 request.weights = weights  # nobody has looked it up: it will be computed by them
 
     def request(self, prompt, **features):
@@ -362,7 +362,7 @@ def test_an_answer_that_never_comes_is_asked_for_again():
 
 def test_a_fault_between_question_and_workers_loses_no_question(engine):
     engine.side.ask(Question(5))
-    engine.side.distrust()
+    engine.side.invalidate_in_flight()
     assert engine.side.take_orders().asked.look == 5 and not engine.side.take_orders().asked.look
 
 
@@ -521,7 +521,7 @@ def test_an_adapter_replaced_while_a_request_of_it_runs_leaves_nothing_of_it(eng
     engine.step()
     engine.finish(request)
     engine.settle()
-    assert not disk.stored() and not engine.hierarchy.everything()
+    assert not disk.stored() and not engine.memory.everything()
 
 
 def test_a_call_to_the_workers_is_followed_by_a_look(monkeypatch, trust):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from hierarchy_tools import (
+from memory_tier_tools import (
     PAGE_BYTES,
     PAGE_TOKENS,
     PASSAGES,
@@ -26,12 +26,12 @@ from hierarchy_tools import (
     values,
 )
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import rows
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.holds import NEVER
+from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.keys import as_tokens, chain_key
-from ragkv.kvstore.memory import DeviceTier, MemoryTier
+from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pins import NEVER
+from ragkv.kvstore.prefix_tree import rows
 from ragkv.policies import POLICIES, make_policy
 
 PAGES, DEVICE_PAGES, OWNERS = 30, 12, ["desk 1", "desk 2"]
@@ -43,14 +43,14 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.metrics = Metrics()
-        self.tier = MemoryTier(PAGES, make_policy(self.policy))
         self.device = DeviceTier(DEVICE_PAGES, make_policy(self.policy), after=1)
         self.door = Door()
-        self.hierarchy = Hierarchy(
-            self.tier, PAGE_TOKENS, PAGE_BYTES, self.metrics, self.door, self.device, attention_tokens=50.0
+        self.tier = MemoryTier(
+            *(PAGES, make_policy(self.policy), PAGE_TOKENS, PAGE_BYTES, self.metrics, self.door, self.device),
+            attention_tokens=50.0,
+            evicting=self.evicting,
+            by_content=True,
         )
-        self.hierarchy.evicting = self.evicting
-        self.hierarchy.index_contents()
         self.memory = np.zeros(PAGES * PAGE_TOKENS, dtype=np.int64)
         self.device_memory = np.zeros(DEVICE_PAGES * PAGE_TOKENS, dtype=np.int64)
         self.gauges, self.counters = {}, {}
@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
 
     def check_match(self, space, chain, limit):
         tokens = tuple(chain.tokens.tolist())
-        match = self.hierarchy.match(space, chain, limit)
+        match = self.tier.match(space, chain, limit)
         assert match.length <= min(limit, len(tokens))
         assert all(chunk in self.alive and self.readable(chunk) for chunk in match.chunks)
         found = rows(match.chunks, PAGE_TOKENS)[: match.length]
@@ -179,9 +179,9 @@ class Machine(RuleBasedStateMachine):
         before = dict(self.alive)
         rewritten = {chunk for chunk in before if chunk not in self.ready and chunk not in self.pinned()}
         self.demoted.clear()
-        new = self.hierarchy.reserve(space, chain, upto, until=self.now + seconds)
-        for start, chunk in new:
-            end = start + len(chunk)
+        new = self.tier.reserve(space, chain, upto, until=self.now + seconds)
+        for chunk in new:
+            start, end = chunk.position, chunk.position + len(chunk)
             assert end <= upto and not chunk.ready
             assert chunk.tokens == as_tokens(tokens[start:end]).tobytes()
             assert len(chunk.pages) // 4 == -(-len(chunk) // PAGE_TOKENS)
@@ -189,14 +189,14 @@ class Machine(RuleBasedStateMachine):
             assert chunk in rewritten if chunk in before else self.door.open
             self.memory[rows([chunk], PAGE_TOKENS)] = 0
             self.alive[chunk] = self.paths[chunk] = (space, tuple(tokens[:end]))
-        self.writing += [chunk for _, chunk in new]
+        self.writing += new
         self.wanted(space, chain, upto, self.now + seconds, before)
-        gone = [chunk for chunk in before if chunk not in self.hierarchy._catalogue]
+        gone = [chunk for chunk in before if chunk not in self.tier.tree]
         assert not held & set(gone), "what is held was evicted"
         assert self.demoted == [chunk for chunk in self.demoted if chunk in gone and chunk in self.ready]
         assert set(self.demoted) == self.ready & set(gone)
         self.forget(gone)
-        fresh = self.pages_of(chunk for _, chunk in new if chunk not in before)
+        fresh = self.pages_of(chunk for chunk in new if chunk not in before)
         assert used + fresh > PAGES or not gone, "evicted without need"
         assert used + fresh - self.pages_of(gone) == self.tier.used
         if self.door.open:
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
         """What is new goes at that time, what was there before no earlier."""
         for end in [*(end for end in chain.ends if end < upto), upto]:
             chunk = self.stored(space, chain, end)
-            if chunk is None or chunk not in self.hierarchy:
+            if chunk is None or chunk not in self.tier:
                 return
             if chunk in self.expiries or (chunk not in before and until < NEVER):
                 self.expiries[chunk] = max(until, self.expiries.get(chunk, 0.0))
@@ -245,14 +245,14 @@ class Machine(RuleBasedStateMachine):
             space, path = self.alive[chunk]
             self.memory[rows([chunk], PAGE_TOKENS)] = values(space, path)[-len(chunk) :]
             self.ready.add(chunk)
-        self.hierarchy.commit(chunk)
+        self.tier.commit(chunk)
         self.settle()
 
     @precondition(lambda self: self.writing)
     @rule(data=st.data())
     def abandon(self, data):
         chunk = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
-        self.hierarchy.abandon(chunk)
+        self.tier.abandon(chunk)
         while chunk in self.alive and chunk not in self.ready | self.pinned() and not self.has_children(chunk):
             self.doom([chunk])
             chunk = chunk.parent
@@ -262,7 +262,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def discard(self, data):
         chunk = data.draw(st.sampled_from([*self.alive, *self.dead[-4:]]))
-        self.hierarchy.discard(chunk)
+        self.tier.discard(chunk)
         if chunk in self.alive and chunk not in self.pinned() and not self.has_children(chunk):
             self.doom([chunk])
 
@@ -283,10 +283,10 @@ class Machine(RuleBasedStateMachine):
     def load(self, space, tokens):
         match = self.check_match(space, chain_of(space, tokens), len(tokens) - 1)
         if match:
-            due = self.hierarchy.touch(match)
+            due = self.tier.touch(match)
             assert not due or due[-1] is not match.chunks[-1] or sum(map(len, match.chunks)) == match.length
             self.copies += [(chunk, chunk.device) for chunk in due]
-            self.hierarchy.pin(match.chunks[-1:])
+            self.tier.pin(match.chunks[-1:])
             self.loads.append((match, values(space, tokens[: match.length])))
 
     @precondition(lambda self: self.loads)
@@ -295,23 +295,23 @@ class Machine(RuleBasedStateMachine):
         match, expected = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
         read = self.memory[rows(match.chunks, PAGE_TOKENS)[: match.length]].tolist()
         assert read == expected, "its pages were written while it was read"
-        self.hierarchy.unpin(match.chunks[-1:])
+        self.tier.unpin(match.chunks[-1:])
         self.settle()
 
     @precondition(lambda self: len(self.alive) > 6)
     @rule()
     def reset(self):
-        self.hierarchy.reset()
+        self.tier.reset()
         self.doom(list(self.alive))
         self.until = {}
-        assert len(self.hierarchy) == 0
+        assert len(self.tier) == 0
         self.settle()
 
     @precondition(lambda self: len(self.alive) > 2)
     @rule(data=st.data())
     def drop_with_all_behind(self, data):
         chunk = data.draw(st.sampled_from([*self.alive, *self.dead[-2:]]))
-        self.hierarchy.forget([chunk], m.EXPIRED)
+        self.tier.forget([chunk], m.EXPIRED)
         if chunk in self.alive:
             self.doom(self.behind(chunk))
         self.settle()
@@ -321,13 +321,13 @@ class Machine(RuleBasedStateMachine):
     def hold(self, data, owner, seconds):
         chunk = data.draw(st.sampled_from([chunk for chunk in self.alive if chunk in self.ready]))
         fits = self.pages_of({chunk, *(chunk for _, chunk in self.until)}) <= PAGES // 4
-        assert self.hierarchy.holds.hold(owner, chunk, self.now + seconds) == fits
+        assert self.tier.pins.hold(owner, chunk, self.now + seconds) == fits
         if fits:
             self.until[owner, chunk] = self.now + seconds
 
     @rule(owner=st.sampled_from(OWNERS))
     def release(self, owner):
-        self.hierarchy.holds.release(owner)
+        self.tier.pins.release(owner)
         self.until = {key: until for key, until in self.until.items() if key[0] != owner}
         self.settle()
 
@@ -335,13 +335,13 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), seconds=st.integers(1, 9))
     def expire(self, data, seconds):
         chunk = data.draw(st.sampled_from([chunk for chunk in self.alive if chunk in self.ready]))
-        self.hierarchy.holds.expire(chunk, self.now + seconds)
+        self.tier.pins.expire(chunk, self.now + seconds)
         self.expiries[chunk] = max(self.now + seconds, self.expiries.get(chunk, 0.0))
 
     @rule(seconds=st.integers(0, 5))
     def tick(self, seconds):
         self.now += seconds
-        self.hierarchy.tick(self.now)
+        self.tier.tick(self.now)
         self.until = {key: until for key, until in self.until.items() if until > self.now}
         self.settle()
         for chunk in [chunk for chunk, at in self.expiries.items() if at <= self.now]:
@@ -357,7 +357,7 @@ class Machine(RuleBasedStateMachine):
         self.device_memory[grid.reshape(-1)[: len(chunk)]] = (
             values(*self.paths[chunk])[-len(chunk) :] if well else 0
         )
-        self.hierarchy.device.made(chunk, pages, well=well)
+        self.tier.device.made(chunk, pages, ok=well)
 
     def settle(self):
         """What was dropped while held goes as soon as nothing holds it."""
@@ -367,8 +367,9 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def agree(self):
-        self.hierarchy.check_integrity()
-        assert len(self.hierarchy) == len(self.alive)
+        self.tier.check_integrity()
+        self.tier.report()
+        assert len(self.tier) == len(self.alive)
         assert self.tier.used == self.pages_of(self.alive) + self.pages_of(self.doomed) <= PAGES
         for part, values_now in self.metrics.drain().items():
             {"gauges": self.gauges, "counters": self.counters}[part].update(values_now)
@@ -388,21 +389,22 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def version_tells_of_changes(self):
         chain = chain_of(SPACES[0], [*PASSAGES[0], *PASSAGES[1], *PASSAGES[4]])
-        answer = self.hierarchy.match(SPACES[0], chain, 60)
-        assert self.answers.get(self.hierarchy.version, answer) == answer
-        self.answers = {self.hierarchy.version: answer}
+        answer = self.tier.match(SPACES[0], chain, 60)
+        assert self.answers.get(self.tier.version, answer) == answer
+        self.answers = {self.tier.version: answer}
 
     def teardown(self):
         for chunk in reversed(self.writing):
-            self.hierarchy.abandon(chunk)
+            self.tier.abandon(chunk)
         for match, _ in self.loads:
-            self.hierarchy.unpin(match.chunks[-1:])
-        self.hierarchy.holds.forget()
-        assert not self.hierarchy._doomed
-        victims = self.tier.make_room(PAGES)
-        assert victims is not None and len(victims) == len(self.hierarchy), "not all can be evicted"
-        assert self.tier.used == 0
-        assert sorted(np.frombuffer(self.tier.take(PAGES), np.int32).tolist()) == list(range(PAGES))
+            self.tier.unpin(match.chunks[-1:])
+        self.tier.pins.forget()
+        self.writing, self.loads, self.until, self.door.open = [], [], {}, True
+        assert not self.tier.leaving
+        chain = chain_of(SPACES[0], [9] * PAGES * PAGE_TOKENS)
+        new = self.tier.reserve(SPACES[0], chain, PAGES * PAGE_TOKENS)
+        pages = np.concatenate([np.frombuffer(chunk.pages, np.int32) for chunk in new])
+        assert sorted(pages.tolist()) == list(range(PAGES)), "not all can be evicted"
 
 
 @pytest.mark.slow

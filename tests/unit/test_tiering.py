@@ -3,12 +3,11 @@
 import pytest
 
 from hand_lanes import Lower, Stack, redis, words
+from ragkv.benchmarks.faulty_stores import Fault, on_calls
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.codec import decode
+from ragkv.kvstore.codec import BLOCK_BYTES, address, decode
 from ragkv.kvstore.keys import tail_key
-from ragkv.kvstore.payloads import BLOCK_BYTES, address
-from ragkv.kvstore.stores.wrappers import Fault, on_calls
 
 TEXT = words(1, 60)  # chunks of 21 and 23 tokens, and a tail of 16: 6 + 6 + 4 pages
 
@@ -30,9 +29,9 @@ def places(stack, tokens=TEXT):
 def test_what_is_stored_is_written_through():
     stack, disk = one()
     chunks = stack.keep(TEXT)
-    assert len(disk.writes.jobs) == 3 and not any(chunk.below for chunk in chunks)
+    assert len(disk.writes.jobs) == 3 and not any(chunk.stored_in for chunk in chunks)
     stack.settle()
-    assert disk.stored() == places(stack) and all(chunk.below for chunk in chunks)
+    assert disk.stored() == places(stack) and all(chunk.stored_in for chunk in chunks)
     header, raw = decode(disk.values.get(chunks[1].key))
     assert bytes(raw) == stack.bytes_of(chunks[1])
     assert (header.parent, header.position, header.open) == (chunks[0].key, 21, False)
@@ -52,7 +51,7 @@ def test_a_tail_is_written_right_though_a_longer_one_takes_its_pages():
     stack, disk = one()
     (tail,) = stack.keep(words(1, 16))
     raw = stack.bytes_of(tail)
-    stack.hierarchy.discard(tail)
+    stack.memory.discard(tail)
     stack.pages._bytes[:] = 0
     stack.settle()
     (value,) = (value for value, _ in disk.values.values.values())
@@ -87,27 +86,27 @@ def test_a_tail_that_became_a_whole_chunk_is_written_where_it_lies_now():
     stack.settle()
     assert tail.open and disk.stored() == {first.key, tail_key(first.key)}
     stack.keep(TEXT)
-    assert not tail.open and not tail.below
+    assert not tail.open and not tail.stored_in
     stack.settle()
-    assert disk.stored() == {first.key, tail_key(first.key), tail.key, tail_key(tail.key)} and tail.below
+    assert disk.stored() == {first.key, tail_key(first.key), tail.key, tail_key(tail.key)} and tail.stored_in
 
 
 def test_a_tail_may_become_whole_while_it_is_written():
     stack, disk = one()
     _, tail = stack.keep(TEXT[:44])
-    stack.hierarchy.reserve(stack.SPACE, stack.chain(words(1, 90)), 44)
+    stack.memory.reserve(stack.SPACE, stack.chain(words(1, 90)), 44)
     stack.settle()
-    assert not tail.open and not tail.below, "it was written as a tail"
-    assert stack.placement.close(1.0) and tail.key in disk.stored()
+    assert not tail.open and not tail.stored_in, "it was written as a tail"
+    assert stack.cache.close(1.0) and tail.key in disk.stored()
 
 
 def test_what_could_not_be_written_is_written_with_what_comes_behind_it():
     stack, disk = one(plan=on_calls({("put", 1): Fault.FAIL}))
     first, second, *_ = stack.keep(TEXT)
     stack.settle()
-    assert first.below and not second.below
+    assert first.stored_in and not second.stored_in
     stack.keep(words(1, 100)), stack.settle()
-    assert second.below and {*stack.chain(words(1, 100)).keys} <= disk.stored()
+    assert second.stored_in and {*stack.chain(words(1, 100)).keys} <= disk.stored()
 
 
 # --- written back ---
@@ -134,7 +133,7 @@ def test_what_was_demoted_comes_back_right():
         for each in texts:
             stack.get(each)
             stack.keep(each)
-            stack.hierarchy.check_integrity()
+            stack.memory.check_integrity()
     stack.settle()
     assert stack.metrics.get(m.PROMOTED_TOKENS, "disk") > 300
     assert stack.metrics.get(m.REFUSED_CHUNKS, m.NO_ROOM) == 0
@@ -162,7 +161,7 @@ def test_what_the_queue_did_not_take_is_demoted_later():
     chunks = stack.keep(TEXT)
     assert stack.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.THROTTLED) == 2
     stack.settle()
-    assert disk.stored() == {chunks[0].key} and chunks[0].below and not chunks[1].below
+    assert disk.stored() == {chunks[0].key} and chunks[0].stored_in and not chunks[1].stored_in
     stack.keep(words(2, 20), named=[20])
     assert stack.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY) == 1
     stack.settle()
@@ -184,7 +183,7 @@ def test_a_failed_write_is_demoted_later():
     stack, disk = one(pages=18, plan=on_calls({("put", 2): Fault.FAIL}))
     chunks = stack.keep(TEXT)
     stack.settle()
-    assert not chunks[2].below and address(chunks[2]) not in disk.stored()
+    assert not chunks[2].stored_in and address(chunks[2]) not in disk.stored()
     stack.keep(words(2, 20), named=[20]), stack.settle()
     assert address(chunks[2]) in disk.stored()
 
@@ -205,19 +204,19 @@ def test_a_tier_that_takes_it_is_enough():
 
 def test_what_was_never_written_in_memory_is_not_demoted():
     stack = Stack(Lower(through=False), pages=18)
-    new = stack.hierarchy.reserve(stack.SPACE, stack.chain(words(1, 90)), 30)
-    stack.hierarchy.commit(new[1][1])
-    stack.hierarchy.abandon(new[0][1])  # it stays, unready, before the other
+    new = stack.memory.reserve(stack.SPACE, stack.chain(words(1, 90)), 30)
+    stack.memory.commit(new[1])
+    stack.memory.abandon(new[0])  # it stays, unready, before the other
     stack.keep(words(2, 60)), stack.settle()
     assert len(stack.lowers[0].stored()) == 1
 
 
 def test_what_was_never_written_in_memory_is_not_written_with_its_child():
     stack, disk = one()
-    new = stack.hierarchy.reserve(stack.SPACE, stack.chain(words(1, 90)), 30)
-    (_, first), (_, second) = new
-    stack.hierarchy.commit(second), stack.hierarchy.abandon(first)
-    stack.placement.stored(stack.SPACE, new[1:]), stack.settle()
+    new = stack.memory.reserve(stack.SPACE, stack.chain(words(1, 90)), 30)
+    first, second = new
+    stack.memory.commit(second), stack.memory.abandon(first)
+    stack.tiering.stored(new[1:]), stack.settle()
     assert disk.stored() == {address(second)}
 
 
@@ -233,7 +232,7 @@ def test_what_a_tier_had_all_along_is_given_to_no_other():
 def test_what_came_from_a_tier_is_not_given_back():
     server = redis(through=False)
     stack = Stack(server, pages=18)
-    stack.keep(TEXT), stack.placement.close(1.0)
+    stack.keep(TEXT), stack.cache.close(1.0)
     stack.start()
     assert stack.get(TEXT) == 60
     stack.keep(words(2, 20))
@@ -255,11 +254,11 @@ def test_below_too_a_parent_outlives_its_child():
 def test_uses_are_told_to_who_holds_it():
     stack = Stack(Lower(), Lower("nfs", through=False))
     chunks = stack.keep(TEXT)
-    stack.placement.used(chunks), stack.settle()
+    stack.tiering.touch(chunks), stack.settle()
     assert not any(lower.store.calls["touch"] for lower in stack.lowers), "not written yet"
     told = []
     stack.lowers[0].store.inner.touch = told.extend
-    stack.placement.used(chunks), stack.settle()
+    stack.tiering.touch(chunks), stack.settle()
     assert told == [address(chunk) for chunk in chunks]
     assert not stack.lowers[1].store.calls["touch"]
 
@@ -269,7 +268,7 @@ def test_a_use_below_decides_who_goes_there():
     stack, disk = one(capacity=2 * BLOCK_BYTES)
     (used,), (other,) = stack.keep(first, named=[19]), stack.keep(second, named=[19])
     stack.settle()
-    stack.placement.used([used])
+    stack.tiering.touch([used])
     stack.keep(words(3, 19)), stack.settle()
     assert used.key in disk.stored() and other.key not in disk.stored()
 
@@ -277,7 +276,7 @@ def test_a_use_below_decides_who_goes_there():
 def test_a_reset_while_it_is_written():
     stack, disk = one()
     stack.keep(TEXT)
-    stack.hierarchy.reset()
+    stack.memory.reset()
     assert stack.memory.used == 12, "the tail is copied, the others are being read"
     stack.settle()
     assert stack.memory.used == 0 and disk.stored() == places(stack)
@@ -286,11 +285,11 @@ def test_a_reset_while_it_is_written():
 
 def test_of_what_is_reset_nothing_more_is_written():
     stack, disk = one()
-    new = stack.hierarchy.reserve(stack.SPACE, stack.chain(TEXT), 60)
-    stack.hierarchy.reset()
-    for _, chunk in new:
-        stack.hierarchy.commit(chunk)
-    stack.placement.stored(stack.SPACE, new)
+    new = stack.memory.reserve(stack.SPACE, stack.chain(TEXT), 60)
+    stack.memory.reset()
+    for chunk in new:
+        stack.memory.commit(chunk)
+    stack.tiering.stored(new)
     assert not disk.writes.jobs
     stack.check()
 
@@ -301,7 +300,7 @@ def test_of_what_is_reset_nothing_more_is_written():
 def test_close_writes_what_no_tier_has():
     stack = Stack(Lower(through=False), redis(through=False))
     stack.keep(TEXT), stack.settle()
-    assert stack.placement.close(5.0)
+    assert stack.cache.close(5.0)
     assert stack.lowers[0].stored() == places(stack) and not stack.lowers[1].stored()
     stack.start()
     assert stack.get(TEXT) == 60
@@ -310,20 +309,20 @@ def test_close_writes_what_no_tier_has():
 def test_close_has_nothing_to_do_where_all_is_below():
     stack, disk = one()
     stack.keep(TEXT), stack.settle()
-    assert stack.placement.close(5.0) and disk.store.calls["put"] == 3
+    assert stack.cache.close(5.0) and disk.store.calls["put"] == 3
 
 
 def test_close_finishes_what_is_under_way():
     stack, disk = one()
     stack.keep(TEXT)
-    assert stack.placement.close(5.0) and disk.stored() == places(stack)
+    assert stack.cache.close(5.0) and disk.stored() == places(stack)
 
 
 def test_close_gives_to_the_next_tier_what_the_first_cannot_write():
     stack = Stack(Lower(through=False), redis(through=False))
     stack.keep(TEXT), stack.settle()
     stack.lowers[0].store.errors["put"] = StoreError("full", "no space left")
-    assert stack.placement.close(5.0)
+    assert stack.cache.close(5.0)
     assert stack.lowers[1].stored() == places(stack)
 
 
@@ -331,7 +330,7 @@ def test_close_says_what_could_not_be_written():
     stack, disk = one(through=False)
     stack.keep(TEXT), stack.settle()
     disk.store.errors["put"] = StoreError("full", "no space left")
-    assert not stack.placement.close(5.0)
+    assert not stack.cache.close(5.0)
 
 
 def test_close_keeps_to_the_queue():
@@ -341,12 +340,12 @@ def test_close_keeps_to_the_queue():
     most = []
 
     def work():
-        most.append(stack.metrics.get(m.QUEUED_BYTES, "disk"))
+        most.append(disk.tier.queued)
         disk.writes.step()
 
     stack.completions.meanwhile = work
-    assert stack.placement.close(5.0)
-    assert len(disk.stored()) == 12 and max(most) <= 4 * BLOCK_BYTES
+    assert stack.cache.close(5.0)
+    assert len(disk.stored()) == 12 and 0 < max(most) <= 4 * BLOCK_BYTES
     assert stack.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.THROTTLED) == 0
 
 
@@ -357,7 +356,7 @@ def test_close_ends_in_time(hanging):
     stack.lowers[0].writes.hangs = True
     stack.lowers[1].writes.hangs = hanging == "both"
     begun = stack.clock.now
-    assert not stack.placement.close(5.0)
+    assert not stack.cache.close(5.0)
     assert stack.clock.now == pytest.approx(begun + 5)
 
 
@@ -365,5 +364,5 @@ def test_without_tiers_there_is_nothing_to_do():
     stack = Stack()
     stack.keep(TEXT)
     assert stack.fetch(words(1, 90)) is None
-    stack.placement.tick()
-    assert stack.placement.close(0.0)
+    stack.cache.tick()
+    assert stack.cache.close(0.0)

@@ -1,4 +1,4 @@
-"""A tier below memory: a store, what we know to be in it, a byte budget with its policy, and two breakers.
+"""A storage tier: a store below memory, the index of what it holds, a byte budget, and two breakers.
 
 All of it runs on one thread, the one that drains the completions; only jobs run elsewhere. Reads have threads of
 their own; writes and deletions have one thread, so that they happen in the order in which they were decided.
@@ -6,49 +6,38 @@ their own; writes and deletions have one thread, so that they happen in the orde
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ragkv.errors import PayloadError, StoreError
+from ragkv.kvstore import io_pool
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore import tier_jobs as jobs
 from ragkv.kvstore.breaker import Breaker, State
-from ragkv.kvstore.budget import Budget
-from ragkv.kvstore.index import Index
+from ragkv.kvstore.budget import Budget, Index
+from ragkv.kvstore.io_pool import Lane, Outcome, Wanted, Write
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.stores.contract import Room, Store
-from ragkv.kvstore.tier_jobs import Wanted, Write
-from ragkv.kvstore.work import Done, Outcome
 from ragkv.policies.admission import AdmissionPolicy, Always
 
-NOBODY = bytes(16)  # a key that no chunk has: what a trial asks for
+NO_KEY = bytes(16)  # a key that no chunk has: what a trial asks for
 LASTING = frozenset({"full", "refused", "gone"})  # reasons that do not pass in the next moment
 Note = Callable[[str, BaseException | str], None]
 
 
-class Jobs(Protocol):
-    """What a tier needs of a lane."""
-
-    def submit(self, job: Callable[[], Any], done: Done) -> None: ...
-
-    def close(self, seconds: float) -> bool: ...
-
-    def abandon(self) -> None: ...
-
-
-class StoreTier:
+class StorageTier:
     """`index`: None where the backend itself decides what it keeps (Redis). `through`: chunks are written as soon
     as they are stored; else when memory evicts them. `queue_bytes`: bound of what waits to be written. `asks`:
-    others write too, so what the index does not know may be there all the same, and the backend is asked.
-    `may_write`: else nothing is written, nor deleted to make room; values that were read are still touched. `say`:
-    for a line that an operator should read; from any thread."""
+    others write too, so what the index does not know may be there all the same, and the backend is asked. `bit`:
+    of `Chunk.stored_in`; a quicker tier has a lower one. `may_write`: else nothing is written, nor deleted to make
+    room; values that were read are still touched. `say`: for a line that an operator should read; from any
+    thread."""
 
     def __init__(
         self,
         store: Store,
         index: Index | None,
         admission: AdmissionPolicy,
-        reads: Jobs,
-        writes: Jobs,
+        reads: Lane,
+        writes: Lane,
         clock: Callable[[], float],
         metrics: Metrics,
         note: Note,
@@ -56,13 +45,13 @@ class StoreTier:
         through: bool,
         queue_bytes: int,
         asks: bool,
+        bit: int = 1,
         may_write: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name, self.through, self.index = store.name, through, index
-        self.choosy = not isinstance(admission, Always)
-        self.may_write = may_write
-        self.bit = 0  # among all tiers, of `Chunk.below`
+        self.has_admission = not isinstance(admission, Always)
+        self.may_write, self.bit = may_write, bit
         self.answered = 0.0  # when the last question or read that `done` was told of was over, on its own thread
         self._store, self._admission, self._say = store, admission, say
         self._reads, self._writes = reads, writes
@@ -79,7 +68,6 @@ class StoreTier:
         self._scans: list[set[bytes]] = []  # of each under way, the keys that it may find though they are gone
         self._reading, self._writing = Breaker(clock), Breaker(clock)
         self._since_scan = 0
-        self._report()
 
     def start(self) -> None:
         """Find out what is there, on a thread."""
@@ -87,7 +75,7 @@ class StoreTier:
             before, gone = self.index.keys() - self._pending.keys(), set(self._deleting)
             self._scans.append(gone)
             self._reads.submit(
-                lambda: jobs.scan(self._store), lambda outcome: self._scanned(outcome, before, gone)
+                lambda: io_pool.scan(self._store), lambda outcome: self._scanned(outcome, before, gone)
             )
 
     def tick(self) -> None:
@@ -95,14 +83,14 @@ class StoreTier:
         if self._reading.due:
             self._reading.begin_trial()
             self._reads.submit(
-                lambda: self._store.contains([NOBODY]), lambda outcome: self._judge(outcome, self._reading)
+                lambda: self._store.contains([NO_KEY]), lambda outcome: self._judge(outcome, self._reading)
             )
-            self._report()
         if self._budget is not None:
             self._shrink(self._budget.grow)
             if self._scanned_once and not self._looking and self._budget.look():
                 self._looking = True
                 self._writes.submit(self._store.room, self._looked)
+        self.report()
 
     @property
     def readable(self) -> bool:
@@ -166,15 +154,14 @@ class StoreTier:
             for each, value in zip(wanted, found, strict=True):
                 if isinstance(value, PayloadError):
                     self._metrics.count(m.REJECTED_PAYLOADS, tier=self.name, reason=value.reason)
-                    if value.reason != jobs.EXPIRED:
+                    if value.reason != io_pool.EXPIRED:
                         self._note(f"{self.name} payload", value)
                 lost = outcome.error is None and (value is None or isinstance(value, PayloadError))
                 if lost and self.index is not None and each.key not in self._pending:
                     self.index.drop(each.key)
-            self._report()
             done([None if isinstance(value, PayloadError) else value for value in found])
 
-        self._reads.submit(lambda: jobs.read(self._store, [(each.key, each.accept) for each in wanted]), ended)
+        self._reads.submit(lambda: io_pool.read(self._store, [(each.key, each.accept) for each in wanted]), ended)
 
     def write(self, write: Write, done: Callable[[bool], None]) -> bool:
         """Keep a payload; `done` says whether it was. False, and no `done`: it will not be tried."""
@@ -203,14 +190,12 @@ class StoreTier:
                 self.index.drop(write.key)
             if isinstance(outcome.error, StoreError) and outcome.error.reason == "full":
                 self._refused(write.size)
-            self._report()
             done(outcome.error is None)
 
         ask, own = self._asks and not write.replaces, self.index is None
         self._writes.submit(
-            lambda: jobs.put(self._store, write.key, write.size, parts, ask=ask, make_room=own), ended
+            lambda: io_pool.put(self._store, write.key, write.size, parts, ask=ask, make_room=own), ended
         )
-        self._report()
         self._rescan(write.size)
         return True
 
@@ -218,7 +203,6 @@ class StoreTier:
         """A request gave up waiting for this tier: that counts as a failure, since one that hangs says nothing."""
         self._metrics.count(m.TIER_ERRORS, tier=self.name, reason="deadline")
         self._reading.failed()
-        self._report()
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Note a use of a chain, root first."""
@@ -296,7 +280,6 @@ class StoreTier:
         self._done_beside(outcome)
         if outcome.error is None:
             self._see(outcome.value)
-            self._report()
 
     def _see(self, room: Room | None) -> None:
         """What there was at the end of a job of the writing thread."""
@@ -322,7 +305,6 @@ class StoreTier:
             held = self._held(index)
             self._shrink(lambda: budget.refused(outcome.value, *held, size))
             self._writes.submit(lambda: None, lambda _: setattr(self, "_yielding", False))
-            self._report()
 
         self._writes.submit(self._store.room, looked)
 
@@ -356,7 +338,6 @@ class StoreTier:
             size = self.index.used + sum(entry.size for entry in new if entry.key not in self.index)
             victims = self.index.adopt(new)
             self._delete(victims, size - self.index.used)
-        self._report()
 
     def _rescan(self, written: int) -> None:
         """Where others fill the same folder, look again each time that a sixteenth of the budget was written."""
@@ -381,9 +362,9 @@ class StoreTier:
                 breaker.failed()
         if trial and breaker.state is State.CLOSED:
             self.start()
-        self._report()
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Set the tier's gauges."""
         gauge = self._metrics.gauge
         gauge(m.TIER_STATE, self._reading.state.value, tier=self.name, side="read")
         gauge(m.TIER_STATE, self._writing.state.value, tier=self.name, side="write")

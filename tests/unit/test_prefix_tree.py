@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ragkv.kvstore import catalogue as catalogue_module
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Catalogue, descendants, origin, rows, shared_tokens
+from ragkv.kvstore import prefix_tree
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
-from ragkv.kvstore.hierarchy import Hierarchy
 from ragkv.kvstore.keys import TOKEN_BYTES, as_tokens, chain_key
-from ragkv.kvstore.memory import MemoryTier
+from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.prefix_tree import PrefixTree, descendants, origin, rows, shared_tokens
 from ragkv.policies import POLICIES, make_policy
 
 SPACE = b"namespace of one"
@@ -99,7 +98,7 @@ stored_lists = st.lists(st.tuples(token_lists, size_lists, st.lists(st.booleans(
 @given(stored_lists, token_lists, st.integers(1, 4), st.integers(0, 16))
 def test_match_is_the_longest_stored_prefix(stored, prompt, size, limit):
     """On a grid no chunk is the beginning of its sibling, so nothing is missed."""
-    catalogue, model = Catalogue(), NaiveModel()
+    catalogue, model = PrefixTree(), NaiveModel()
     for tokens, _, ready in stored:
         chain = cut_chain(tokens, [size] * 14)
         store(catalogue, chain, ready)
@@ -113,7 +112,7 @@ def test_match_is_the_longest_stored_prefix(stored, prompt, size, limit):
 @QUICK
 @given(stored_lists, token_lists, size_lists, st.integers(0, 16))
 def test_match_is_sound_however_chains_are_cut(stored, prompt, sizes, limit):
-    catalogue, model = Catalogue(), NaiveModel()
+    catalogue, model = PrefixTree(), NaiveModel()
     for tokens, cuts, ready in stored:
         chain = cut_chain(tokens, cuts)
         store(catalogue, chain, ready)
@@ -129,7 +128,7 @@ def test_match_is_sound_however_chains_are_cut(stored, prompt, sizes, limit):
 @QUICK
 @given(token_lists, size_lists, size_lists, st.integers(0, 14))
 def test_one_stored_chain_is_found_whole_however_the_prompt_is_cut(tokens, sizes, other, limit):
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     chunks = store(catalogue, cut_chain(tokens, sizes))
     match = catalogue.match(catalogue.root(SPACE), cut_chain(tokens, other), limit)
     assert match.length == min(limit, sum(map(len, chunks)))
@@ -139,10 +138,10 @@ def test_one_stored_chain_is_found_whole_however_the_prompt_is_cut(tokens, sizes
 @QUICK
 @given(st.data(), st.lists(st.tuples(token_lists, size_lists), max_size=10))
 def test_leaves_can_be_removed_in_any_order(data, stored):
-    catalogue, chunks = Catalogue(), []
+    catalogue, chunks = PrefixTree(), []
     for tokens, sizes in stored:
         chunks += [c for c in store(catalogue, cut_chain(tokens, sizes)) if c not in chunks]
-    assert catalogue.everything() == chunks
+    assert list(catalogue) == chunks
     while chunks:
         inner = {chunk.parent for chunk in chunks}
         chunk = data.draw(st.sampled_from([c for c in chunks if c not in inner]))
@@ -156,7 +155,7 @@ def test_leaves_can_be_removed_in_any_order(data, stored):
 
 
 def test_a_parent_and_a_stranger_cannot_be_removed():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     parent, child = store(catalogue, cut_chain([1, 2], [1, 1]))
     with pytest.raises(ValueError, match="children"):
         catalogue.remove(parent)
@@ -167,7 +166,7 @@ def test_a_parent_and_a_stranger_cannot_be_removed():
 
 
 def test_a_root_lives_while_chunks_stand_behind_it():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     root = catalogue.root(SPACE)
     assert catalogue.root(SPACE) is not root, "looking up a namespace must not keep it"
     first = catalogue.insert(b"k1", root, raw(1))
@@ -178,20 +177,20 @@ def test_a_root_lives_while_chunks_stand_behind_it():
 
 
 def test_namespaces_do_not_meet():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     store(catalogue, cut_chain([1, 2, 3], [3]))
     other = b"namespace of two"
     assert not catalogue.match(catalogue.root(other), cut_chain([1, 2, 3], [3], other), 3)
 
 
 def test_thousands_of_siblings_are_not_walked(monkeypatch):
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     common_start = list(range(40))
     for number in range(6000):
         tokens = [*common_start, number * 7919 % 6007, number]
         store(catalogue, cut_chain(tokens, [42]), [number % 3 != 0])
     compared = []
-    monkeypatch.setattr(catalogue_module, "shared_tokens", lambda a, b: compared.append(a) or shared_tokens(a, b))
+    monkeypatch.setattr(prefix_tree, "shared_tokens", lambda a, b: compared.append(a) or shared_tokens(a, b))
     for number, ready in ((4000, True), (3000, False)):
         prompt = [*common_start, number * 7919 % 6007, number, 5]
         compared.clear()
@@ -201,7 +200,7 @@ def test_thousands_of_siblings_are_not_walked(monkeypatch):
 
 
 def test_unready_siblings_do_not_hide_a_ready_one():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     store(catalogue, cut_chain([1, 2, 3, 0], [4]))
     for number in range(1, 50):
         store(catalogue, cut_chain([1, 2, 3, number], [4]), [False])
@@ -209,17 +208,17 @@ def test_unready_siblings_do_not_hide_a_ready_one():
 
 
 def test_a_whole_tail_is_told_from_a_part():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     (tail,) = store(catalogue, cut_chain([1, 2, 3], [3]))
     root = catalogue.root(SPACE)
     assert catalogue.match(root, cut_chain([1, 2, 3, 4], []), 4).whole_tail is tail
     assert catalogue.match(root, cut_chain([1, 2, 4], []), 3).whole_tail is None
     assert catalogue.match(root, cut_chain([1, 2, 3, 4], [3]), 4).whole_tail is None
-    assert catalogue.match(root, cut_chain([1, 2, 3], [3]), 2) == catalogue_module.Match((tail,), 2)
+    assert catalogue.match(root, cut_chain([1, 2, 3], [3]), 2) == prefix_tree.Match((tail,), 2)
 
 
 def test_equal_keys_with_other_tokens_are_refused():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     root = catalogue.root(SPACE)
     chunk = catalogue.insert(b"key", root, raw(1, 2))
     chunk.ready = True
@@ -233,29 +232,29 @@ def test_equal_keys_with_other_tokens_are_refused():
 
 
 def test_a_collision_of_hashes_costs_the_store_and_nothing_else(monkeypatch):
-    for module in ("chunking", "hierarchy"):
+    for module in ("chunking", "memory_tier"):
         monkeypatch.setattr(f"ragkv.kvstore.{module}.chain_key", lambda parent, tokens: b"the same for all")
     metrics = Metrics()
-    hierarchy = Hierarchy(MemoryTier(4, make_policy("lru")), 16, 1, metrics)
+    memory = MemoryTier(4, make_policy("lru"), 16, 1, metrics)
     chunker = Chunker(16, 24, 48, TokenStructure.of([]))
     first, second = TokenChain(SPACE, chunker), TokenChain(SPACE, chunker)
     first.extend(as_tokens([1] * 48))
     second.extend(as_tokens([2] * 48))
-    ((_, chunk),) = hierarchy.reserve(SPACE, first, 48)
-    hierarchy.commit(chunk)
-    assert hierarchy.reserve(SPACE, second, 48) == []
-    assert hierarchy.match(SPACE, first, 48).chunks == (chunk,), "room must not be made for what is refused"
-    assert not hierarchy.match(SPACE, second, 48)
+    (chunk,) = memory.reserve(SPACE, first, 48)
+    memory.commit(chunk)
+    assert memory.reserve(SPACE, second, 48) == []
+    assert memory.match(SPACE, first, 48).chunks == (chunk,), "room must not be made for what is refused"
+    assert not memory.match(SPACE, second, 48)
     counted = {name: n for name, n in metrics.drain()["counters"].items() if m.REFUSED_CHUNKS in name}
     assert counted == {m.REFUSED_CHUNKS + m.SEPARATOR + m.COLLISION: 1}
-    hierarchy.check_integrity()
+    memory.check_integrity()
 
 
 def test_a_cleared_catalogue_is_empty():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     chunks = store(catalogue, cut_chain([1, 2], [1, 1]))
     catalogue.clear()
-    assert len(catalogue) == 0 and catalogue.everything() == [] and chunks[0] not in catalogue
+    assert len(catalogue) == 0 and list(catalogue) == [] and chunks[0] not in catalogue
     assert not catalogue.match(catalogue.root(SPACE), cut_chain([1, 2], [1, 1]), 2)
 
 
@@ -266,7 +265,7 @@ def test_shared_tokens(start, a, b):
 
 
 def test_rows_follow_the_pages():
-    catalogue = Catalogue()
+    catalogue = PrefixTree()
     chunks = store(catalogue, cut_chain(range(11), [6, 5]))
     chunks[0].pages, chunks[1].pages = raw(7, 2), raw(0, 5)
     assert rows(chunks, 4).tolist() == [28, 29, 30, 31, 8, 9, 0, 1, 2, 3, 20]
@@ -278,7 +277,7 @@ def test_rows_follow_the_pages():
 @QUICK
 @given(st.lists(st.tuples(token_lists, size_lists), max_size=10))
 def test_a_chunk_knows_its_namespace_its_position_and_all_behind_it(stored):
-    catalogue, chunks = Catalogue(), {}
+    catalogue, chunks = PrefixTree(), {}
     for tokens, sizes in stored:
         chain = cut_chain(tokens, sizes)
         chunks |= dict(zip(store(catalogue, chain), [0, *chain.ends], strict=False))
@@ -308,16 +307,16 @@ def test_what_a_chunk_weighs(policy):
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        hierarchy = Hierarchy(MemoryTier(6 * count, make_policy(policy)), 16, 1, Metrics())
+        memory = MemoryTier(6 * count, make_policy(policy), 16, 1, Metrics())
         for number in range(count // length):
             tokens = np.arange(number, number + length * size, dtype=np.int32)
             chain = cut_chain(tokens.tolist(), [size] * length)
-            for _, chunk in hierarchy.reserve(SPACE, chain, len(tokens)):
-                hierarchy.commit(chunk)
+            for chunk in memory.reserve(SPACE, chain, len(tokens)):
+                memory.commit(chunk)
         del chain, tokens, chunk
         used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert len(hierarchy) == count
+    assert len(memory) == count
     each = used / count - TOKEN_BYTES * size
     assert 0 < each < (550 if policy == "lru" else 700), f"{each:.0f} bytes a chunk"

@@ -3,12 +3,12 @@
 import pytest
 
 from hand_lanes import Bench, HandClock, Lower, SeenTwice, key, redis
+from ragkv.benchmarks.faulty_stores import Fault, on_calls
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
+from ragkv.kvstore.io_pool import Wanted
 from ragkv.kvstore.stores.contract import Room
-from ragkv.kvstore.stores.wrappers import Fault, on_calls
-from ragkv.kvstore.tier_jobs import Wanted
 
 A, B, C, D = map(key, range(1, 5))
 

@@ -8,8 +8,8 @@ import torch
 
 from engine_config import caches, config, spec
 from ragkv.config import Settings
-from ragkv.connectors.vllm import compose
-from ragkv.connectors.vllm.compose import make_placement, make_recorder
+from ragkv.connectors.vllm import builder
+from ragkv.connectors.vllm.builder import make_cache, make_recorder
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
@@ -18,6 +18,7 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.prefix_tree import Chunk
 
 SHAPE = examine(config(), caches(spec()))  # 3 layers, 2 heads of 64, bfloat16, 2 ranks
 SPACE = b"namespace of one"
@@ -48,42 +49,43 @@ def test_memory_holds_whole_pages_and_at_least_one_chunk():
     )
 
 
-def placement_of(metrics=None, **settings):
+def cache_of(metrics=None, **settings):
     settings = Settings(memory={"capacity": "2MiB"}, **settings)
     page, metrics = page_shape(settings, SHAPE), metrics or Metrics()
     buffer = bytearray(memory_pages(settings, page) * page.page_bytes)
-    return make_placement(settings, page, buffer, 64, metrics, Faults(metrics))
+    return make_cache(settings, page, buffer, 64, metrics, Faults(metrics))
 
 
 def test_there_is_a_device_tier_where_its_capacity_holds_a_page():
-    assert placement_of().hierarchy.device is None
+    assert cache_of().memory.device is None
     size = SHAPE.page_bytes(16) // SHAPE.ranks  # a worker's share of a page
-    assert placement_of(device={"capacity": size - 1}).hierarchy.device is None
-    assert placement_of(device={"capacity": 7 * size}).hierarchy.device.pages == 7
+    assert cache_of(device={"capacity": size - 1}).memory.device is None
+    assert cache_of(device={"capacity": 7 * size}).memory.device.pages == 7
 
 
 def test_tokens_far_from_the_start_cost_more():
-    hierarchy = placement_of().hierarchy
-    assert hierarchy.cost(bytes(4 * 10), 0) == 10.0
-    assert hierarchy.cost(bytes(4 * 10), 12 * 64) == 20.0, "where attention costs as much as the rest"
+    memory, root = cache_of().memory, Chunk(b"namespace", None, b"")
+    assert memory.cost(Chunk(b"first", root, bytes(4 * 10))) == 10.0
+    after = Chunk(b"after", Chunk(b"parent", root, bytes(4 * 12 * 64)), bytes(4 * 10))
+    assert memory.cost(after) == 20.0, "where attention costs as much as the rest"
 
 
 def test_a_disk_that_cannot_be_had_is_told_and_done_without(tmp_path, caplog):
     file = tmp_path / "file"
     file.write_text("no folder")
     with caplog.at_level(logging.WARNING, "vllm.ragkv"):
-        placement = placement_of(disk={"path": str(file)})
+        cache = cache_of(disk={"path": str(file)})
     (record,) = caplog.records
     assert f"disk.path = {file}" in record.getMessage() and "runs without a disk tier" in record.getMessage()
-    assert placement.close(0.0)
+    assert cache.close(0.0)
 
 
 def test_a_disk_tier_reports_itself(tmp_path):
     metrics = Metrics()
-    placement = placement_of(metrics, disk={"path": str(tmp_path / "kv"), "capacity": "3MiB"})
-    placement.tick()
+    cache = cache_of(metrics, disk={"path": str(tmp_path / "kv"), "capacity": "3MiB"})
+    cache.tick()
     assert metrics.drain()["gauges"][m.CAPACITY_BYTES + m.SEPARATOR + m.DISK] == 3 * 2**20
-    assert placement.close(30.0)
+    assert cache.close(30.0)
 
 
 # --- the trace ---
@@ -140,7 +142,7 @@ def test_a_trace_stops_at_the_first_trouble(tmp_path, metrics, monkeypatch):
         asked.append(chunks)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compose.TraceWriter, "record", full)
+    monkeypatch.setattr(builder.TraceWriter, "record", full)
     for _ in range(3):
         recorder.record(SPACE, chain_of(range(40)))
     assert len(asked) == 1

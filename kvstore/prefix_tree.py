@@ -1,7 +1,7 @@
-"""What is where: a tree of chunks, found by chain key, or by the tokens that a prompt shares with a child."""
+"""The prefix tree: chunks by chain key, by the tokens that a prompt shares with a child, and by content."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -13,73 +13,64 @@ from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
 
 PAGE_NUMBER_BYTES = 4
 REACH = 1024  # tokens that are compared with children at first: few chunks have more
+_READY, _OPEN, _STORED = 1, 2, 2  # two flags and a shift: there may be millions of chunks
 LOOKED_AT = 64  # siblings, to each side, that are passed over since they are not ready
 
 
 class Chunk:
-    """KV of `tokens` (int32 bytes) behind the chunks from `parent` up. Compared by identity.
+    """The KV of some tokens, computed after those of its ancestors. Compared by identity."""
 
-    `pages`: int32 bytes, the pages that hold it, in order; `device`: likewise, in the device tier. `children`:
-    None, one chunk, or a list sorted by tokens (most chunks have one). `position`: of its first token behind
-    `root`, its topmost ancestor (itself, where it has no parent). `ready`, `open`, `below` and `hits` share one
-    small integer: there may be millions of chunks.
-    """
-
-    __slots__ = ("_state", "children", "device", "key", "pages", "parent", "pins", "position", "root", "tokens")
-
-    MOST_BELOW, MOST_HITS = 0b111, 7
-    _READY, _OPEN, _BELOW, _HITS = 1, 2, 2, 5  # two masks, two shifts
+    __slots__ = (
+        "_flags",  # `ready`, `open`, `stored_in`
+        "children",  # None, one chunk, or a list sorted by tokens (most chunks have one child)
+        "device",  # pages in the device tier, as `pages`
+        "hits",  # uses while it is in memory
+        "key",  # chain key, 16 bytes
+        "pages",  # pages in memory, in order, int32 bytes
+        "parent",
+        "pins",  # how often it is pinned in memory: the only count
+        "position",  # of its first token, from `root` on
+        "root",  # its topmost ancestor; itself, where it has no parent
+        "tokens",  # int32 bytes
+    )
 
     def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
-        self.key = key
-        self.parent = parent
-        self.tokens = tokens
-        self.pages = b""
-        self.device = b""
-        self.pins = 0
+        self.key, self.parent, self.tokens = key, parent, tokens
+        self.pages = self.device = b""
+        self.pins = self.hits = self._flags = 0
         self.children: Chunk | list[Chunk] | None = None
         self.position: int = 0 if parent is None else parent.position + len(parent)
         self.root: Chunk = self if parent is None else parent.root
-        self._state = 0
-
-    @property
-    def ready(self) -> bool:
-        """Its bytes have been written; before that nobody may read them."""
-        return bool(self._state & self._READY)
-
-    @ready.setter
-    def ready(self, ready: bool) -> None:
-        self._state = self._state | self._READY if ready else self._state & ~self._READY
-
-    @property
-    def open(self) -> bool:
-        """It is an open tail, whose end is not a cut."""
-        return bool(self._state & self._OPEN)
-
-    @open.setter
-    def open(self, tail: bool) -> None:
-        self._state = self._state | self._OPEN if tail else self._state & ~self._OPEN
-
-    @property
-    def below(self) -> int:
-        """A bit for each lower tier that has been given it."""
-        return self._state >> self._BELOW & self.MOST_BELOW
-
-    @below.setter
-    def below(self, tiers: int) -> None:
-        self._state = self._state & ~(self.MOST_BELOW << self._BELOW) | (tiers & self.MOST_BELOW) << self._BELOW
-
-    @property
-    def hits(self) -> int:
-        """Uses, as long as it is in memory, counted up to `MOST_HITS`."""
-        return self._state >> self._HITS
-
-    @hits.setter
-    def hits(self, uses: int) -> None:
-        self._state = self._state & ~(-1 << self._HITS) | min(uses, self.MOST_HITS) << self._HITS
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def ready(self) -> bool:
+        """Whether its bytes are written; before that nobody may read them."""
+        return bool(self._flags & _READY)
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        self._flags = self._flags & ~_READY | ready * _READY
+
+    @property
+    def open(self) -> bool:
+        """Whether it is an open tail: its end is not a cut."""
+        return bool(self._flags & _OPEN)
+
+    @open.setter
+    def open(self, tail: bool) -> None:
+        self._flags = self._flags & ~_OPEN | tail * _OPEN
+
+    @property
+    def stored_in(self) -> int:
+        """A bit for each lower tier that was given it."""
+        return self._flags >> _STORED
+
+    @stored_in.setter
+    def stored_in(self, tiers: int) -> None:
+        self._flags = self._flags & (_READY | _OPEN) | tiers << _STORED
 
     @property
     def page_count(self) -> int:
@@ -87,16 +78,16 @@ class Chunk:
         return len(self.pages) // PAGE_NUMBER_BYTES
 
 
-class LooseRoot(Chunk):
-    """The root of one loose chunk: of KV that is in memory without what it was computed behind, so that it never
-    matches a prompt, and is found by its tokens alone. `holder`: key of the chunk that it is a copy of, which
-    began at token `position` of a prompt of `namespace`. The loose chunk has the root's key."""
+class DetachedRoot(Chunk):
+    """The root of one detached chunk: a copy in memory without its ancestors. It never matches a prompt, and is
+    found by its tokens alone. `source`: key of the chunk that it is a copy of, whose first token was at
+    `position` of a prompt of `namespace`. The detached chunk has the root's key."""
 
-    __slots__ = ("holder", "namespace")
+    __slots__ = ("namespace", "source")
 
-    def __init__(self, namespace: bytes, holder: bytes, position: int) -> None:
-        super().__init__(loose_key(holder), None, b"")
-        self.namespace, self.holder, self.position = namespace, holder, position
+    def __init__(self, namespace: bytes, source: bytes, position: int) -> None:
+        super().__init__(detached_key(source), None, b"")
+        self.namespace, self.source, self.position = namespace, source, position
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +106,75 @@ class Match:
         return self.length > 0
 
 
-class Catalogue:
-    """All chunks of all namespaces. A namespace's root is a chunk without tokens or pages."""
+class ContentIndex:
+    """Which chunks hold some tokens, wherever they were computed: one dictionary access a lookup, then the tokens
+    are compared. Most tokens are held by one chunk, which then is kept without a dictionary."""
 
     def __init__(self) -> None:
+        self._held: dict[int, Chunk | dict[Chunk, None]] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Enter a chunk, once."""
+        key = _content_hash(origin(chunk)[0], chunk.tokens)
+        held = self._held.get(key)
+        if held is None:
+            self._held[key] = chunk
+        elif isinstance(held, Chunk):
+            self._held[key] = {held: None, chunk: None}
+        else:
+            held[chunk] = None
+
+    def remove(self, chunk: Chunk) -> None:
+        """Take a chunk out; no error if it was never entered."""
+        key = _content_hash(origin(chunk)[0], chunk.tokens)
+        held = self._held.get(key)
+        if held is chunk:
+            del self._held[key]
+        elif isinstance(held, dict) and chunk in held:
+            del held[chunk]
+            if len(held) == 1:
+                self._held[key] = next(iter(held))
+
+    def holders(self, namespace: bytes, tokens: bytes, most: int) -> list[Chunk]:
+        """Chunks of a namespace that hold exactly these tokens (int32 bytes), in the order in which they were
+        entered; of more than `most` the first and the last, half of each."""
+        held = self._held.get(_content_hash(namespace, tokens))
+        if held is None:
+            return []
+        several = [held] if isinstance(held, Chunk) else held
+        if len(several) > most:
+            last = list(islice(reversed(several), most - most // 2))
+            several = [*islice(several, most // 2), *reversed(last)]
+        return [chunk for chunk in several if chunk.tokens == tokens and origin(chunk)[0] == namespace]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._held.clear()
+
+    def check_integrity(self, chunks: Sequence[Chunk]) -> None:
+        """Raise AssertionError unless just these chunks are entered."""
+        held = [c for each in self._held.values() for c in (each if isinstance(each, dict) else [each])]
+        assert len(held) == len(set(held)) and set(held) == set(chunks), "content index and tree disagree"
+
+
+class PrefixTree:
+    """All chunks of all namespaces. A namespace's root is a chunk without tokens or pages. `by_content`: whether
+    `contents` indexes all ready chunks by their tokens; else it is None."""
+
+    def __init__(self, *, by_content: bool = False) -> None:
+        self.contents = ContentIndex() if by_content else None
         self._chunks: dict[bytes, Chunk] = {}
         self._roots: dict[bytes, Chunk] = {}
 
     def __len__(self) -> int:
         return len(self._chunks)
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return self._chunks.get(chunk.key) is chunk
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """All chunks, parents before their children."""
+        return iter(self._chunks.values())
 
     def root(self, namespace: bytes) -> Chunk:
         """The root of a namespace. It is kept as long as a chunk stands behind it."""
@@ -137,9 +188,9 @@ class Catalogue:
             return None
         return chunk
 
-    def get_loose(self, holder: bytes) -> Chunk | None:
-        """The loose copy of the chunk of that key."""
-        return self._chunks.get(loose_key(holder))
+    def get_detached(self, source: bytes) -> Chunk | None:
+        """The detached copy of the chunk of that key."""
+        return self._chunks.get(detached_key(source))
 
     def match(self, root: Chunk, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that stands ready behind `root`.
@@ -196,12 +247,14 @@ class Catalogue:
         return chunk
 
     def remove(self, chunk: Chunk) -> None:
-        """Take out a chunk that has no children. KeyError: not in the catalogue."""
+        """Take out a chunk that has no children. KeyError: not in the tree."""
         if chunk.children is not None:
-            raise ValueError("catalogue: a chunk with children cannot be removed")
+            raise ValueError("prefix tree: a chunk with children cannot be removed")
         if self._chunks.get(chunk.key) is not chunk:
             raise KeyError(chunk.key)
         del self._chunks[chunk.key]
+        if self.contents is not None:
+            self.contents.remove(chunk)
         parent = chunk.parent
         assert parent is not None
         siblings = parent.children
@@ -214,17 +267,18 @@ class Catalogue:
         if parent.parent is None and parent.children is None:
             self._roots.pop(parent.key, None)
 
-    def everything(self) -> list[Chunk]:
-        """All chunks, parents before their children."""
-        return list(self._chunks.values())
+    def mark_ready(self, chunk: Chunk) -> None:
+        """The chunk's bytes are written; from now on it can be found, unless it has left the tree."""
+        if self.contents is not None and not chunk.ready and chunk in self:
+            self.contents.add(chunk)
+        chunk.ready = True
 
     def clear(self) -> None:
-        """Forget everything; chunks that others still hold stand in no tree any more."""
+        """Forget everything; chunks that others still hold are in no tree any more."""
         self._chunks.clear()
         self._roots.clear()
-
-    def __contains__(self, chunk: Chunk) -> bool:
-        return self._chunks.get(chunk.key) is chunk
+        if self.contents is not None:
+            self.contents.clear()
 
 
 def longest_shared(parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
@@ -275,25 +329,20 @@ def rows(
     return found
 
 
-def loose_key(holder: bytes) -> bytes:
-    """Key of a loose copy of a chunk, given that chunk's key."""
-    return xxhash.xxh3_128_digest(b"loose" + holder)
+def detached_key(source: bytes) -> bytes:
+    """Key of a detached copy of the chunk of key `source`."""
+    return xxhash.xxh3_128_digest(b"loose" + source)
 
 
-def is_loose(chunk: Chunk) -> bool:
-    """Whether a chunk stands outside of the tree of prompts."""
-    return isinstance(chunk.parent, LooseRoot)
-
-
-def starts(chunks: Sequence[Chunk]) -> list[int]:
-    """Where each chunk of a chain begins, from its root on."""
-    return list(accumulate(map(len, chunks[:-1]), initial=0))[: len(chunks)]
+def is_detached(chunk: Chunk) -> bool:
+    """Whether a chunk is outside of the tree of prompts."""
+    return isinstance(chunk.parent, DetachedRoot)
 
 
 def origin(chunk: Chunk) -> tuple[bytes, int]:
-    """The namespace of a chunk, and the position of its first token; of a loose chunk, where it was computed."""
+    """The namespace of a chunk, and the position of its first token where it was computed."""
     root = chunk.root
-    return root.namespace if isinstance(root, LooseRoot) else root.key, chunk.position
+    return root.namespace if isinstance(root, DetachedRoot) else root.key, chunk.position
 
 
 def child_of(parent: Chunk, tokens: bytes) -> Chunk | None:
@@ -303,6 +352,13 @@ def child_of(parent: Chunk, tokens: bytes) -> Chunk | None:
         place = bisect.bisect_left(children, tokens, key=_tokens)
         children = children[place] if place < len(children) else None
     return children if children is not None and children.ready and children.tokens == tokens else None
+
+
+def has_open_child(parent: Chunk) -> bool:
+    """Whether a child of `parent` is an open tail."""
+    children = parent.children
+    several = children if isinstance(children, list) else [] if children is None else [children]
+    return any(child.open for child in several)
 
 
 def descendants(chunk: Chunk) -> list[Chunk]:
@@ -321,6 +377,10 @@ def _tokens(chunk: Chunk) -> bytes:
 
 def _ready(chunk: Chunk) -> bool:
     return chunk.ready
+
+
+def _content_hash(namespace: bytes, tokens: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(tokens, int.from_bytes(namespace[:8], "little"))
 
 
 def _array(tokens: bytes) -> Tokens:

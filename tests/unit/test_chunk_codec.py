@@ -109,7 +109,7 @@ def test_a_wrong_tail_is_a_miss_and_goes(stack, change, reason):
     (lower,) = stack.lowers
     where = tail_key(stack.chain(TEXT).keys[-1])
     lower.spoil(where, change)
-    assert stack.get(TEXT) == 44 and len(stack.hierarchy) == 2
+    assert stack.get(TEXT) == 44 and len(stack.memory) == 2
     assert stack.metrics.get(m.REJECTED_PAYLOADS, lower.name, reason) == 1 and where not in lower.stored()
 
 

@@ -6,8 +6,8 @@ from hand_lanes import Bench, key, redis
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
-from ragkv.kvstore.tier import NOBODY
-from ragkv.kvstore.tier_jobs import Wanted
+from ragkv.kvstore.io_pool import Wanted
+from ragkv.kvstore.storage_tier import NO_KEY
 
 A, B, C, D, E, F = map(key, range(1, 7))
 IO, FULL = StoreError("io", "no"), StoreError("full", "no space left")
@@ -53,7 +53,7 @@ def test_a_trial_is_made_though_nobody_asks(bench):
     asked = []
     bench.store.inner.contains = lambda keys: asked.append(keys) or [False]
     bench.settle()
-    assert asked == [[NOBODY]]
+    assert asked == [[NO_KEY]]
     assert bench.state("read") is State.CLOSED and bench.tier.knows(A) is True
 
 

@@ -9,8 +9,9 @@ import heapq
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 
-from ragkv.kvstore.catalogue import Chunk
+from ragkv.kvstore.prefix_tree import Chunk
 
 SHARE = 0.5  # of the budget, at most, may be pinned by owners: the rest stays for everyone
 TENANT_SHARE = 0.25  # of the budget, at most, by one tenant's
@@ -18,6 +19,16 @@ ENTRIES = 4  # for each page that may be pinned: so many owners may share it
 LEAST_ENTRIES, MOST_ENTRIES = 1024, 16_384
 AT_ONCE = 1024  # pins, and chunks, that one call lets go of
 NEVER = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What a request wants pinned: for an owner and so many seconds, its prompt up to token `end`, or all."""
+
+    owner: str
+    seconds: float
+    end: int | None = None
+
 
 Owner = tuple[bytes, str]  # a tenant, and what it calls the owner
 
@@ -56,7 +67,7 @@ class _Book:
         return last
 
 
-class Holds:
+class Pins:
     """`pin` and `unpin` are the memory tier's, which has a budget of `pages` pages. Times are seconds of one
     clock, which the caller reads."""
 
@@ -80,6 +91,11 @@ class Holds:
     def pages(self) -> int:
         """Pages that are pinned."""
         return self._all.pages
+
+    @property
+    def pinned(self) -> Set[Chunk]:
+        """Chunks that are pinned; each has one pin in memory, whatever owners it has."""
+        return self._all.owners.keys()
 
     @property
     def late(self) -> bool:

@@ -9,29 +9,28 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.request_state import Recorder
 from ragkv.connectors.vllm.scheduler import SchedulerSide
-from ragkv.connectors.vllm.sizes import device_pages, memory_pages
-from ragkv.connectors.vllm.tracking import Recorder
+from ragkv.connectors.vllm.sizes import device_pages
+from ragkv.kvstore.budget import Index
+from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.gate import Gate
-from ragkv.kvstore.hierarchy import Hierarchy
-from ragkv.kvstore.index import Index
+from ragkv.kvstore.io_pool import Completions, Lane
 from ragkv.kvstore.keys import content_key
-from ragkv.kvstore.memory import DeviceTier, MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages, PageShape
-from ragkv.kvstore.placement import Placement
+from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore
-from ragkv.kvstore.tier import StoreTier
 from ragkv.kvstore.trace import TraceWriter
-from ragkv.kvstore.work import Completions, Lane
 from ragkv.policies import EvictionPolicy, Prioritized, make_admission, make_policy
 
 READING_THREADS = 3  # a tier; writing takes one more
 
 
-def make_placement(
+def make_cache(
     settings: Settings,
     page: PageShape,
     buffer: Any,
@@ -40,34 +39,30 @@ def make_placement(
     faults: Faults,
     *,
     stores: bool = True,
-) -> Placement:
+) -> KVCache:
     """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs.
     `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
-    memory, device = settings.memory, settings.device
+    memory, device, placement = settings.memory, settings.device, settings.placement
     copies, attention_tokens = device_pages(settings, page), 12.0 * hidden_size
-    hierarchy = Hierarchy(
-        MemoryTier(memory_pages(settings, page), _memory_policy(settings)),
-        memory.page_tokens,
-        page.page_bytes,
-        metrics,
-        make_admission(memory.admission),
-        DeviceTier(copies, make_policy(device.policy), device.after) if copies else None,
-        attention_tokens,
-    )
     completions = Completions()
-    return Placement(
-        hierarchy,
+    return KVCache(
         Pages(buffer, page),
+        _memory_policy(settings),
         _tiers(settings, completions, metrics, faults, stores=stores),
         Gate(
-            active=settings.placement.gate,
+            active=placement.gate,
             attention_tokens=attention_tokens,
             metrics=metrics,
             say=lambda line: logger.info("ragkv: %s", line),
         ),
         completions,
         metrics,
-        deadline=settings.placement.deadline,
+        admission=make_admission(memory.admission),
+        device=DeviceTier(copies, make_policy(device.policy), device.after) if copies else None,
+        attention_tokens=attention_tokens,
+        deadline=placement.deadline,
+        by_content=settings.fusion.enabled or "fuse" in settings.hints.kinds,
+        note=faults.note,
     )
 
 
@@ -134,13 +129,15 @@ def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:
 
 def _tiers(
     settings: Settings, completions: Completions, metrics: Metrics, faults: Faults, *, stores: bool
-) -> list[StoreTier]:
+) -> list[StorageTier]:
     tiers = []
     shared = settings.disk.shared or not stores
     disk, redis = settings.disk, settings.redis
     if disk.path is not None and (store := _disk(disk.path, fsync=disk.fsync)) is not None:
         index = Index(disk.capacity, make_policy(disk.policy))
-        tiers.append(_tier(store, index, disk, settings, completions, metrics, faults, asks=shared, stores=stores))
+        tiers.append(
+            _tier(store, index, disk, settings, completions, metrics, faults, asks=shared, stores=stores, bit=1)
+        )
     if redis.url is not None:
         from ragkv.kvstore.stores.redis import RedisStore
 
@@ -151,7 +148,9 @@ def _tiers(
             timeout_seconds=redis.timeout,
             prefix=f"{redis.prefix}:1:",
         )
-        tiers.append(_tier(server, None, redis, settings, completions, metrics, faults, asks=True, stores=stores))
+        tiers.append(
+            _tier(server, None, redis, settings, completions, metrics, faults, asks=True, stores=stores, bit=2)
+        )
     return tiers
 
 
@@ -166,8 +165,9 @@ def _tier(
     *,
     asks: bool,
     stores: bool,
-) -> StoreTier:
-    return StoreTier(
+    bit: int,
+) -> StorageTier:
+    return StorageTier(
         store,
         index,
         make_admission(section.admission),
@@ -179,6 +179,7 @@ def _tier(
         through=section.write == "through",
         queue_bytes=min(settings.placement.queue, settings.memory.capacity),  # what waits is pinned there
         asks=asks,
+        bit=bit,
         may_write=stores,
         say=lambda text: logger.warning("ragkv: %s", text),
     )

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ragkv.kvstore.work import Completions, Lane, Outcome, run
+from ragkv.kvstore.io_pool import Completions, Lane, Outcome, run
 
 PATIENCE = 30.0  # seconds after which a test has failed; none waits that long
 
@@ -79,7 +79,7 @@ def test_an_exception_is_an_outcome_and_the_lane_goes_on(made, completions):
 
 def test_run_tells_value_error_and_time(monkeypatch):
     ticks = iter([1.0, 1.25, 2.0, 4.5])
-    monkeypatch.setattr("ragkv.kvstore.work.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("ragkv.kvstore.io_pool.time.perf_counter", lambda: next(ticks))
     assert run(lambda: "value") == Outcome("value", None, 0.25)
     failed = run(lambda: {}["missing"])
     assert (failed.value, type(failed.error), failed.seconds) == (None, KeyError, 2.5)
@@ -164,7 +164,7 @@ def test_close_does_not_wait_for_a_job_that_hangs(made, completions, monkeypatch
     lane.submit(lambda: began.set() or gate.wait(PATIENCE), came.append)
     assert began.wait(PATIENCE)
     waits, clock = [], iter([100.0, 100.0, 103.0])
-    monkeypatch.setattr("ragkv.kvstore.work.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ragkv.kvstore.io_pool.time.monotonic", lambda: next(clock))
     for thread in lane._threads:
         monkeypatch.setattr(thread, "join", waits.append)
     assert lane.close(2.0) is False

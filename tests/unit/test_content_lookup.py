@@ -7,12 +7,11 @@ import pytest
 from hand_lanes import ContentStack, Lower, Stack, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.catalogue import Match, is_loose, origin
 from ragkv.kvstore.codec import decode, encode
-from ragkv.kvstore.costs import BELIEF
-from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.gate import BELIEF, Gate
 from ragkv.kvstore.keys import as_tokens, chain_key, content_key
-from ragkv.kvstore.memory import DeviceTier
+from ragkv.kvstore.prefix_tree import Match, is_detached, origin
 from ragkv.kvstore.stores.disk import DiskStore
 from ragkv.policies import make_policy
 
@@ -77,7 +76,7 @@ def test_a_new_engine_finds_a_passage_wherever_it_was_computed(lower):
     stack.start()
     assert stack.bring(PASSAGE, OTHER, words(7, 20)) == [1, 1, 0]
     (chunk,) = stack.holders(PASSAGE)
-    assert is_loose(chunk) and origin(chunk) == (Stack.SPACE, 16)
+    assert is_detached(chunk) and origin(chunk) == (Stack.SPACE, 16)
     assert origin(stack.holders(OTHER)[0]) == (Stack.SPACE, 36)
     assert stack.metrics.get(m.PROMOTED_TOKENS, lower().name) == 39
     assert stack.metrics.get(m.WAITS, "loaded") == 1
@@ -105,10 +104,10 @@ def test_it_never_matches(stack):
     assert stack.bring(HEAD, PASSAGE) == [1, 1]
     assert stack.match(TEXT, CUTS).length == 0 and stack.match(PASSAGE).length == 0
     assert stack.get(TEXT, CUTS) == 55, "the text itself is loaded all the same"
-    assert sorted(map(is_loose, stack.holders(PASSAGE))) == [False, True]
+    assert sorted(map(is_detached, stack.holders(PASSAGE))) == [False, True]
     assert {origin(chunk) for chunk in stack.holders(PASSAGE)} == {(Stack.SPACE, 16)}
-    stack.hierarchy.forget([stack.match(TEXT, CUTS).chunks[0]], m.EXPIRED)
-    assert list(map(is_loose, stack.holders(PASSAGE))) == [True]
+    stack.memory.forget([stack.match(TEXT, CUTS).chunks[0]], m.EXPIRED)
+    assert list(map(is_detached, stack.holders(PASSAGE))) == [True]
 
 
 def test_what_memory_holds_is_not_asked_for(stack, disk):
@@ -124,7 +123,7 @@ def test_what_nobody_has_is_known_at_once(stack, disk):
 def test_another_namespace_has_it_not(stack, disk):
     assert stack.gather(PASSAGE, space=bytes(16)) is None
     stack.gather(PASSAGE)
-    disk.reads.step(), stack.placement.tick()
+    disk.reads.step(), stack.cache.tick()
     assert stack.gather(PASSAGE, space=bytes(16)) is None, "what is on its way is not for it"
     stack.settle()
     assert stack.gather(PASSAGE, space=bytes(16)) is None
@@ -148,9 +147,9 @@ def test_passages_may_come_from_several_tiers():
 
 
 def test_many_are_read_in_batches(stack, disk, monkeypatch):
-    monkeypatch.setattr("ragkv.kvstore.gathering.BATCH_BYTES", 1)
+    monkeypatch.setattr("ragkv.kvstore.promotion.BATCH_BYTES", 1)
     stack.gather(HEAD, PASSAGE, OTHER)
-    disk.reads.step(), stack.placement.tick()
+    disk.reads.step(), stack.cache.tick()
     assert len(disk.reads.jobs) == 3
     stack.settle()
     assert len(stack.holders(OTHER)) == 1
@@ -162,12 +161,12 @@ def test_many_are_read_in_batches(stack, disk, monkeypatch):
 def test_a_gather_is_over_when_all_has_come(stack, disk):
     gather = stack.gather(PASSAGE)
     for seen in ([content(PASSAGE)], [content(PASSAGE), PLACE, content(PASSAGE)]):
-        assert stack.placement.waits(gather)
+        assert stack.promotion.waits(gather)
         disk.reads.step()
-        assert stack.placement.waits(gather), "read, but nobody has heard of it"
-        stack.placement.tick()
+        assert stack.promotion.waits(gather), "read, but nobody has heard of it"
+        stack.cache.tick()
         assert disk.store.read == seen
-    assert not stack.placement.waits(gather) and len(stack.holders(PASSAGE)) == 1
+    assert not stack.promotion.waits(gather) and len(stack.holders(PASSAGE)) == 1
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -177,11 +176,11 @@ def test_at_the_deadline_it_is_a_miss(steps):
     stack = emptied(ContentStack(lower))
     gather = stack.gather(PASSAGE)
     for _ in range(steps):
-        lower.reads.step(), stack.placement.tick()
+        lower.reads.step(), stack.cache.tick()
     stack.clock.now += 1.999
-    assert stack.placement.waits(gather)
+    assert stack.promotion.waits(gather)
     stack.clock.now += 0.001
-    assert not stack.placement.waits(gather) and not stack.holders(PASSAGE)
+    assert not stack.promotion.waits(gather) and not stack.holders(PASSAGE)
     assert stack.metrics.get(m.WAITS, "deadline") == stack.metrics.get(m.TIER_ERRORS, "redis", "deadline") == 1
     stack.settle()
     assert len(stack.holders(PASSAGE)) == (steps == 2), "what has been ordered goes on"
@@ -193,7 +192,7 @@ def test_a_tier_that_hangs_is_put_to_rest(stack):
     for _ in range(3):
         gather = stack.gather(PASSAGE)
         stack.clock.now += 2
-        assert not stack.placement.waits(gather)
+        assert not stack.promotion.waits(gather)
     assert stack.gather(PASSAGE) is None
     stack.clock.now += 1
     stack.settle()
@@ -203,9 +202,9 @@ def test_a_tier_that_hangs_is_put_to_rest(stack):
 def test_an_engine_with_nothing_else_to_do_stands_still(stack, disk):
     gather = stack.gather(PASSAGE)
     begun = stack.clock.now
-    assert stack.placement.waits(gather, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
+    assert stack.promotion.waits(gather, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
     stack.completions.meanwhile = disk.reads.run
-    assert not stack.placement.waits(gather, 0.0, 0.005) and len(stack.holders(PASSAGE)) == 1
+    assert not stack.promotion.waits(gather, 0.0, 0.005) and len(stack.holders(PASSAGE)) == 1
     assert stack.clock.now < begun + 0.01
 
 
@@ -213,7 +212,7 @@ def test_an_answer_that_comes_at_once_saves_a_step():
     stack = ContentStack(redis())
     stack.completions.meanwhile = stack.lowers[0].reads.run
     gather = stack.gather(PASSAGE)
-    assert not stack.placement.waits(gather, 0.002), "nothing is there"
+    assert not stack.promotion.waits(gather, 0.002), "nothing is there"
     assert stack.metrics.get(m.WAITS, "missed") == 1
 
 
@@ -225,11 +224,11 @@ def test_two_requests_share_a_read(lower, steps):
     stack = emptied(ContentStack(lower))
     first = stack.gather(PASSAGE)
     for _ in range(steps):
-        lower.reads.step(), stack.placement.tick()
+        lower.reads.step(), stack.cache.tick()
     second = stack.gather(PASSAGE, OTHER)
     stack.settle()
     assert lower.store.read.count(PLACE) == 1
-    assert not stack.placement.waits(first) and not stack.placement.waits(second)
+    assert not stack.promotion.waits(first) and not stack.promotion.waits(second)
     assert stack.metrics.get(m.WAITS, "loaded") == 2
     assert len(stack.holders(PASSAGE)) == len(stack.holders(OTHER)) == 1
     stack.check()
@@ -237,10 +236,10 @@ def test_two_requests_share_a_read(lower, steps):
 
 def test_two_that_read_the_same_alias_share_what_it_names(stack, disk):
     gathers = [stack.gather(PASSAGE), stack.gather(PASSAGE)]
-    disk.reads.run(), stack.placement.tick()
-    assert len(disk.reads.jobs) == 1 and all(map(stack.placement.waits, gathers))
+    disk.reads.run(), stack.cache.tick()
+    assert len(disk.reads.jobs) == 1 and all(map(stack.promotion.waits, gathers))
     stack.settle()
-    assert not any(map(stack.placement.waits, gathers)) and stack.metrics.get(m.WAITS, "loaded") == 2
+    assert not any(map(stack.promotion.waits, gathers)) and stack.metrics.get(m.WAITS, "loaded") == 2
 
 
 def test_who_shares_a_read_asks_nobody():
@@ -248,9 +247,9 @@ def test_who_shares_a_read_asks_nobody():
     stack = emptied(ContentStack(lower))
     stack.gather(PASSAGE)
     for _ in range(2):
-        lower.reads.step(), stack.placement.tick()
+        lower.reads.step(), stack.cache.tick()
     asked = lower.store.calls["contains"]
-    assert stack.placement.waits(stack.gather(PASSAGE)) and len(lower.reads.jobs) == 1
+    assert stack.promotion.waits(stack.gather(PASSAGE)) and len(lower.reads.jobs) == 1
     stack.settle()
     assert lower.store.calls["contains"] == asked
     stack.check()
@@ -259,22 +258,22 @@ def test_who_shares_a_read_asks_nobody():
 def test_what_memory_got_meanwhile_is_not_loaded(stack, disk):
     gather = stack.gather(PASSAGE)
     stack.keep(TEXT, named=CUTS)
-    disk.reads.step(), stack.placement.tick()
-    assert not stack.placement.waits(gather) and PLACE not in disk.store.read
-    assert list(map(is_loose, stack.holders(PASSAGE))) == [False]
+    disk.reads.step(), stack.cache.tick()
+    assert not stack.promotion.waits(gather) and PLACE not in disk.store.read
+    assert list(map(is_detached, stack.holders(PASSAGE))) == [False]
 
 
 def test_who_shares_a_read_waits_for_it_and_has_a_deadline_of_its_own(stack, disk):
     stack.gather(PASSAGE)
-    disk.reads.step(), stack.placement.tick()
+    disk.reads.step(), stack.cache.tick()
     stack.clock.now += 1
     second = stack.gather(PASSAGE)
-    assert second is not None and stack.placement.waits(second)
+    assert second is not None and stack.promotion.waits(second)
     assert len(disk.reads.jobs) == 1, "it asks nobody"
     stack.clock.now += 1.5
-    assert stack.placement.waits(second)
-    disk.reads.step(), stack.placement.tick()
-    assert not stack.placement.waits(second)
+    assert stack.promotion.waits(second)
+    disk.reads.step(), stack.cache.tick()
+    assert not stack.promotion.waits(second)
 
 
 def test_a_slow_tier_is_declined():
@@ -305,13 +304,13 @@ def test_a_missing_payload_is_a_miss_and_its_alias_goes(stack, disk):
 def test_an_alias_that_names_another_holder_meanwhile_stays(stack, disk):
     disk.values.delete([PLACE])
     gather = stack.gather(PASSAGE)
-    disk.reads.step(), stack.placement.tick()
+    disk.reads.step(), stack.cache.tick()
     nearer = PASSAGE + words(8, 30)
     stack.keep(nearer, named=[20])
     disk.reads.jobs.rotate(-1)  # the question which is better comes first
-    disk.writes.run(), disk.reads.step(), stack.placement.tick(), disk.writes.run()
+    disk.writes.run(), disk.reads.step(), stack.cache.tick(), disk.writes.run()
     stack.settle()
-    assert not stack.placement.waits(gather)
+    assert not stack.promotion.waits(gather)
     stack.forget()
     assert stack.bring(PASSAGE) == [1] and origin(stack.holders(PASSAGE)[0])[1] == 0
 
@@ -367,10 +366,10 @@ def test_a_tier_that_fails_is_a_miss_and_loses_nothing(steps):
     stack = emptied(ContentStack(lower))
     gather = stack.gather(PASSAGE)
     for _ in range(steps):
-        lower.reads.step(), stack.placement.tick()
+        lower.reads.step(), stack.cache.tick()
     lower.store.errors = {method: StoreError("timeout", "slow") for method in ("get_many", "contains")}
     stack.settle()
-    assert not stack.placement.waits(gather) and not stack.holders(PASSAGE) and stack.memory.used == 0
+    assert not stack.promotion.waits(gather) and not stack.holders(PASSAGE) and stack.memory.used == 0
     lower.store.errors = {}
     assert content(PASSAGE) in lower.stored() and stack.bring(PASSAGE) == [1]
     stack.check()
@@ -387,7 +386,7 @@ def test_without_room_what_fits_is_loaded():
 def test_what_is_being_brought_up_is_not_evicted(disk):
     stack = emptied(ContentStack(disk, pages=16))
     stack.gather(PASSAGE)
-    disk.reads.step(), stack.placement.tick()
+    disk.reads.step(), stack.cache.tick()
     stack.keep(words(9, 64)), stack.keep(words(10, 64))
     stack.settle()
     assert len(stack.holders(PASSAGE)) == 1
@@ -396,13 +395,13 @@ def test_what_is_being_brought_up_is_not_evicted(disk):
 
 def test_a_reset_while_it_is_brought_up(stack, disk):
     gather = stack.gather(PASSAGE)
-    disk.reads.step(), stack.placement.tick()
-    stack.hierarchy.reset()
+    disk.reads.step(), stack.cache.tick()
+    stack.memory.reset()
     assert stack.memory.used > 0, "a thread may be writing there"
     second = stack.gather(PASSAGE)
-    assert stack.placement.waits(second), "it cannot have what was dropped"
+    assert stack.promotion.waits(second), "it cannot have what was dropped"
     stack.settle()
-    assert not stack.placement.waits(gather) and not stack.placement.waits(second)
+    assert not stack.promotion.waits(gather) and not stack.promotion.waits(second)
     assert len(stack.holders(PASSAGE)) == 1
     stack.forget()
     assert stack.holders(PASSAGE) == []
@@ -415,7 +414,7 @@ def test_it_is_evicted_as_others_are_and_written_nowhere():
     lower = Lower(through=False)
     stack = ContentStack(lower, pages=16)
     stack.keep(TEXT, named=CUTS)
-    assert stack.placement.close(5.0)
+    assert stack.cache.close(5.0)
     stack.start()
     assert stack.bring(PASSAGE) == [1]
     puts = lower.store.calls["put"]
@@ -438,19 +437,16 @@ def test_it_is_not_given_to_a_tier_that_lacks_it():
 
 
 def test_in_the_end_it_is_not_written(stack, disk):
-    stack.bring(PASSAGE)
     other = redis()
-    stack.lowers[0].tier.bit, before = 1, len(disk.stored())
-    stack.placement._tiers += (other.open(stack.clock, stack.metrics, stack.completions),)
-    other.tier.bit = 2
-    assert stack.placement.close(5.0)
+    both, before = ContentStack(disk, other), len(disk.stored())
+    assert both.bring(PASSAGE) == [1]
+    assert both.cache.close(5.0)
     assert other.stored() == set() and len(disk.stored()) == before
-    stack.lowers = ()
 
 
 def test_what_is_used_loose_is_used_below(stack, disk):
     stack.bring(PASSAGE)
-    stack.placement.used(stack.holders(PASSAGE)), stack.settle()
+    stack.tiering.touch(stack.holders(PASSAGE)), stack.settle()
     used = {key: when for key, (_, when) in disk.values.values.items()}
     assert set(sorted(used, key=used.get)[-2:]) == {PLACE, content(PASSAGE)}
 
@@ -458,7 +454,7 @@ def test_what_is_used_loose_is_used_below(stack, disk):
 def test_it_is_not_what_a_new_alias_names(stack, disk):
     stack.bring(PASSAGE)
     disk.values.delete([content(PASSAGE)]), disk.index.drop(content(PASSAGE))
-    stack.placement.used(stack.holders(PASSAGE)), stack.settle()
+    stack.tiering.touch(stack.holders(PASSAGE)), stack.settle()
     assert content(PASSAGE) not in disk.stored()
 
 
@@ -466,12 +462,12 @@ def test_its_time_ends(disk):
     stack = emptied(ContentStack(disk), ttl=60)
     stack.bring(PASSAGE)
     (chunk,) = stack.holders(PASSAGE)
-    assert stack.hierarchy.holds.expiry(chunk) == pytest.approx(stack.clock() + 60)
+    assert stack.memory.pins.expiry(chunk) == pytest.approx(stack.clock() + 60)
     stack.clock.now += 59
-    stack.placement.tick()
+    stack.cache.tick()
     assert stack.holders(PASSAGE) == [chunk]
     stack.clock.now += 1
-    stack.placement.tick()
+    stack.cache.tick()
     assert stack.holders(PASSAGE) == [] and stack.memory.used == 0
     stack.wall.now += 60
     assert stack.bring(PASSAGE) == [0]
@@ -482,20 +478,20 @@ def test_its_time_ends(disk):
 def test_it_can_be_held_and_forgotten(stack):
     stack.bring(PASSAGE)
     (chunk,) = stack.holders(PASSAGE)
-    assert stack.hierarchy.holds.hold("owner", chunk, stack.clock() + 9)
-    stack.hierarchy.pin([chunk])
-    stack.hierarchy.forget([chunk], m.EXPIRED)
+    assert stack.memory.pins.hold("owner", chunk, stack.clock() + 9)
+    stack.memory.pin([chunk])
+    stack.memory.forget([chunk], m.EXPIRED)
     assert stack.holders(PASSAGE) == [] and stack.memory.used == 5, "its pages are still read"
-    stack.hierarchy.unpin([chunk])
-    stack.hierarchy.holds.release("owner")
+    stack.memory.unpin([chunk])
+    stack.memory.pins.release("owner")
     assert stack.memory.used == 0
 
 
 def test_it_is_not_copied_to_the_device(stack):
-    stack.hierarchy.device = DeviceTier(20, make_policy("lru"), after=1)
+    stack.memory.device = DeviceTier(20, make_policy("lru"), after=1)
     stack.bring(PASSAGE)
     (chunk,) = stack.holders(PASSAGE)
-    assert stack.hierarchy.touch(Match((chunk,), 20)) == [] and chunk.hits == 1
+    assert stack.memory.touch(Match((chunk,), 20)) == [] and chunk.hits == 1
     stack.get(TEXT, CUTS)
-    assert len(stack.hierarchy.touch(stack.match(TEXT, CUTS))) == 3
-    stack.hierarchy.device = None
+    assert len(stack.memory.touch(stack.match(TEXT, CUTS))) == 3
+    stack.memory.device = None

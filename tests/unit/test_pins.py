@@ -5,9 +5,9 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from ragkv.kvstore import holds as module
-from ragkv.kvstore.catalogue import Chunk
-from ragkv.kvstore.holds import NEVER, SHARE, TENANT_SHARE, Holds
+from ragkv.kvstore import pins as module
+from ragkv.kvstore.pins import NEVER, SHARE, TENANT_SHARE, Pins
+from ragkv.kvstore.prefix_tree import Chunk
 
 PAGES, ENTRIES = 20, 5
 PLACES = [(b"a", "desk 1"), (b"a", "desk 2"), (b"b", "desk 1"), (b"c", "desk 3")]
@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.tier = Tier()
-        self.holds = Holds(PAGES, self.tier.pin, self.tier.unpin)
+        self.holds = Pins(PAGES, self.tier.pin, self.tier.unpin)
         self.chunks = [chunk_of(1 + number % 4, number) for number in range(6)]
         self.now, self.until, self.expiries = 100.0, {}, {}
 
@@ -126,7 +126,7 @@ def tier():
 
 @pytest.fixture
 def holds(tier):
-    made = Holds(PAGES, tier.pin, tier.unpin)
+    made = Pins(PAGES, tier.pin, tier.unpin)
     yield made
     made.check_integrity()
 

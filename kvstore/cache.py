@@ -1,0 +1,400 @@
+"""`KVCache`: the one door of `ragkv.kvstore`. An engine's connector calls this module, and nothing behind it.
+
+Principles:
+
+* One thread calls all of it, the engine's scheduler. Threads do nothing but I/O; what they have done takes effect
+  in `tick`, and while a lookup waits. So no lock is needed, and no call blocks for longer than a few milliseconds.
+* The cache decides and does I/O; it never touches the engine's memory. It says which rows of the paged tiers to
+  copy, the connector has them copied, and tells how that ended: each `prepare_` is owed its `complete_`.
+* An engine only ever gets verified pages of memory. What lies in a lower tier is brought into memory first, while
+  the request waits: a failing disk or server is a miss, never a failed request.
+* What is promised stays: from a HIT until `release` nothing evicts it; from `prepare_` until `complete_` nothing
+  reuses its pages, whatever is evicted, expires or is reset meanwhile.
+* Misses and waiting are results; exceptions are faults of ours.
+
+A request's life: `lookup` (again while PENDING), then `prepare_load` and `touch` if it is taken up, and `release`
+in any case; `prepare_store` as its KV is computed.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.codec import ChunkCodec
+from ragkv.kvstore.content_lookup import ContentLookup
+from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.fusion.matching import Piece, find_moved
+from ragkv.kvstore.gate import Gate
+from ragkv.kvstore.io_pool import Completions
+from ragkv.kvstore.keys import TOKEN_BYTES
+from ragkv.kvstore.memory_tier import MemoryTier
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import Pages
+from ragkv.kvstore.pins import NEVER
+from ragkv.kvstore.prefix_tree import Chunk, Match, rows
+from ragkv.kvstore.promotion import Promotion
+from ragkv.kvstore.prompt import NO_MATCH, Indices, Load, Lookup, Prompt, Result, Store
+from ragkv.kvstore.storage_tier import StorageTier
+from ragkv.kvstore.tiering import Tiering
+from ragkv.policies import EvictionPolicy
+from ragkv.policies.admission import AdmissionPolicy
+
+ANSWER_SECONDS = 0.002  # that a lookup blocks for a tier's answer: less than a step lost
+IDLE_SECONDS = 0.005  # that a lookup of an idle engine blocks, and leaves its time to the reads
+WAITING_SHARE = 0.5  # of memory, at most, is kept for requests that wait for lower tiers
+PINNED_ALL = "ragkv.pin: a tenant's owners, or all, have pinned all that they may of the memory tier"
+
+
+class KVCache:
+    """Memory, with a device tier above it or not, and the storage `tiers` below, from the quickest to the slowest.
+
+    `pages`: memory's bytes. `attention_tokens`: the position at which a token's attention costs as much as its
+    other work. `deadline`: seconds that a request may wait for lower tiers. `by_content`: whether
+    `lookup_content` is answered. `note` is told of a fault, by kind. `clock`: seconds that never run backwards;
+    `wall`: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        policy: EvictionPolicy[Chunk],
+        tiers: Sequence[StorageTier],
+        gate: Gate,
+        completions: Completions,
+        metrics: Metrics,
+        *,
+        admission: AdmissionPolicy | None = None,
+        device: DeviceTier | None = None,
+        attention_tokens: float = float("inf"),
+        deadline: float = 2.0,
+        by_content: bool = False,
+        note: Callable[[str, str], object] = lambda kind, cause: None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.gate, self.tiers, self.metrics = gate, tuple(tiers), metrics
+        self._completions, self._note, self._clock, self._pages = completions, note, clock, pages
+        self.memory = MemoryTier(
+            len(pages),
+            policy,
+            pages.shape.page_tokens,
+            pages.shape.page_bytes,
+            metrics,
+            admission,
+            device,
+            attention_tokens,
+            evicting=lambda chunk: self.tiering.demote(chunk),
+            by_content=by_content,
+        )
+        self.capacity = len(pages) * pages.shape.page_tokens  # of memory, in tokens
+        self.token_bytes = pages.shape.token_bytes
+        self.priority_classes = self.memory.classes  # 1: all chunks are alike
+        codec = ChunkCodec(pages, wall)
+        self.tiering = Tiering(self.memory, codec, self.tiers, completions, clock)
+        self.promotion = Promotion(self.memory, codec, self.tiers, gate, completions, metrics, clock, deadline)
+        self.content = ContentLookup(self.memory, codec, self.promotion) if by_content else None
+        self._waiting: dict[Prompt, int] = {}  # prompts that wait for lower tiers: pages that are kept for them
+        self._flushing: deque[Chunk] | None = None  # what the flush under way has still to look at
+        for tier in self.tiers:
+            tier.start()
+
+    def __len__(self) -> int:
+        """Chunks in memory."""
+        return len(self.memory)
+
+    @property
+    def expiring(self) -> bool:
+        """Whether more has expired than one `tick` could drop: of what is found some may have to go."""
+        return self.memory.pins.late
+
+    # --- lookup ---
+
+    def lookup(self, prompt: Prompt, computed: int, limit: int, *, idle: bool = False) -> Lookup:
+        """How many tokens up to `limit` can be loaded beyond the first `computed`, which the engine has; they are
+        kept until `release`. What lower tiers have is brought into memory, once for a prompt. `idle`: the engine
+        has nothing else to do, so this may block for `IDLE_SECONDS`."""
+        self._waiting.pop(prompt, None)
+        if prompt.fetch is not None:
+            if self.promotion.waits(prompt.fetch, 0.0, IDLE_SECONDS if idle else 0.0):
+                return self._pending(prompt)
+        elif not prompt.fetched:
+            match = self._match(prompt, limit)
+            prompt.fetched = True
+            if self.tiers:
+                prompt.fetch = self.promotion.fetch(prompt.namespace, prompt.chain, match, computed, limit)
+            if prompt.fetch is not None and self.promotion.waits(prompt.fetch, ANSWER_SECONDS):
+                return self._pending(prompt)
+        tokens = self._match(prompt, limit).length - computed
+        worth = tokens > 0 and self._worth(prompt, tokens, computed)
+        return Lookup(Result.HIT, tokens) if worth else Lookup(Result.MISS)
+
+    def lookup_content(self, prompt: Prompt, start: int, limit: int, *, idle: bool = False) -> Lookup:
+        """Whether memory holds tokens of the prompt between `start` and `limit` that were computed anywhere: then
+        `prompt.passages` says what, and is kept until `release`. What lower tiers have of it is brought into
+        memory, once for a prompt. Call it after `lookup`, and with `by_content` only."""
+        contents = self.memory.tree.contents
+        assert contents is not None and self.content is not None
+        self._waiting.pop(prompt, None)
+        answer = 0.0
+        if not prompt.content_fetched:
+            prompt.content_fetched, answer = True, ANSWER_SECONDS
+            if self.tiers:
+                prompt.content_fetch = self.content.fetch(prompt.namespace, _cuts(prompt.chain, start))
+        fetch = prompt.content_fetch
+        if fetch is not None and self.promotion.waits(fetch, answer, IDLE_SECONDS if idle else 0.0):
+            return self._pending(prompt)
+        seen = len(prompt.chain.tokens), start
+        if prompt.searched != seen or not all(piece.chunk in self.memory for piece in prompt.passages):
+            shared = prompt.match.chunks
+            prompt.passages = find_moved(contents, prompt.namespace, prompt.chain, start, limit, shared)
+            prompt.searched = seen
+        self._keep(prompt, [*prompt.match.chunks[-1:], *dict.fromkeys(each.chunk for each in prompt.passages)])
+        return Lookup(Result.HIT, sum(map(len, prompt.passages))) if prompt.passages else Lookup(Result.MISS)
+
+    def release(self, prompt: Prompt) -> None:
+        """Nothing that was looked up for a prompt is kept any more: it is being loaded, or is not wanted."""
+        self._waiting.pop(prompt, None)
+        self._keep(prompt, ())
+        for fetch in (prompt.fetch, prompt.content_fetch):
+            if fetch is not None:
+                self.promotion.let_go(fetch)
+
+    def skip(self, prompt: Prompt) -> None:
+        """The engine loads nothing for a prompt now, whatever was found."""
+        prompt.match, prompt.matched = NO_MATCH, (-1, -1)
+        self.release(prompt)
+
+    def stored_tokens(self, prompt: Prompt, upto: int) -> int:
+        """First tokens of a prompt, at most `upto`, that memory holds now."""
+        return self.memory.match(prompt.namespace, prompt.chain, upto).length
+
+    # --- load ---
+
+    def prepare_load(self, prompt: Prompt, start: int, end: int) -> list[Load]:
+        """The copies of tokens `start` to `end` of the last HIT, one a paged tier. ValueError: not found."""
+        match, device = prompt.match, self.memory.device
+        if not start <= end <= max(start, match.length):
+            raise ValueError(f"{end - start} tokens were promised from token {start} on, and are not to be had")
+        brought = prompt.fetch.sources if prompt.fetch is not None else {}
+        parts: dict[bool, list[Chunk]] = {}
+        for chunk in match.chunks:
+            if chunk.position < end and chunk.position + len(chunk) > start:
+                parts.setdefault(device is not None and chunk in device, []).append(chunk)
+        loads = []
+        for copied, chunks in parts.items():
+            where, positions = self._places(chunks, device=copied)
+            wanted = (positions >= start) & (positions < end)
+            load = Load(where[wanted], positions[wanted], chunks, chunks[-1:], copied)
+            for chunk in chunks:
+                tier = brought.get(chunk, m.DEVICE if copied else m.MEMORY)
+                size = min(end, chunk.position + len(chunk)) - max(start, chunk.position)
+                load.sources[tier] = load.sources.get(tier, 0) + size
+            self.memory.pin(load.pinned)
+            loads.append(load)
+        return loads
+
+    def prepare_moved_load(self, pieces: Sequence[Piece]) -> Load:
+        """The copy of tokens that were found by content, of which `pieces` are wanted; their use is noted."""
+        chunks = list(dict.fromkeys(each.chunk for each in pieces))
+        row_of = {chunk: rows([chunk], self.memory.page_tokens) for chunk in chunks}
+        load = Load(
+            np.concatenate([row_of[each.chunk][each.first : each.first + len(each)] for each in pieces]),
+            np.concatenate([np.arange(each.start, each.end) for each in pieces]),
+            chunks,
+            chunks,
+            shifts=np.repeat(np.array([each.shift for each in pieces]), [len(each) for each in pieces]),
+        )
+        self.memory.pin(chunks)
+        self.memory.used_by(chunks)
+        self.tiering.touch(chunks)
+        return load
+
+    def complete_load(self, load: Load, *, ok: bool) -> None:
+        """A load is over. One from the device tier that failed says that the copies there are lost."""
+        self.memory.unpin(load.pinned)
+        if load.device and not ok:
+            self.memory.lose_copies(load.chunks)
+
+    def touch(self, prompt: Prompt, *, exact: bool = True) -> Store | None:
+        """The last HIT is used: tell the policies of all tiers. `exact`: the engine will hold the match as it is
+        stored, so hot chunks can be copied from there; then the store into the device tier that is due."""
+        prompt.tail = prompt.match.whole_tail
+        hot = self.memory.touch(prompt.match, prompt.priority, copy=exact)
+        self.tiering.touch(prompt.match.chunks)
+        return self._store(prompt, hot, device=True) if hot else None
+
+    # --- store ---
+
+    def prepare_store(self, prompt: Prompt, upto: int, number: int = 0) -> Store | None:
+        """Room in memory for what is not stored of a prompt's first `upto` tokens; None where there is nothing, or
+        no room. `number`: what is stored is written to lower tiers once `confirm` was called with it."""
+        until = NEVER if prompt.ttl is None else self._clock() + prompt.ttl
+        new = self.memory.reserve(
+            *(prompt.namespace, prompt.chain, upto),
+            asked=prompt.admitted,
+            priority=prompt.priority,
+            until=until,
+        )
+        prompt.admitted = max((end for end in prompt.chain.ends if end <= upto), default=0)
+        if not new:
+            return None
+        tail = prompt.tail
+        covers = tail is not None and any(chunk.parent is tail.parent for chunk in new)
+        store = self._store(prompt, new)
+        store.superseded, store.number = tail if covers else None, number
+        if new[-1].open:
+            prompt.tail = new[-1]
+        elif covers:
+            prompt.tail = None
+        return store
+
+    def complete_store(self, store: Store, *, ok: bool) -> None:
+        """A store is over; what failed is dropped."""
+        if store.device:
+            assert self.memory.device is not None
+            for chunk, pages in zip(store.chunks, store.pages, strict=True):
+                self.memory.device.made(chunk, pages, ok=ok)
+        elif not ok:
+            for chunk in reversed(store.chunks):
+                self.memory.abandon(chunk)
+        else:
+            self._stored(store)
+
+    def pin(self, prompt: Prompt, limit: int) -> None:
+        """Pin what memory holds of a prompt's first `limit` tokens, as it asks; what is stored later is too."""
+        self._pin(prompt, self._match(prompt, limit).chunks)
+
+    def unpin(self, tenant: bytes, owner: str) -> None:
+        """Take back all pins of a tenant's owner."""
+        self.memory.pins.release(owner, tenant)
+
+    # --- all of it ---
+
+    def tick(self) -> None:
+        """Do what is due: outcomes of I/O, trials of tiers that rest, what has expired; and report. Call it before
+        lookups, and once a step."""
+        self._completions.drain()
+        for tier in self.tiers:
+            tier.tick()
+        self.memory.tick(self._clock())
+        if self.tiering.aliases is not None:
+            self.tiering.aliases.order()
+        self.memory.report()
+
+    @property
+    def unconfirmed(self) -> int:
+        """Chunks in memory that wait to be confirmed."""
+        return self.tiering.unconfirmed
+
+    def confirm(self, number: int) -> None:
+        """All that was stored under this number, or less, is what its namespace says."""
+        self.tiering.confirm(number)
+
+    def invalidate(self) -> None:
+        """Nothing that waits to be confirmed is what its namespace says: drop it, with its descendants."""
+        self.tiering.invalidate()
+
+    def reset(self) -> None:
+        """Forget all that is in memory."""
+        self.tiering.invalidate()
+        self.memory.reset()
+
+    def flush(self) -> bool:
+        """Write a bounded part of what no lower tier has, in memory at the first call; whether all is written."""
+        if self._flushing is None:
+            self._flushing = deque(self.memory.everything())
+        return self.tiering.flush(self._flushing) and not any(tier.queued for tier in self.tiers)
+
+    def end_flush(self) -> None:
+        """The flush is over, or given up."""
+        self._flushing = None
+
+    def close(self, seconds: float) -> bool:
+        """Write what no lower tier has, within a bound, and let all go. Whether all was written."""
+        written = self.tiering.close(seconds)
+        self._pages.close()
+        return written
+
+    # --- inside ---
+
+    def _match(self, prompt: Prompt, limit: int) -> Match:
+        """Match in memory, and keep it; an engine asks again in every step while a request waits."""
+        seen = limit, self.memory.version
+        if prompt.matched != seen:
+            prompt.match = self.memory.match(prompt.namespace, prompt.chain, limit)
+            prompt.matched = seen
+        self._keep(prompt, prompt.match.chunks[-1:])
+        return prompt.match
+
+    def _keep(self, prompt: Prompt, chunks: Sequence[Chunk]) -> None:
+        """Keep these chunks for a prompt, with their ancestors, and nothing else."""
+        if tuple(chunks) != prompt.kept:
+            self.memory.pin(chunks)
+            self.memory.unpin(prompt.kept)
+            prompt.kept = tuple(chunks)
+
+    def _pending(self, prompt: Prompt) -> Lookup:
+        """A prompt waits. Where too many do, what is evicted meanwhile is looked up again."""
+        pages = sum(chunk.page_count for chunk in prompt.match.chunks)
+        if sum(self._waiting.values()) + pages <= WAITING_SHARE * self.memory.pages:
+            self._waiting[prompt] = pages
+        else:
+            self.release(prompt)
+        return Lookup(Result.PENDING)
+
+    def _worth(self, prompt: Prompt, tokens: int, start: int) -> bool:
+        """What the gate says of loading from memory, once a prompt; what is too small may grow, though."""
+        decision = None
+        small = self.gate.small(tokens)
+        if small:
+            decision, prompt.small = None if prompt.small else "small", True
+        elif prompt.declined is None:
+            prompt.declined = not self.gate.allows(tokens, m.MEMORY, start=start)
+            decision = "decline" if prompt.declined else "load"
+        if decision is not None:
+            self.metrics.count(m.GATE_DECISIONS, tier=m.MEMORY, decision=decision)
+        return not small and not prompt.declined
+
+    def _store(self, prompt: Prompt, chunks: list[Chunk], *, device: bool = False) -> Store:
+        pages = [chunk.device for chunk in chunks if device]
+        return Store(prompt, *self._places(chunks, device=device), chunks, device, pages)
+
+    def _places(self, chunks: Sequence[Chunk], *, device: bool) -> tuple[Indices, Indices]:
+        """Rows in a paged tier, and positions in the prompt, of all tokens of chunks of one chain."""
+        positions = [np.arange(chunk.position, chunk.position + len(chunk), dtype=np.int64) for chunk in chunks]
+        return rows(chunks, self.memory.page_tokens, device=device), np.concatenate(positions)
+
+    def _stored(self, store: Store) -> None:
+        prompt = store.prompt
+        for chunk in store.chunks:
+            self.memory.commit(chunk)
+            self.metrics.count(m.STORED_TOKENS, len(chunk))
+            if prompt.ttl is not None and chunk in self.memory:
+                self.memory.pins.expire(chunk, self._clock() + prompt.ttl)
+        self._pin(prompt, store.chunks)
+        self.tiering.stored(store.chunks, store.number)
+        if store.superseded is not None:
+            self.memory.discard(store.superseded)
+
+    def _pin(self, prompt: Prompt, chunks: Sequence[Chunk]) -> None:
+        """Pin chunks for the prompt's owner, as far as they are wanted and allowed."""
+        if (pin := prompt.pin) is None:
+            return
+        for chunk in chunks:
+            if (pin.end is not None and chunk.position >= pin.end) or chunk not in self.memory:
+                return
+            if not self.memory.pins.hold(pin.owner, chunk, self._clock() + pin.seconds, prompt.tenant):
+                prompt.pins_refused = True
+                self._note("pins", PINNED_ALL)
+                return
+
+
+def _cuts(chain: TokenChain, start: int) -> list[bytes]:
+    """The tokens (int32 bytes) of each chunk of a chain that begins at or after `start`."""
+    raw, cuts = chain.tokens.tobytes(), pairwise([0, *chain.ends])
+    return [raw[TOKEN_BYTES * first : TOKEN_BYTES * end] for first, end in cuts if first >= start]

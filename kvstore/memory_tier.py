@@ -1,0 +1,379 @@
+"""The memory tier: which chunks are in memory, in which pages, and which must leave.
+
+It owns the prefix tree, the pages, the eviction policy, pins and expiry; others may read `tree`, only this module
+changes it. One thread uses it, the engine's scheduler. It moves no bytes.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import PagePool
+from ragkv.kvstore.pins import NEVER, Pins
+from ragkv.kvstore.prefix_tree import (
+    Chunk,
+    DetachedRoot,
+    Match,
+    PrefixTree,
+    descendants,
+    is_detached,
+    longest_shared,
+)
+from ragkv.policies import EvictionPolicy, Prioritized
+from ragkv.policies.admission import AdmissionPolicy, Always
+
+
+class MemoryTier:
+    """`pages` pages of `page_tokens` tokens and `page_bytes` bytes; a chunk owns whole pages alone, and leaves
+    before its parent does. `attention_tokens`: the position at which a token's attention costs as much as its
+    other work (infinity: never). `evicting` is called with every chunk that is evicted for room, while its pages
+    still hold its bytes. `by_content`: whether chunks can be found by their tokens alone (`tree.contents`).
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        policy: EvictionPolicy[Chunk],
+        page_tokens: int,
+        page_bytes: int,
+        metrics: Metrics,
+        admission: AdmissionPolicy | None = None,
+        device: DeviceTier | None = None,
+        attention_tokens: float = float("inf"),
+        *,
+        evicting: Callable[[Chunk], object] = lambda chunk: None,
+        by_content: bool = False,
+    ) -> None:
+        self.page_tokens, self.page_bytes, self.device = page_tokens, page_bytes, device
+        self.version = 0  # of what `match` would answer
+        self.tree = PrefixTree(by_content=by_content)
+        self.pins = Pins(pages, self.pin, self.unpin)
+        self._pool, self._policy = PagePool(pages), policy
+        self._classes = policy if isinstance(policy, Prioritized) else None
+        self._metrics, self._evicting = metrics, evicting
+        self._admission = admission or Always()
+        self._attention_tokens = attention_tokens
+        self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
+
+    @property
+    def pages(self) -> int:
+        """Pages of memory, used or not."""
+        return self._pool.pages
+
+    @property
+    def used(self) -> int:
+        """Pages in use."""
+        return self._pool.used
+
+    @property
+    def leaving(self) -> int:
+        """Chunks that were removed while pinned, and keep their pages until they are unpinned."""
+        return len(self._doomed)
+
+    @property
+    def classes(self) -> int:
+        """Classes of priority; 1: all chunks are alike."""
+        return 1 if self._classes is None else self._classes.highest + 1
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk in self.tree
+
+    def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
+        """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
+        found = self.tree.match(self.tree.root(namespace), chain, limit)
+        if self.pins.late:  # up to the first chunk whose time is over and which `tick` has not come to yet
+            for number, chunk in enumerate(found.chunks):
+                if self.pins.over(chunk):
+                    return Match(found.chunks[:number], chunk.position)
+        return found
+
+    def reserve(
+        self,
+        namespace: bytes,
+        chain: TokenChain,
+        upto: int,
+        *,
+        asked: int = 0,
+        priority: int = 0,
+        until: float = NEVER,
+    ) -> list[Chunk]:
+        """Room for the chunks of the first `upto` tokens that are not stored yet.
+
+        The last may be an open tail. They come pinned and not ready: write their bytes, then `commit` or
+        `abandon` each. Where memory has no room the rest is left out, and counted. Admission has seen this request
+        up to token `asked`, and is not asked again: once seen is not twice. `until`: when all of them may go; one
+        that is there already, and would have to go earlier, is kept until then.
+        """
+        raw = chain.tokens[:upto].tobytes()
+        whole = bisect.bisect_right(chain.ends, len(raw) // TOKEN_BYTES)
+        cuts = list(zip(chain.ends[:whole], chain.keys[:whole], strict=True))
+        end, key = cuts[-1] if cuts else (0, namespace)
+        if tail := raw[TOKEN_BYTES * end :]:
+            cuts.append((len(raw) // TOKEN_BYTES, chain_key(key, tail)))
+        parent, start = self.tree.root(namespace), 0
+        new: list[Chunk] = []
+        for index, (end, key) in enumerate(cuts):
+            tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
+            chunk = self.tree.get(key, parent, tokens)
+            if chunk is not None and chunk.open and index < whole:
+                chunk.open, chunk.stored_in = False, 0  # no tail any more: lower tiers have it elsewhere now
+            if chunk is not None and self.pins.outlive(chunk, until):
+                chunk.stored_in = 0  # lower tiers were told the earlier expiry
+            if chunk is None:
+                if index == whole and self._has_tail(parent, tokens):
+                    break
+                if (start < asked and self.has_admission) or not self._admits(key, tokens, start):
+                    self._see(cuts[index + 1 :], raw, max(asked, end))
+                    break
+                chunk = self.reserve_chunk(key, parent, tokens, priority)
+                if chunk is None:
+                    break
+                chunk.open = index == whole
+                self.pins.expire(chunk, until)
+                new.append(chunk)
+            elif not chunk.ready and not chunk.pins:  # its writer gave up: write it again
+                self.pin([chunk])
+                new.append(chunk)
+            parent, start = chunk, end
+        return new
+
+    def reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes, priority: int = 0) -> Chunk | None:
+        """Room for one child of `parent`, pinned and not ready; None, and counted, where there is none. `priority`
+        counts where the policy has classes."""
+        chunk = self.tree.insert(key, parent, tokens)
+        if chunk is None:
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.COLLISION)
+            return None
+        pages = self._pages(tokens)
+        above = [parent] if parent.pages else []
+        self.pin(above)  # the victims must not be the new chunk's ancestors
+        victims = self._policy.evict(pages - self._pool.free)
+        if victims is None:
+            self.tree.remove(chunk)
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
+        else:
+            self._evict(victims)
+            chunk.pages = self._pool.take(pages)
+            self._insert(chunk, above[0] if above else None, priority)
+            self.pin([chunk])
+        self.unpin(above)
+        return chunk if victims is not None else None
+
+    def reserve_detached(self, namespace: bytes, source: bytes, tokens: bytes, position: int) -> Chunk | None:
+        """As `reserve_chunk`, for a copy of the chunk of key `source`, which began at token `position` of a prompt
+        of `namespace`. Its ancestors are not there: it is in `tree.contents` alone, and never matches."""
+        root = DetachedRoot(namespace, source, position)
+        return self.reserve_chunk(root.key, root, tokens)
+
+    def commit(self, chunk: Chunk) -> None:
+        """The bytes of a reserved chunk are written: from now on it matches."""
+        self.tree.mark_ready(chunk)
+        self.version += 1
+        self.unpin([chunk])
+
+    def abandon(self, chunk: Chunk) -> None:
+        """The bytes of a reserved chunk will not come. Where it has children, it stays, unready, until they are
+        abandoned too, or the next `reserve` of the same tokens writes it."""
+        self.unpin([chunk])
+        each: Chunk | None = chunk
+        while each is not None and not each.ready and self._drop_leaf(each, m.ABANDONED):
+            each = each.parent
+
+    def discard(self, chunk: Chunk) -> None:
+        """Drop a chunk whose tokens others hold now; no error if it is gone, in use, or has children."""
+        self._drop_leaf(chunk, m.SUPERSEDED)
+
+    def pin(self, chunks: Iterable[Chunk]) -> None:
+        """Keep chunks (and so their ancestors) until `unpin`."""
+        for chunk in chunks:
+            if not chunk.pins:
+                self._policy.pin(chunk)
+            chunk.pins += 1
+
+    def unpin(self, chunks: Sequence[Chunk]) -> None:
+        """Take back one `pin` of each."""
+        for chunk in chunks:
+            chunk.pins -= 1
+            if not chunk.pins:
+                self._policy.unpin(chunk)
+        if self._doomed and any(chunk not in self.tree for chunk in chunks):
+            self._drop_doomed()
+
+    def touch(self, match: Match, priority: int = 0, *, copy: bool = True) -> list[Chunk]:
+        """Note that a match was used, by a request of that priority; if `copy`, the chunks that are due to
+        be copied to the device tier."""
+        self.used_by(match.chunks, priority)
+        if self.device is None or not copy or any(map(is_detached, match.chunks)):
+            return []
+        whole = sum(map(len, match.chunks)) == match.length  # else the engine holds only a part of the last
+        return self.device.used_now(match.chunks if whole else match.chunks[:-1])
+
+    def used_by(self, chunks: Sequence[Chunk], priority: int = 0) -> None:
+        """Note a use of chunks, root first, by a request of that priority; their priority can only rise."""
+        for chunk in chunks:
+            self._policy.touch(chunk)
+            chunk.hits += 1
+        if self._classes is not None and priority and chunks:
+            self._classes.raise_priority(chunks[-1], min(priority, self._classes.highest))
+
+    def tick(self, now: float) -> None:
+        """Unpin what has expired, and drop chunks whose time is over, with their descendants."""
+        self.forget(self.pins.due(now), m.EXPIRED)
+
+    def forget(self, chunks: Sequence[Chunk], reason: str) -> None:
+        """Drop chunks with their descendants. A pinned chunk keeps its pages until it is unpinned, but never
+        matches, and no owner keeps it."""
+        gone: deque[Chunk] = deque()  # parents before their children, whichever was named first
+        for chunk in chunks:
+            for each in reversed(descendants(chunk) if chunk in self.tree else []):
+                self.tree.remove(each)
+                gone.appendleft(each)
+        if gone:
+            self._doom(list(gone), reason)
+            self.pins.drop(set(gone))
+
+    def reset(self) -> None:
+        """Forget everything, as `forget` does."""
+        gone = list(self.tree)
+        self.tree.clear()
+        self._doom(gone, m.RESET)
+        self.pins.forget()
+
+    def everything(self) -> list[Chunk]:
+        """All chunks that can be read, detached ones too, parents before their children."""
+        return [chunk for chunk in self.tree if chunk.ready]
+
+    def cost(self, chunk: Chunk) -> float:
+        """Work to compute a chunk, in tokens at the beginning of a prompt."""
+        return self._work(chunk.tokens, chunk.position)
+
+    def lose_copies(self, chunks: Iterable[Chunk]) -> None:
+        """Their copies in the device tier could not be read: they are in memory only."""
+        for chunk in chunks:
+            self._drop_copy(chunk, m.ABANDONED)
+
+    @property
+    def has_admission(self) -> bool:
+        """Whether admission may refuse anything."""
+        return not isinstance(self._admission, Always)
+
+    def report(self) -> None:
+        """Set the gauges of the memory and the device tier."""
+        self._metrics.gauge(m.PINNED_BYTES, self.pins.pages * self.page_bytes)
+        self._report(m.MEMORY, self._pool, len(self.tree))
+        if self.device is not None:
+            self._report(m.DEVICE, self.device, len(self.device))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where tree, pages and policy disagree."""
+        self._policy.check_integrity()
+        self._pool.check_integrity()
+        self.pins.check_integrity()
+        chunks = [*self.tree, *self._doomed]
+        if self.tree.contents is not None:
+            self.tree.contents.check_integrity(self.everything())
+        owned = [page for chunk in chunks for page in memoryview(chunk.pages).cast("i")]
+        assert len(owned) == len(set(owned)) == self._pool.used, "pages and chunks disagree"
+        assert all(chunk.pins >= 0 for chunk in chunks)
+        if self.device is not None:
+            self.device.check_integrity()
+            copied = [page for chunk in chunks for page in memoryview(chunk.device).cast("i")]
+            assert len(copied) == len(set(copied)) == self.device.used, "device pages and chunks disagree"
+
+    def _report(self, tier: str, pages: PagePool | DeviceTier, chunks: int) -> None:
+        gauge = self._metrics.gauge
+        gauge(m.USED_PAGES, pages.used, tier=tier)
+        gauge(m.USED_BYTES, pages.used * self.page_bytes, tier=tier)
+        gauge(m.CAPACITY_BYTES, pages.pages * self.page_bytes, tier=tier)
+        gauge(m.CHUNKS, chunks, tier=tier)
+
+    def _insert(self, chunk: Chunk, parent: Chunk | None, priority: int) -> None:
+        """Give a chunk that has pages to the policy."""
+        pages, cost = chunk.page_count, self.cost(chunk)
+        if self._classes is None:
+            self._policy.insert(chunk, parent, pages, cost)
+        else:
+            self._classes.insert(chunk, parent, pages, cost, min(priority, self._classes.highest))
+
+    def _evict(self, victims: list[Chunk]) -> None:
+        """Let victims of the policy go; what their pages hold is lost with the next `take`."""
+        for victim in victims:
+            if victim.ready:
+                self._evicting(victim)
+            self.tree.remove(victim)
+            self._free(victim)
+        if victims:
+            self.version += 1
+            self._metrics.count(m.EVICTED_CHUNKS, len(victims), tier=m.MEMORY, reason=m.CAPACITY)
+
+    def _has_tail(self, parent: Chunk, tokens: bytes) -> bool:
+        """Whether a longer child of `parent` holds an open tail, and need not go before it."""
+        child, shared = longest_shared(parent, tokens)
+        return child is not None and shared == len(tokens) // TOKEN_BYTES and not self.pins.expiry(child)
+
+    def _pages(self, tokens: bytes) -> int:
+        return -(-len(tokens) // (TOKEN_BYTES * self.page_tokens))
+
+    def _work(self, tokens: bytes, position: int) -> float:
+        """Of a token, 1 and what it attends to (Kaplan et al. 2020, "Scaling Laws for Neural Language Models",
+        section 2.1)."""
+        return len(tokens) / TOKEN_BYTES * (1.0 + position / self._attention_tokens)
+
+    def _admits(self, key: bytes, tokens: bytes, position: int) -> bool:
+        admitted = self._admission.admit(key, self._pages(tokens), self._work(tokens, position))
+        if not admitted:
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.ADMISSION)
+        return admitted
+
+    def _see(self, cuts: list[tuple[int, bytes]], raw: bytes, start: int) -> None:
+        """Let admission see the chunks after one that it declined, from token `start` on: they cannot be kept now,
+        and else a chain would be seen one chunk deeper each time."""
+        for end, key in cuts:
+            if end > start:
+                self._admits(key, raw[TOKEN_BYTES * start : TOKEN_BYTES * end], start)
+                start = end
+
+    def _doom(self, gone: list[Chunk], reason: str) -> None:
+        if gone:
+            self._metrics.count(m.EVICTED_CHUNKS, len(gone), tier=m.MEMORY, reason=reason)
+        self._doomed = gone + self._doomed  # before what may be their descendants
+        self.version += 1
+        self._drop_doomed()
+
+    def _drop_doomed(self) -> None:
+        """Free what was removed while pinned, where no pin holds it or a descendant any more."""
+        kept: list[Chunk] = []
+        held: set[Chunk | None] = set()
+        for chunk in reversed(self._doomed):
+            if chunk.pins or chunk in held:
+                held.add(chunk.parent)
+                kept.append(chunk)
+            else:
+                self._policy.remove(chunk)
+                self._free(chunk)
+        self._doomed = kept[::-1]
+
+    def _free(self, chunk: Chunk) -> None:
+        """A chunk's pages are not its own any more."""
+        self._pool.give_back(chunk.pages)
+        self.pins.left(chunk)
+        self._drop_copy(chunk, m.SUPERSEDED)
+
+    def _drop_copy(self, chunk: Chunk, reason: str) -> None:
+        if self.device is not None and self.device.drop(chunk):
+            self._metrics.count(m.EVICTED_CHUNKS, tier=m.DEVICE, reason=reason)
+
+    def _drop_leaf(self, chunk: Chunk, reason: str) -> bool:
+        if chunk not in self.tree or chunk.pins or chunk.children:
+            return False
+        self.tree.remove(chunk)
+        self._doom([chunk], reason)  # descendants that were removed while pinned may be left
+        return True

@@ -1,0 +1,117 @@
+"""What a connector and the cache hand each other: a request's prompt, what a lookup found, loads and stores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.fusion.matching import Piece
+from ragkv.kvstore.pins import Pin
+from ragkv.kvstore.prefix_tree import Chunk, Match
+from ragkv.kvstore.storage_tier import StorageTier
+
+NO_MATCH = Match((), 0)
+
+Indices = npt.NDArray[np.int64]
+
+
+class Result(Enum):
+    """What a lookup found. PENDING: lower tiers are still being asked or read; ask again."""
+
+    MISS = "miss"
+    HIT = "hit"
+    PENDING = "pending"
+
+
+class Lookup(NamedTuple):
+    """`tokens`: of a HIT, beyond those that the engine has itself."""
+
+    result: Result
+    tokens: int = 0
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Fetch:
+    """What is being brought into memory for a request."""
+
+    namespace: bytes
+    began: float
+    deadline: float
+    load: Callable[["Fetch"], None]  # called with the last answer: orders the reads
+    complete: Callable[["Fetch"], None] = lambda fetch: None  # called with the last read
+    holders: dict[bytes, StorageTier] = field(default_factory=dict)  # by key, the quickest tier that has it
+    asking: int = 1  # questions without an answer, and the one that the fetch itself is
+    loading: int = 1  # reads that have not ended, and the same
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes that are read, by tier
+    sources: dict[Chunk, str] = field(default_factory=dict)  # the tier that each chunk came from
+    waiting_for: list[StorageTier] = field(default_factory=list)  # one for each question and small read
+    over: bool = False  # the request need not wait any more
+    kept: list[Chunk] = field(default_factory=list)  # chunks that have come, pinned until they are used
+    gone: bool = False  # the request does not want them any more
+    probes: bool = False  # it does not pay, and is tried all the same
+    since: float = 0.0  # when tiers were last given something to do
+    spent: float = 0.0  # seconds that tiers needed up to then
+    result: str = "missed"
+
+
+@dataclass(eq=False, slots=True)
+class Prompt:
+    """A request's prompt. The caller makes it, and extends `chain` before each call as the request grows;
+    the fields below the line are the cache's own, for others to read only."""
+
+    namespace: bytes  # nothing is shared between two
+    chain: TokenChain
+    tenant: bytes = b""  # whose pins its pins are
+    priority: int = 0
+    ttl: float | None = None  # seconds that what it stores may be kept; None: as long as may be
+    pin: Pin | None = None
+    # ---
+    match: Match = NO_MATCH  # in memory, at the last lookup
+    matched: tuple[int, int] = (-1, -1)  # tokens looked up, and memory's version, of which that is
+    passages: Sequence[Piece] = ()  # what `lookup_content` found
+    searched: tuple[int, int] = (-1, -1)  # tokens of the prompt, and where the search began, of which that is
+    kept: tuple[Chunk, ...] = ()  # pinned until `release`
+    fetch: Fetch | None = None  # what is brought up of its prefix, once
+    fetched: bool = False
+    content_fetch: Fetch | None = None  # what is brought up by content, once
+    content_fetched: bool = False
+    declined: bool | None = None  # the gate said that computing is quicker than loading from memory
+    small: bool = False  # what was found is too little to be worth a load
+    admitted: int = 0  # first tokens that admission has seen
+    tail: Chunk | None = None  # the open tail that was stored or loaded last
+    pins_refused: bool = False  # not all that `pin` asked for is pinned
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """A copy from a paged tier into the engine. `rows[i]`: where a token is in the tier (page * tokens a page +
+    offset); `positions[i]`: where it belongs in the prompt; both int64 [n]. `shifts[i]`: by how many positions it
+    moved, None where none did. `device`: the rows are of the device tier. `sources`: tokens by the tier they came
+    from."""
+
+    rows: Indices
+    positions: Indices
+    chunks: list[Chunk]
+    pinned: list[Chunk]  # until `complete_load`; so are their ancestors
+    device: bool = False
+    shifts: Indices | None = None
+    sources: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Store:
+    """A copy from the engine into a paged tier; fields as of `Load`. `device`: it copies chunks, which are in
+    memory, into the device tier."""
+
+    prompt: Prompt
+    rows: Indices
+    positions: Indices
+    chunks: list[Chunk]
+    device: bool = False
+    pages: list[bytes] = field(default_factory=list)  # of a copy into the device tier
+    superseded: Chunk | None = None  # an open tail whose tokens this store holds too
+    number: int = 0  # confirms it
