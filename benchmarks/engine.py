@@ -63,8 +63,7 @@ class Engine:
         handle, log = tempfile.mkstemp(prefix="ragkv-engine-", suffix=".log")
         os.close(handle)
         self.log = Path(log)
-        context: Any = _forking() if options.one_process else multiprocessing.get_context("spawn")
-        self._pipe: Connection
+        context = _forking() if options.one_process else multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(options, log, theirs, dict(os.environ)))
         self._process.start()
@@ -186,7 +185,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _forking() -> Any:
+def _forking() -> multiprocessing.context.ForkServerContext:
     """Processes forked from one that has imported vLLM already, which takes a third of an engine's start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ragkv.benchmarks.engine_imports"])
