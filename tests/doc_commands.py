@@ -12,7 +12,6 @@ from pathlib import Path
 
 import typer
 
-from ragkv.benchmarks.internal.__main__ import app as internal
 from ragkv.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +63,7 @@ def commands(path: Path) -> list[Command]:
         found += _of_block(path.name, start, language, block)
     for number, line in enumerate(lines):
         if number not in inside:
-            for text in re.findall(r"`((?:ragkv|python -m ragkv[\w.]+) [^`]+)`", line):
+            for text in re.findall(r"`(ragkv [^`]+)`", line):
                 found.append(Command(path.name, number + 1, text, inline=True))
     return found
 
@@ -133,8 +132,8 @@ def unknown(words: list[str]) -> str | None:
     """What ragkv does not know of a command line's words, of its commands and options; None: all is well.
     A synopsis may stand there too: [--option VALUE], and `ls | show KEY` for commands of one group."""
     words = [word if word.startswith(("{", "[{")) else word.strip("[]") for word in words]
-    whose, rest = (internal, words[3:]) if words[0] == "python" else (app, words[1:])
-    group = command = typer.main.get_command(whose)
+    rest = words[1:]
+    group = command = typer.main.get_command(app)
     while rest:
         word, *rest = rest
         if word == "|" and hasattr(group, "commands"):

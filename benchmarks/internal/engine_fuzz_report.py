@@ -114,7 +114,7 @@ def again(wrong: Wrong, options: FuzzOptions) -> str:
     faults = f" --faults {options.store_faults:g} --copy-faults {options.copy_faults:g}"
     fusion = " --fusion" if options.fusion else ""
     only = f"--seed {options.seed} --only {wrong.episode}"
-    return f"python -m ragkv.benchmarks.internal fuzz --engine {only}{faults}{fusion}"
+    return f"ragkv bench fuzz --engine {only}{faults}{fusion}"
 
 
 def _as_json(wrong: Wrong, options: FuzzOptions) -> dict[str, Any]:

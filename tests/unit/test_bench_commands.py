@@ -11,7 +11,7 @@ from fusion_bench_tools import Words
 from ragkv.benchmarks import demo, prefix
 from ragkv.benchmarks.engine import Answer
 from ragkv.benchmarks.internal import restart
-from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.commands import app as internal
 from ragkv.benchmarks.report import shared_prefix
 from ragkv.cli import app
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ragkv.benchmarks.internal import hints as bench
 from ragkv.benchmarks.internal import stall
-from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.commands import app as internal
 from ragkv.connectors.vllm.hints import HINT_NAMES, read_hints
 from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 

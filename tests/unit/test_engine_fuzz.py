@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ragkv.benchmarks.engine import EngineError
 from ragkv.benchmarks.internal import engine_fuzz, engine_fuzz_play, engine_fuzz_report
-from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.commands import app as internal
 from ragkv.benchmarks.internal.engine_fuzz import Faults, FuzzOptions, judge
 from ragkv.benchmarks.internal.engine_fuzz_plan import (
     LONGEST_ANSWER,

@@ -8,7 +8,7 @@ import pytest
 from fusion_bench_tools import Words
 from ragkv import cli
 from ragkv.benchmarks.internal import fusion, fusion_measure, fusion_quality
-from ragkv.benchmarks.internal.__main__ import app
+from ragkv.benchmarks.internal.commands import app
 from ragkv.benchmarks.internal.fusion_measure import Full, Reply, hints, measure, prefill, store, work
 from ragkv.benchmarks.internal.fusion_quality import Divergence
 from ragkv.benchmarks.internal.fusion_trials import Trial

@@ -30,7 +30,6 @@ HERE = (
 )
 VARIABLES = {f"RAGKV_{key.replace('.', '_')}".upper() for key in keys()} | {FILE_VARIABLE}
 SERVER = "tests/engine/test_server.py"
-INTERNAL = r"python -m ragkv\.benchmarks\.internal "
 # Commands that are not run here, and the tests that run them.
 ELSEWHERE = {
     r"make (demo|test|docs)": "Makefile",
@@ -40,17 +39,17 @@ ELSEWHERE = {
     r"ragkv ingest ": f"{SERVER}::test_passages_are_ingested_and_fused_in_another_order",
     r"ragkv demo\b": "tests/unit/test_bench_commands.py::test_demo",
     r"ragkv bench prefix\b": "tests/unit/test_bench_commands.py::test_bench_prefix",
-    INTERNAL + r"restart\b": "tests/unit/test_bench_commands.py::test_bench_restart",
-    INTERNAL + r"fingerprint\b": "tests/unit/test_bench_commands.py::test_bench_fingerprint",
-    INTERNAL + r"plan\b": "tests/unit/test_bench_commands.py::test_bench_plan",
-    INTERNAL + r"tiers\b": "tests/unit/test_store_benchmarks.py::test_the_tiers_benchmark_writes_its_figures",
-    INTERNAL + r"stall\b": "tests/unit/test_stall.py::test_bench_stall",
-    INTERNAL + r"hints\b": "tests/unit/test_bench_hints.py::test_bench_hints",
-    INTERNAL + r"soak\b": "tests/unit/test_soak.py::test_bench_soak",
-    INTERNAL + r"fuzz --engine": "tests/engine/test_fuzz.py::"
+    r"ragkv bench restart\b": "tests/unit/test_bench_commands.py::test_bench_restart",
+    r"ragkv bench fingerprint\b": "tests/unit/test_bench_commands.py::test_bench_fingerprint",
+    r"ragkv bench plan\b": "tests/unit/test_bench_commands.py::test_bench_plan",
+    r"ragkv bench tiers\b": "tests/unit/test_store_benchmarks.py::test_the_tiers_benchmark_writes_its_figures",
+    r"ragkv bench stall\b": "tests/unit/test_stall.py::test_bench_stall",
+    r"ragkv bench hints\b": "tests/unit/test_bench_hints.py::test_bench_hints",
+    r"ragkv bench soak\b": "tests/unit/test_soak.py::test_bench_soak",
+    r"ragkv bench fuzz --engine": "tests/engine/test_fuzz.py::"
     "test_an_engine_under_pressure_answers_as_plain_vllm_does",
-    INTERNAL + r"fuzz\b": "tests/unit/test_store_benchmarks.py::test_the_fuzzer_writes_its_figures",
-    INTERNAL + r"fusion\b": "tests/unit/test_fusion_bench.py::test_the_command_writes_its_figures",
+    r"ragkv bench fuzz\b": "tests/unit/test_store_benchmarks.py::test_the_fuzzer_writes_its_figures",
+    r"ragkv bench fusion\b": "tests/unit/test_fusion_bench.py::test_the_command_writes_its_figures",
     r"ragkv bench serve\b": f"{SERVER}::test_the_serving_benchmark_plays_against_it",
     r"ragkv bench compare\b": f"{SERVER}::test_the_serving_benchmark_plays_against_it",
     r"(ragkv|vllm) serve ": f"{SERVER}::test_it_answers_and_its_metrics_are_all_there",
@@ -156,8 +155,8 @@ def test_commands_are_found():
         ("ragkv bench prefix [--tokens 1] [--jsn FILE]", "no option '--jsn'"),
         ("ragkv config show --extra {}", None),
         ("ragkv bench", None),
-        ("python -m ragkv.benchmarks.internal plan --tokens 1", None),
-        ("python -m ragkv.benchmarks.internal plan --token 1", "no option '--token'"),
+        ("ragkv bench plan --tokens 1", None),
+        ("ragkv bench plan --token 1", "no option '--token'"),
     ],
 )
 def test_what_ragkv_does_not_know_is_seen(words, said):

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ragkv.benchmarks.internal import soak, soak_load
-from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.commands import app as internal
 from ragkv.benchmarks.internal.soak import DISK, PLAIN, RAGKV, Reading, growth, judge
 from ragkv.benchmarks.internal.soak_load import Users
 

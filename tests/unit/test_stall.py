@@ -7,7 +7,7 @@ import transformers
 from typer.testing import CliRunner
 
 from ragkv.benchmarks.internal import stall
-from ragkv.benchmarks.internal.__main__ import app as internal
+from ragkv.benchmarks.internal.commands import app as internal
 from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 
 PREFILL = 8.0

@@ -7,7 +7,7 @@ import pytest
 
 from ragkv import cli
 from ragkv.benchmarks.internal import fuzz, redis_server, tiers
-from ragkv.benchmarks.internal.__main__ import app
+from ragkv.benchmarks.internal.commands import app
 from ragkv.errors import RagKVError, StoreError
 from ragkv.kvstore import codec
 

@@ -1,5 +1,7 @@
 """`ragkv demo`, `ragkv simulate` and `ragkv bench`: what users measure. Each command imports its program late."""
 
+import importlib
+import importlib.util
 import math
 from pathlib import Path
 from typing import Annotated
@@ -205,3 +207,12 @@ def _model_and_arguments(model: str | None, arguments: list[str]) -> tuple[str |
     if model is not None and model.startswith("-"):
         return None, (model, *arguments)
     return model, tuple(arguments)
+
+
+def _add_internal(commands: str = "ragkv.benchmarks.internal") -> None:
+    """In a clone, the commands for those who change ragkv; the wheel has none of them."""
+    if importlib.util.find_spec(commands) is not None:
+        app.registered_commands += importlib.import_module(f"{commands}.commands").app.registered_commands
+
+
+_add_internal()

@@ -1,20 +1,19 @@
-"""The runner: `python -m ragkv.benchmarks.internal NAME`. Each command imports its program late."""
+"""Commands that `ragkv bench` has in a clone only. Each imports its program late."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ragkv import cli
 from ragkv.cli.common import FilingsOption, OutputOption, PlotOption, one_of, some_of
 
 SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
 TIERS = ("disk", "redis")
 
-app = typer.Typer(no_args_is_help=True, context_settings=cli.HELP, help="Measure and fuzz ragkv, from a clone.")
+app = typer.Typer(no_args_is_help=True, help="Measure and fuzz ragkv, in a clone.")
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal stall --tokens 6000 --output stall.json")
+@app.command(epilog="Example: ragkv bench stall --tokens 6000 --output stall.json")
 def stall(
     tokens: Annotated[int, typer.Option(min=200, max=7000, help="Tokens that the other request loads.")] = 6000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Documents, each loaded and prefilled once.")] = 5,
@@ -27,7 +26,7 @@ def stall(
     run(tokens, rounds, filings, json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal hints --tokens 6000 --output hints.json")
+@app.command(epilog="Example: ragkv bench hints --tokens 6000 --output hints.json")
 def hints(
     tokens: Annotated[int, typer.Option(min=400, max=7000, help="Tokens of the prompt that brings hints.")] = 6000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Pairs of each kind of hints.")] = 9,
@@ -40,7 +39,7 @@ def hints(
     run(tokens, rounds, filings, json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal soak --minutes 30 --output soak.json")
+@app.command(epilog="Example: ragkv bench soak --minutes 30 --output soak.json")
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long each server is under load.")] = 30,
     turn: Annotated[float, typer.Option(min=1, help="Seconds of a turn; the servers take turns.")] = 60,
@@ -53,7 +52,7 @@ def soak(
     run(minutes, turn, model, json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal restart --tier redis")
+@app.command(epilog="Example: ragkv bench restart --tier redis")
 def restart(
     tier: Annotated[
         str, typer.Option(help="What outlives the engine: disk or redis.", autocompletion=one_of(TIERS))
@@ -70,9 +69,7 @@ def restart(
     run(tier, tokens, rounds, filings, redis, json_file)
 
 
-@app.command(
-    epilog="Example: python -m ragkv.benchmarks.internal fingerprint --model ~/models/SmolLM2-135M-Instruct"
-)
+@app.command(epilog="Example: ragkv bench fingerprint --model ~/models/SmolLM2-135M-Instruct")
 def fingerprint(
     model: Annotated[Path | None, typer.Option(help="A folder with *.safetensors; the demo's model.")] = None,
     json_file: OutputOption = None,
@@ -83,7 +80,7 @@ def fingerprint(
     run(None if model is None else model.expanduser(), json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal plan --tokens 100000 --chunks 1000000")
+@app.command(epilog="Example: ragkv bench plan --tokens 100000 --chunks 1000000")
 def plan(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the prompt.")] = 100_000,
     chunks: Annotated[int, typer.Option(min=1000, help="Chunks in the catalogue.")] = 1_000_000,
@@ -95,7 +92,7 @@ def plan(
     run(tokens, chunks, json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal tiers --tier disk --folder /var/cache")
+@app.command(epilog="Example: ragkv bench tiers --tier disk --folder /var/cache")
 def tiers(
     tier: Annotated[
         str, typer.Option(help="Which: disk, redis, or both.", autocompletion=some_of(TIERS))
@@ -110,7 +107,7 @@ def tiers(
     run(tier.split(","), folder, redis, json_file)
 
 
-@app.command(epilog="Example: python -m ragkv.benchmarks.internal fuzz --engine --prompts 1000 --seed 1")
+@app.command(epilog="Example: ragkv bench fuzz --engine --prompts 1000 --seed 1")
 def fuzz(
     engine: Annotated[bool, typer.Option("--engine", help="Fuzz an engine with ragkv instead.")] = False,
     inputs: Annotated[int, typer.Option(min=1, help="Harmed payloads to try.")] = 1_000_000,
@@ -140,9 +137,7 @@ def fuzz(
     run_engines(options, json_file)
 
 
-@app.command(
-    epilog="Example: python -m ragkv.benchmarks.internal fusion --selections query --ratios 0.15 --trials 5"
-)
+@app.command(epilog="Example: ragkv bench fusion --selections query --ratios 0.15 --trials 5")
 def fusion(
     selections: Annotated[
         str,
@@ -179,7 +174,3 @@ def fusion(
         json_file=json_file,
         plot=plot,
     )
-
-
-if __name__ == "__main__":
-    cli.run(app)
