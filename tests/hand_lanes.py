@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from memory_store import MemoryStore
-from ragkv.benchmarks.faulty_stores import FaultyStore, Plan, WrapperStore
+from ragkv.benchmarks.internal.faulty_stores import FaultyStore, Plan, WrapperStore
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State
 from ragkv.kvstore.budget import Index

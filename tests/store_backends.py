@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memory_store import MemoryStore
-from ragkv.benchmarks.faulty_stores import FaultyStore, LatencyStore, WrapperStore, on_calls
+from ragkv.benchmarks.internal.faulty_stores import FaultyStore, LatencyStore, WrapperStore, on_calls
 from ragkv.benchmarks.internal.redis_server import Server, find_server
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore

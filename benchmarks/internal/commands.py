@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ragkv.cli.common import FilingsOption, OutputOption, PlotOption, one_of, some_of
+from ragkv.options import FilingsOption, OutputOption, PlotOption, one_of, some_of
 
 SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
 TIERS = ("disk", "redis")

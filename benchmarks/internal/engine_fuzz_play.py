@@ -155,7 +155,7 @@ class Faults:
             self._break_copies()
 
     def _break_stores(self) -> None:
-        from ragkv.benchmarks.faulty_stores import Fault, FaultyStore, now_and_then
+        from ragkv.benchmarks.internal.faulty_stores import Fault, FaultyStore, now_and_then
         from ragkv.connectors.vllm import builder
         from ragkv.kvstore.stores.disk import DiskStore
 

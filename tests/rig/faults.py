@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ragkv.benchmarks.faulty_stores import Fault as StoreFault
-from ragkv.benchmarks.faulty_stores import FaultyStore
+from ragkv.benchmarks.internal.faulty_stores import Fault as StoreFault
+from ragkv.benchmarks.internal.faulty_stores import FaultyStore
 
 CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {

@@ -41,7 +41,7 @@ class CountingEngine:
         self._own, self._memory = [], []
         self._with_ragkv = options.ragkv is not None
         place = {name: value for name, value in (options.ragkv or {}).items() if name != "memory"}
-        self._below = self.stored_in.setdefault(json.dumps(place), []) if place else []
+        self._below = self.below.setdefault(json.dumps(place), []) if place else []
 
     def __enter__(self):
         return self

@@ -14,8 +14,8 @@ import typer.main
 import ragkv
 from ragkv import cli
 from ragkv.benchmarks.compared import COMPARED
-from ragkv.cli.common import one_of, some_of
 from ragkv.errors import RagKVError
+from ragkv.options import one_of, some_of
 
 RAGKV = Path(sys.executable).parent / "ragkv"
 HEAVY = {"torch", "vllm", "transformers", "matplotlib", "redis", "opentelemetry"}

@@ -283,7 +283,7 @@ def test_an_engine_that_ends_nothing_is_stuck(monkeypatch):
 
 
 def test_faults_are_injected_into_stores_and_copies(monkeypatch, tmp_path):
-    from ragkv.benchmarks.faulty_stores import FaultyStore
+    from ragkv.benchmarks.internal.faulty_stores import FaultyStore
     from ragkv.connectors.vllm import builder
     from ragkv.connectors.vllm.transfer import DirectMover
 

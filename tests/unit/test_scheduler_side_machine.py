@@ -12,7 +12,7 @@ from hypothesis.stateful import (
 )
 
 from hand_lanes import Lower, redis
-from ragkv.benchmarks.faulty_stores import Fault
+from ragkv.benchmarks.internal.faulty_stores import Fault
 from ragkv.kvstore.codec import BLOCK_BYTES
 from toy_engine import Engine, text
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hand_lanes import Bench, HandClock, Lower, SeenTwice, key, redis
-from ragkv.benchmarks.faulty_stores import Fault, on_calls
+from ragkv.benchmarks.internal.faulty_stores import Fault, on_calls
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.breaker import State

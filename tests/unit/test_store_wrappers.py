@@ -3,7 +3,7 @@
 import pytest
 
 from memory_store import MemoryStore
-from ragkv.benchmarks.faulty_stores import Fault, FaultyStore, LatencyStore, now_and_then, on_calls
+from ragkv.benchmarks.internal.faulty_stores import Fault, FaultyStore, LatencyStore, now_and_then, on_calls
 from ragkv.errors import StoreError
 
 ONE, TWO = b"1" * 16, b"2" * 16

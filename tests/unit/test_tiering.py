@@ -3,7 +3,7 @@
 import pytest
 
 from hand_lanes import Lower, Stack, redis, words
-from ragkv.benchmarks.faulty_stores import Fault, on_calls
+from ragkv.benchmarks.internal.faulty_stores import Fault, on_calls
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.codec import BLOCK_BYTES, address, decode

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ragkv.benchmarks.compared import COMPARED
-from ragkv.cli.common import FilingsOption, OutputOption, PlotOption, one_of, some_of
+from ragkv.options import FilingsOption, OutputOption, PlotOption, one_of, some_of
 from ragkv.policies import ADMISSIONS
 
 SYSTEMS = ("plain", "ragkv", "ragkv+fusion", "vllm-offload", "lmcache")

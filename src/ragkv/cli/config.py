@@ -13,11 +13,11 @@ from rich.text import Text
 
 from ragkv.checks import examine_settings
 from ragkv.cli import lmcache
-from ragkv.cli.common import ConfigOption, JsonFlag, print_json, settings_file
 from ragkv.cli.doctor import show as show_findings
 from ragkv.config import load
 from ragkv.config.sources import FILE_VARIABLE, PREFIX, hide_password
 from ragkv.errors import RagKVError
+from ragkv.options import ConfigOption, JsonFlag, print_json, settings_file
 from ragkv.shown import printable
 
 app = typer.Typer(no_args_is_help=True, help="Look at settings, or take LMCache's over.")

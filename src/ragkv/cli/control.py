@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ragkv.cli.common import JsonFlag, one_of, print_json
 from ragkv.errors import RagKVError
 from ragkv.fetch import fetch_json
+from ragkv.options import JsonFlag, one_of, print_json
 from ragkv.shown import printable
 
 ACTIONS = ("off", "on", "flush", "drain", "stats")

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ragkv.checks import SPEED_BYTES, Finding, check_vllm, examine_settings
-from ragkv.cli.common import ConfigOption, JsonFlag, print_json
 from ragkv.errors import RagKVError
+from ragkv.options import ConfigOption, JsonFlag, print_json
 from ragkv.scrape import Snapshot, scrape
 from ragkv.shown import printable
 

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ragkv.benchmarks.report import write_json
-from ragkv.cli.common import OutputOption
 from ragkv.config import cache_folder
 from ragkv.ingest import FileReport, Ingest, Journal, read_text, run
+from ragkv.options import OutputOption
 from ragkv.rag import Server
 from ragkv.shown import printable
 

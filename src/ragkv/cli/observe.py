@@ -16,8 +16,8 @@ import typer
 import yaml
 
 from ragkv import config
-from ragkv.cli.common import JsonFlag, print_json
 from ragkv.errors import RagKVError
+from ragkv.options import JsonFlag, print_json
 from ragkv.scrape import Snapshot, scrape
 
 SHIPPED = Path(config.__file__).parent / "observe"

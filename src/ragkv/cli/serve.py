@@ -16,11 +16,11 @@ from typing import Annotated, NoReturn
 import typer
 import yaml
 
-from ragkv.cli.common import ConfigOption, settings_file
 from ragkv.config import Settings
 from ragkv.config.sources import FILE_VARIABLE
 from ragkv.config.yaml_files import read_yaml
 from ragkv.errors import RagKVError
+from ragkv.options import ConfigOption, settings_file
 from ragkv.preflight import check_room, has_lower_tier, read_settings, shutdown_seconds
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}

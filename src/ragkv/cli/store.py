@@ -14,9 +14,9 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from ragkv.cli.common import JsonFlag, print_json
 from ragkv.config.settings import rough_size
 from ragkv.kvstore.stores.inventory import Inventory, Value
+from ragkv.options import JsonFlag, print_json
 from ragkv.shown import printable
 
 app = typer.Typer(no_args_is_help=True, help="Look into the folder of the disk tier.")

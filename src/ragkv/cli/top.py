@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from ragkv.cli.common import JsonFlag
 from ragkv.cli.top_figures import Frame, make_frame
 from ragkv.cli.top_view import render, trouble
 from ragkv.fetch import AnswerError
+from ragkv.options import JsonFlag
 from ragkv.scrape import Snapshot, scrape
 
 EPILOG = """Examples:\n

@@ -1,6 +1,6 @@
 """How many functions and modules of ragkv one request passes through, counted on the toy engine of the tests.
 
-    PYTHONPATH=src python benchmarks/hops.py
+    PYTHONPATH=src python benchmarks/internal/hops.py
 
 Four cases: a lookup that hits in memory, one that hits on disk, a cold step with write-through, and a lookup that
 fuses. Counted are calls of ragkv's own functions: distinct functions, distinct modules, and changes of module
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("connectors", "kvstore", "policies", "config", "src/ragkv"))
 
