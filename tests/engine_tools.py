@@ -234,9 +234,9 @@ def set_turning(worker, on):
     """Whether moved keys are rotated."""
     mover = _mover()
     if on:
-        mover.turn = worker.ragkv_turn
+        mover._prepare = worker.ragkv_turn
     else:
-        worker.ragkv_turn, mover.turn = mover.turn, lambda shifts: lambda layers, raw: raw
+        worker.ragkv_turn, mover._prepare = mover._prepare, lambda shifts: lambda layers, raw: raw
 
 
 # --- run in a worker ---
