@@ -12,7 +12,7 @@ from redis.sentinel import Sentinel
 from ragkv.kvstore.stores.redis_url import Location
 
 Client = redis.Redis | RedisCluster
-Command = tuple[Any, ...]  # the second word is the key
+Command = tuple[Any, ...]  # to a cluster's client, the second word is the key
 
 
 def connect(location: Location, seconds: float, connections: int) -> Client:
@@ -40,7 +40,8 @@ def connect(location: Location, seconds: float, connections: int) -> Client:
 
 def ask(client: Client, commands: Sequence[Command]) -> list[Any]:
     """The answers to commands, sent together; a `redis.ResponseError` is an answer too. What was lost because a
-    connection broke, or because its server is no master any more, is sent once more. `redis.RedisError`, OSError,
+    connection broke, or because its server is no master any more, is sent once more; to a cluster, after its nodes
+    were asked again which of them serves which slot. `redis.RedisError`, OSError,
     RedisClusterException: nothing is known."""
     if not commands:
         return []
@@ -48,7 +49,7 @@ def ask(client: Client, commands: Sequence[Command]) -> list[Any]:
         return _send(client, commands)
     except redis.AuthenticationError:
         raise
-    except redis.ConnectionError:
+    except (redis.ConnectionError, redis.exceptions.SlotNotCoveredError):
         if isinstance(client, RedisCluster):
             client.nodes_manager.initialize()
         return _send(client, commands)
@@ -107,12 +108,12 @@ def _send(client: Client, commands: Sequence[Command]) -> list[Any]:
 def _send_by_node(cluster: RedisCluster, commands: Sequence[Command]) -> list[Any]:
     """Not by redis-py's cluster pipeline: where a node does not answer, that asks it again for each command."""
     answers: list[Any] = [None] * len(commands)
-    places: dict[str, list[int]] = {}
+    places: dict[ClusterNode, list[int]] = {}
     for place, command in enumerate(commands):
-        places.setdefault(cluster.get_node_from_key(command[1]).name, []).append(place)
-    for name, some in places.items():
-        node = cluster.get_redis_connection(cluster.get_node(node_name=name))
-        for place, answer in zip(some, _send(node, [commands[place] for place in some]), strict=True):
+        places.setdefault(cluster.get_node_from_key(command[1]), []).append(place)
+    for node, some in places.items():
+        client = cluster.get_redis_connection(node)
+        for place, answer in zip(some, _send(client, [commands[place] for place in some]), strict=True):
             answers[place] = answer
     for place, answer in enumerate(answers):
         if isinstance(answer, redis.exceptions.AskError):  # MOVED too: the client follows, and learns

@@ -325,6 +325,25 @@ def test_a_slot_that_moves(cluster):
         assert store.delete([key(number), key(other)]) == 2
 
 
+def test_a_slot_that_nobody_served_is_found_once_somebody_does(cluster):
+    number = 11
+    slot = key_slot(name(number).encode())
+    owner, _ = holding(cluster, number)
+    identity = owner.ask("CLUSTER", "MYID").decode()
+    for server in cluster.servers:
+        server.ask("CLUSTER", "DELSLOTS", slot)
+    with opened(cluster.url) as store:
+        with fails("gone"):
+            store.get(key(number))
+        owner.ask("CLUSTER", "ADDSLOTS", slot)
+        for server in cluster.servers:
+            if server is not owner:
+                server.ask("CLUSTER", "SETSLOT", slot, "NODE", identity)
+        store.put(key(number), [b"back"])
+        assert store.get(key(number)) == b"back"
+        store.delete([key(number)])
+
+
 @pytest.mark.slow
 def test_a_cluster_with_a_hanging_and_then_a_dead_node():
     with Cluster() as cluster, opened(cluster.url, 3 * QUICK) as store:
