@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ragkv.connectors.vllm import sampling
 from ragkv.connectors.vllm.fingerprint import fingerprint_model
 from ragkv.connectors.vllm.messages import WeightsSample
 from ragkv.connectors.vllm.sampling import LINE, LINES, PARTS, PASSES, Sampler
@@ -181,6 +182,14 @@ def test_an_accelerators_answer_is_not_waited_for(changed):
     assert sampler.go_on(whole=True) is None
     device.finish()
     assert sampler.go_on(whole=True) is not changed, "what differs once differs until the next look"
+
+
+def test_a_device_is_told_to_compare_and_not_waited_for():
+    """PyTorch's "meta" device refuses whatever the host would have to read."""
+    now, known = (torch.zeros(7, dtype=torch.int16, device="meta") for _ in range(2))
+    sampling._note_difference(torch.zeros((), dtype=torch.bool, device="meta"), now, known)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.equal(now, known)
 
 
 def test_tensors_of_other_devices_are_left_out():
