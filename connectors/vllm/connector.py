@@ -32,6 +32,7 @@ from ragkv.errors import ConfigError
 from ragkv.kvstore.chunking import Chunker
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
+from ragkv.preflight import has_lower_tier
 
 NO_TOKENS = (0, False)
 
@@ -80,8 +81,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         shape = examine(config, self._kv_cache_config)
         page, self._workers = page_shape(settings, shape), shape.ranks
         size = memory_pages(settings, page) * page.page_bytes
-        reads = settings.disk.path is not None or settings.redis.url is not None  # this side fills pages then
-        self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=reads)
+        populate = has_lower_tier(settings)  # this side fills pages then
+        self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=populate)
         self._trust = Trust(engine_identity(config, shape, page.page_tokens))
         hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
         chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
