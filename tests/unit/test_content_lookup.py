@@ -169,14 +169,20 @@ def test_a_gather_is_over_when_all_has_come(stack, disk):
     assert not stack.promotion.waits(gather) and len(stack.holders(PASSAGE)) == 1
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_at_the_deadline_it_is_a_miss(steps):
-    """While it asks, reads the alias, or reads the chunk."""
-    lower = redis()
+def gathering(lower, steps):
+    """A gather whose first reads have ended: by steps its question, its alias, its chunk."""
     stack = emptied(ContentStack(lower))
     gather = stack.gather(PASSAGE)
     for _ in range(steps):
         lower.reads.step(), stack.cache.tick()
+    return stack, gather
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_at_the_deadline_it_is_a_miss(steps):
+    """While it asks, reads the alias, or reads the chunk."""
+    lower = redis()
+    stack, gather = gathering(lower, steps)
     stack.clock.now += 1.999
     assert stack.promotion.waits(gather)
     stack.clock.now += 0.001
@@ -363,10 +369,7 @@ def test_an_alias_with_a_wrong_position_brings_nothing(stack, disk):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_tier_that_fails_is_a_miss_and_loses_nothing(steps):
     lower = redis()
-    stack = emptied(ContentStack(lower))
-    gather = stack.gather(PASSAGE)
-    for _ in range(steps):
-        lower.reads.step(), stack.cache.tick()
+    stack, gather = gathering(lower, steps)
     lower.store.errors = {method: StoreError("timeout", "slow") for method in ("get_many", "contains")}
     stack.settle()
     assert not stack.promotion.waits(gather) and not stack.holders(PASSAGE) and stack.memory.used == 0
