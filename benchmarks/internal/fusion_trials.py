@@ -1,4 +1,4 @@
-"""Prompts of retrieved passages, and what each passage was prefilled behind: what `internal fusion` asks.
+"""Prompts of retrieved passages, and the text after which each passage was prefilled: what `internal fusion` asks.
 
 Two kinds of text. "questions": passages of several filings in a new order, one of which holds the answer, and a
 question; the continuation over which quality is measured is full prefill's own greedy answer. "running": a

@@ -23,7 +23,7 @@ class Announcer:
 
     def started(self, namespace: bytes, workers: int, no_fusion: str | None) -> None:
         """Reuse begins: all workers have proven their layout. `no_fusion`: why the model cannot be fused."""
-        self._cache.tick()  # what was found in the tiers meanwhile
+        self._cache.tick()  # so that the scans of the tiers that have ended count
         memory = rough_size(self._cache.capacity * self._cache.token_bytes)
         tiers = [f"memory {memory}"]
         if self._settings.device.capacity:

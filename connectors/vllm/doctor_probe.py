@@ -202,7 +202,7 @@ def main() -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     elsewhere = "vLLM's connector interface is not where ragkv looks for it"
     steps: list[tuple[str, Callable[[], Finding], str, str]] = [
-        ("vllm", _version, "vLLM cannot be imported", "install vLLM anew"),
+        ("vllm", _version, "vLLM cannot be imported", "reinstall vLLM"),
         ("interface", _interface, elsewhere, TODO),
         ("layout", try_engine, "a small engine with ragkv did not start", WITHOUT),
     ]
