@@ -188,10 +188,6 @@ class PrefixTree:
             return None
         return chunk
 
-    def get_detached(self, source: bytes) -> Chunk | None:
-        """The detached copy of the chunk of that key."""
-        return self._chunks.get(detached_key(source))
-
     def match(self, root: Chunk, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that stands ready behind `root`.
 

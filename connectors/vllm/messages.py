@@ -200,8 +200,3 @@ def slots_of(blocks: npt.ArrayLike, positions: Indices, block_tokens: int) -> In
     """Slots of some positions of a request with these blocks; int64."""
     found: Indices = np.asarray(blocks, dtype=np.int64)[positions // block_tokens]
     return found * block_tokens + positions % block_tokens
-
-
-def slots_between(blocks: npt.ArrayLike, start: int, end: int, block_tokens: int) -> Indices:
-    """Slots of the tokens from `start` to `end`."""
-    return slots_of(blocks, np.arange(start, end, dtype=np.int64), block_tokens)
