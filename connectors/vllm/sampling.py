@@ -99,8 +99,7 @@ class Sampler:
             return
         groups, flag = part.passes[self._rounds % PASSES], self._flag
 
-        @torch.no_grad()
-        def work() -> None:
+        def work() -> None:  # of integers: autograd has nothing to be kept out of, which would cost as much again
             for views, known in groups:
                 _note_difference(flag, _gather(views), known)
 
