@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ragkv.benchmarks.model import natural_dtype
 from ragkv.errors import RagKVError
 
 START_SECONDS = 600
@@ -252,10 +253,11 @@ def _step(llm: Any) -> bool:
 
 def _start(options: EngineOptions) -> Any:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {
         "model": str(options.model),
-        "dtype": options.dtype,
+        "dtype": natural_dtype(options.dtype, current_platform.is_cpu()),
         "max_model_len": options.max_model_len,
         "enforce_eager": True,
         "disable_log_stats": False,

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from ragkv import rag
+from ragkv.benchmarks.model import natural_dtype
 from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.serve_client import KEY_VARIABLE, Sample, play, request_client
 from ragkv.benchmarks.serve_report import Played, report, table
@@ -134,7 +135,7 @@ def _of_systems(options: Options, say: Say) -> dict[str, Any]:
         say(f"starting {', '.join(names)}")
         with standing(names, setup, say) as (systems, skipped):
             played = play_rounds(systems, work, options.shape, say)
-    environment = describe_machine(cpu) | {"model": model.name, "dtype": options.dtype}
+    environment = describe_machine(cpu) | {"model": model.name, "dtype": natural_dtype(options.dtype, cpu)}
     if options.lmcache_python and any(system.name == LMCACHE for system in systems):
         environment |= lmcache_versions(options.lmcache_python)
     return report(environment, config, played, systems[0].name, skipped)

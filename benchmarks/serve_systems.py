@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ragkv.benchmarks.model import natural_dtype
 from ragkv.benchmarks.server import HOST, POLL_SECONDS, START_SECONDS, Server, ServerError, fetch, free_port
 from ragkv.config.settings import format_size
 from ragkv.errors import RagKVError
@@ -138,7 +139,7 @@ def vllm_command(
 ) -> list[str]:
     """The command of vLLM's server. `share`: of a GPU's memory, where several stand on one."""
     command = [str(python), *VLLM, "--model", setup.model, "--served-model-name", setup.name]
-    command += ["--host", HOST, "--port", str(port), "--dtype", setup.dtype]
+    command += ["--host", HOST, "--port", str(port), "--dtype", natural_dtype(setup.dtype, setup.cpu)]
     command += ["--max-model-len", str(setup.longest), "--block-size", str(setup.block_size)]
     command += ["--num-gpu-blocks-override", str(setup.blocks)]
     if setup.cpu:

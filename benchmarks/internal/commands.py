@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ragkv.options import FilingsOption, OutputOption, PlotOption, one_of, some_of
+from ragkv.options import DtypeOption, FilingsOption, OutputOption, PlotOption, one_of, some_of
 
 SELECTIONS = "none,random,first_tokens,deviation,query,query_deviation,full"
 TIERS = ("disk", "redis")
@@ -155,7 +155,7 @@ def fusion(
     ] = "questions",
     continuation: Annotated[int, typer.Option(min=1, max=512, help="Tokens that quality is measured over.")] = 32,
     trials: Annotated[int, typer.Option(min=1, max=100, help="Prompts, each measured with every setting.")] = 6,
-    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "auto",
+    dtype: DtypeOption = "auto",
     filings: FilingsOption = None,
     json_file: OutputOption = None,
     plot: PlotOption = None,

@@ -11,6 +11,7 @@ import typer
 from ragkv.config.sources import FILE_VARIABLE
 
 ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of settings; else RAGKV_CONFIG's.")]
+DtypeOption = Annotated[str, typer.Option(help="What the model computes in; auto on an old CPU: float32.")]
 FilingsOption = Annotated[Path | None, typer.Option(help="A folder of filings (*.txt), not the generated ones.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputOption = Annotated[

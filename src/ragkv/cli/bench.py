@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ragkv.benchmarks.compared import COMPARED
-from ragkv.options import FilingsOption, OutputOption, PlotOption, one_of, some_of
+from ragkv.options import DtypeOption, FilingsOption, OutputOption, PlotOption, one_of, some_of
 from ragkv.policies import ADMISSIONS
 
 SYSTEMS = ("plain", "ragkv", "ragkv+fusion", "vllm-offload", "lmcache")
@@ -152,7 +152,7 @@ def serve(
     seed: Annotated[int, typer.Option(min=0, help="The same seed asks the same.")] = 0,
     memory: Annotated[str, typer.Option(help="Memory of each cache beside vLLM's own.")] = "2GiB",
     kv_cache_tokens: KvCacheTokens = None,
-    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "auto",
+    dtype: DtypeOption = "auto",
     lmcache_python: LmcachePython = None,
     filings: FilingsOption = None,
     json_file: OutputOption = None,
