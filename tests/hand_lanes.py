@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+import numpy as np
+
 from memory_store import MemoryStore
 from ragkv.benchmarks.internal.faulty_stores import FaultyStore, Plan, WrapperStore
 from ragkv.kvstore import metrics as m
@@ -263,7 +265,8 @@ class Stack:
         """A new engine over what lies in the lower tiers; what the old one had under way is lost."""
         self.clock, self.metrics, self.lifts = HandClock(self.wall.now / 1e6), Recorded(), []
         self.completions = HandCompletions(self.clock)
-        self.pages = Pages(bytearray(self.pages_wanted * self.SHAPE.page_bytes), self.SHAPE)
+        self.bytes = np.zeros((self.pages_wanted, self.SHAPE.page_bytes), dtype=np.uint8)  # of all pages
+        self.pages = Pages(self.bytes.data, self.SHAPE)
         self.cache = KVCache(
             self.pages,
             make_policy("lru"),

@@ -44,7 +44,7 @@ class Engine(ContentStack):
 
     def start(self):
         super().start()
-        self.halves = self.pages._bytes.view(np.int32).reshape(-1, 2, PAGE)
+        self.halves = self.bytes.view(np.int32).reshape(-1, 2, PAGE)
 
     def work(self):
         """Let all lanes work until nothing is left to do."""

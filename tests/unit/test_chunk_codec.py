@@ -150,7 +150,7 @@ def test_two_engines_of_different_layout_share_nothing():
 def test_only_the_filled_rows_are_written(length):
     """What a page has free may be another tenant's."""
     stack = Stack(Lower())
-    stack.pages._bytes[:] = 0xAB
+    stack.bytes[:] = 0xAB
     (chunk,) = stack.keep(words(3, length), named=[length])
     stack.settle()
     _, raw = decode(stack.lowers[0].values.get(chunk.key))

@@ -21,7 +21,7 @@ from ragkv.kvstore.stores import buffers, disk
 from ragkv.kvstore.stores.buffers import MOST_FREE, BufferPool
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import POOLED_BYTES, DiskStore
-from ragkv.kvstore.stores.folder import MOST_QUARANTINED, QUARANTINE, value_name
+from ragkv.kvstore.stores.folder import MOST_QUARANTINED, QUARANTINE, Folder, value_name
 
 KEY, OTHER = b"k" * 16, b"o" * 16
 
@@ -162,18 +162,25 @@ def test_a_put_over_a_folder_is_an_error(folder, store):
     assert names(folder) == [value_name(KEY)]
 
 
-def test_files_of_others_are_no_values(folder, store):
+@pytest.fixture
+def others(folder, store, monkeypatch):
+    """A store of the same folder, to which what `store` writes is somebody else's."""
+    monkeypatch.setattr(Folder, "probe", lambda self: setattr(self, "owner", os.geteuid() + 1))
+    with contextlib.closing(DiskStore(folder)) as opened:
+        yield opened
+
+
+def test_files_of_others_are_no_values(folder, store, others):
     store.put(KEY, [b"forged"])
-    store._opened.owner += 1
+    store = others
     assert store.get(KEY) is None and store.contains([KEY]) == [False]
     assert list(store.scan()) == [] and store.delete([KEY]) == 0
     assert (folder / value_name(KEY)).read_bytes() == b"forged"
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, monkeypatch, ours):
+def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, others, monkeypatch, ours):
     store.put(KEY, [b"value"])
-    store._opened.owner += not ours
 
     def refuse(*arguments, **named):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -183,7 +190,7 @@ def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, monke
         if ours:
             assert reason(store.get, KEY) == "refused"
         else:
-            assert store.get(KEY) is None
+            assert others.get(KEY) is None
 
 
 def test_what_is_named_otherwise_is_left_alone(folder):
@@ -210,7 +217,7 @@ def test_what_is_named_otherwise_is_left_alone(folder):
 
 
 def test_a_start_removes_what_dead_writers_left_only(folder, store):
-    living, descriptor = store._opened.create(KEY)
+    living, descriptor = Folder(folder, None).create(KEY)
     dead = f"{KEY.hex()}.{'0' * 16}.tmp"
     (folder / dead).write_bytes(b"half a val")
     link = f"{KEY.hex()}.{'1' * 16}.tmp"
@@ -279,7 +286,7 @@ def test_quarantine_keeps_the_newest(folder, store):
         store.put(key, [b"bad"])
         store.reject(key, "checksum")
     assert names(folder / QUARANTINE) == [f"{key.hex()}.checksum" for key in keys[5:]]
-    assert store._opened.quarantined() == MOST_QUARANTINED
+    assert Folder(folder, None).quarantined() == MOST_QUARANTINED
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_bytes(b"a file"), lambda path: path.symlink_to("/")])
@@ -288,7 +295,7 @@ def test_where_there_is_no_quarantine_the_bad_is_deleted(folder, store, make):
     store.put(KEY, [b"bad"])
     store.reject(KEY, "checksum")
     assert store.get(KEY) is None and names(folder) == [QUARANTINE]
-    assert store._opened.quarantined() == 0
+    assert Folder(folder, None).quarantined() == 0
 
 
 CALLS = {

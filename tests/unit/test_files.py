@@ -1,12 +1,13 @@
 """Weights that are known by their files: all bytes of them, under whatever name."""
 
+import hashlib
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
 
-from ragkv.connectors.vllm.files import Files, adapter_files, model_files, stamp
+from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.identity import Namespaces
 
 SIZE = 300_000
@@ -142,19 +143,20 @@ def test_an_adapter_loaded_in_place_of_another_leaves_both_alone(tmp_path):
     assert name(lora(tmp_path / "old"), spaces) is None is name(lora(tmp_path / "new"), spaces)
 
 
-def test_files_are_read_once_while_their_stamp_is_the_same(tmp_path):
+def test_files_are_read_once_while_their_stamp_is_the_same(tmp_path, monkeypatch):
     write(tmp_path / "a")
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
     files, found = Files(), adapter_files(str(tmp_path / "a"))
     first = files.fingerprint(found)
+    assert files.fingerprint(found) == first and len(read) == 1, "not read again"
     model = tmp_path / "a" / "adapter_model.safetensors"
     before = model.stat()
     with model.open("r+b") as stream:
         stream.write(b"x")
     os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert files.fingerprint(found) != first is not None, "though it has the time of before"
-    (known,) = {key for key in files._known if key == stamp(model)}
-    files._known[known] = b"known"
-    assert files._content(model, stamp(model)) == b"known", "not read again"
+    assert read == [str(model)] * 2
     assert files.fingerprint([]) is None
 
 

@@ -15,7 +15,7 @@ from ragkv.errors import StoreError
 from ragkv.kvstore.codec import Header, encode
 from ragkv.kvstore.keys import tail_key
 from ragkv.kvstore.stores.disk import DiskStore
-from ragkv.kvstore.stores.folder import QUARANTINE, value_name
+from ragkv.kvstore.stores.folder import QUARANTINE, Folder, value_name
 from ragkv.kvstore.stores.inventory import Inventory, Totals
 
 ONE, TWO = b"\x11" * 16, b"\x22" * 16
@@ -216,7 +216,7 @@ def test_stats_sum_up(store, run):
     harm(store, 2, at=3)
     store.put(key(8), [b"bad"])
     store.reject(key(8), "checksum")
-    _, descriptor = store._opened.create(key(9))
+    _, descriptor = Folder(store.folder, None).create(key(9))
     totals = Inventory(store.folder).totals()
     os.close(descriptor)
     files = [store.folder / value_name(key(number)) for number in range(4)]

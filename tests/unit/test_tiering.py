@@ -52,7 +52,7 @@ def test_a_tail_is_written_right_though_a_longer_one_takes_its_pages():
     (tail,) = stack.keep(words(1, 16))
     raw = stack.bytes_of(tail)
     stack.memory.discard(tail)
-    stack.pages._bytes[:] = 0
+    stack.bytes[:] = 0
     stack.settle()
     (value,) = (value for value, _ in disk.values.values.values())
     assert bytes(decode(value)[1]) == raw
@@ -118,7 +118,7 @@ def test_write_back_waits_until_memory_needs_the_room():
     assert not disk.stored()
     old = stack.match(TEXT).chunks
     stack.keep(words(2, 20))  # 5 pages; 2 are free
-    stack.pages._bytes[:] = 0  # whoever has the pages now writes there
+    stack.bytes[:] = 0  # whoever has the pages now writes there
     assert len(disk.writes.jobs) == 1 and not disk.stored()
     stack.settle()
     assert disk.stored() == {address(old[-1])}
