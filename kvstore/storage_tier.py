@@ -220,6 +220,12 @@ class StorageTier:
         self._store.close()
         return ended
 
+    def check_integrity(self) -> None:
+        """With no job under way: raise AssertionError where some write is still counted, or the index is wrong."""
+        assert not self._pending and self._queued == 0, "a write that is counted is not under way"
+        if self.index is not None:
+            self.index.check_integrity()
+
     def _room(self, write: Write) -> bool:
         """Whether a write may be queued; makes room for it in the index, and orders what that costs."""
         name = self.name

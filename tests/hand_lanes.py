@@ -124,13 +124,14 @@ class Lower:
     plan: Plan = lambda method, number: None
     say: Callable[[str], None] = lambda text: None
     values: MemoryStore = field(default_factory=MemoryStore)
+    admission: AdmissionPolicy = field(default_factory=Always)
 
     def open(self, clock, metrics, completions, bit=1):
         """A tier of a new engine."""
         self.store = Kept(FaultyStore(self.values, lambda method, number: self.plan(method, number)), self.name)
         self.reads, self.writes = HandLane(completions), HandLane(completions)
         self.index = None if self.capacity is None else Index(self.capacity, make_policy(self.policy))
-        self.admission, self.notes = Always(), []
+        self.notes = []
         self.tier = StorageTier(
             self.store,
             self.index,
@@ -161,9 +162,7 @@ class Lower:
     def check(self):
         """Nothing is under way, and no budget exceeded."""
         assert not self.reads.jobs and not self.writes.jobs
-        assert not self.tier._pending and self.tier._queued == 0
-        if self.index is not None:
-            self.index.check_integrity()
+        self.tier.check_integrity()
 
 
 def redis(**changes):

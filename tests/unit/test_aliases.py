@@ -264,8 +264,7 @@ def test_an_alias_goes_before_its_holder_and_both_are_within_the_budget():
 
 
 def test_a_choosy_tier_chooses_among_aliases_too():
-    stack, lower = one()
-    lower.tier._admission = SeenTwice()
+    stack, lower = one(Lower(admission=SeenTwice()))
     (first, second) = keep(stack, NEAR)
     stack.tiering.stored([first, second])
     stack.settle()

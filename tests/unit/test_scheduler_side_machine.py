@@ -194,7 +194,7 @@ class Machine(RuleBasedStateMachine):
     def whole(self):
         self.engine.memory.check_integrity()
         for lower in self.lowers:
-            assert 0 <= lower.tier._queued <= lower.queue
+            assert 0 <= lower.tier.queued <= lower.queue
             if lower.index is not None:
                 lower.index.check_integrity()
 

@@ -214,12 +214,12 @@ def test_what_is_greater_than_the_budget_is_not_taken(bench):
     assert bench.tier.knows(A) is True
 
 
-def test_admission(bench):
-    bench.tier._admission = SeenTwice()
+def test_admission():
+    bench = Bench(capacity=100, admission=SeenTwice())
     assert not bench.write(A, replaces=True)
     assert bench.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.ADMISSION) == 1
     bench.keep(A, replaces=True)
-    bench.tier._admission = SeenTwice()
+    bench.lower.admission.seen.clear()
     bench.keep(A, b"newer", replaces=True)  # what is there need not ask again
 
 
@@ -379,17 +379,17 @@ def test_close_finishes_what_waits(bench):
     assert bench.store.calls["close"] == 1
 
 
-def test_close_waits_no_longer_than_its_bound(bench):
+def test_close_waits_no_longer_than_its_bound():
+    bench = Bench(capacity=100)
     bench.write(A)
     bench.lower.writes.hangs = True
     assert not bench.tier.close(5.0)
     assert bench.clock.now == HandClock().now + 5.0
     assert not bench.lower.writes.jobs and bench.store.calls["close"] == 1
-    bench.tier._queued, bench.tier._pending = 0, {}  # nobody will ever hear of it
 
 
-def test_after_the_end_nothing_happens(bench):
+def test_after_the_end_nothing_happens():
+    bench = Bench(capacity=100)
     bench.tier.close(1.0)
     bench.write(A)
     assert bench.read(A) == [] and not bench.lower.writes.jobs
-    bench.tier._queued, bench.tier._pending = 0, {}
