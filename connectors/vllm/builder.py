@@ -1,16 +1,14 @@
 """The scheduler side, put together from the settings."""
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.listener import Listener
 from ragkv.connectors.vllm.request_state import Recorder
-from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages
 from ragkv.kvstore.budget import Index
 from ragkv.kvstore.cache import KVCache
@@ -73,20 +71,19 @@ def _memory_policy(settings: Settings) -> EvictionPolicy[Any]:
     return Prioritized(lambda: make_policy(memory.policy), memory.priorities)
 
 
-def side_maker(vllm_config: Any) -> Callable[..., SchedulerSide]:
-    """What makes the scheduler side: where vLLM traces, one that makes spans."""
+def make_listener(vllm_config: Any, workers: int, token_bytes: int, faults: Faults) -> Listener | None:
+    """What makes spans, where vLLM traces."""
     observability = getattr(vllm_config, "observability_config", None)
     endpoint = getattr(observability, "otlp_traces_endpoint", None)
     if endpoint is None:
-        return SchedulerSide
+        return None
     try:
-        from ragkv.connectors.vllm.tracing import TracedSide, open_tracer
+        from ragkv.connectors.vllm.tracing import Tracing, open_tracer
 
-        tracer, flush = open_tracer(endpoint)
+        return Tracing(*open_tracer(endpoint), workers, token_bytes, faults.note)
     except Exception as error:  # OpenTelemetry is not ours, and may fail in any way
         logger.warning("ragkv: no spans to %s: %s: %s", endpoint, type(error).__name__, error)
-        return SchedulerSide
-    return functools.partial(TracedSide, tracer=tracer, flush=flush)
+        return None
 
 
 def make_recorder(settings: Settings, faults: Faults) -> Recorder | None:

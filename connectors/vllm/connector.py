@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ragkv.connectors.vllm.announcing import Announcer
-from ragkv.connectors.vllm.builder import make_cache, make_recorder, side_maker
+from ragkv.connectors.vllm.builder import make_cache, make_listener, make_recorder
 from ragkv.connectors.vllm.control import open_control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded, in_words, logger
@@ -87,13 +87,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
         chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
         recorder = make_recorder(settings, self.faults)
-        duties, make_side = duties_of(config.kv_transfer_config), side_maker(config)
+        duties = duties_of(config.kv_transfer_config)
         cache = make_cache(
             *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
         )
         self._announcer = Announcer(settings, cache)
         block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
-        return make_side(
+        return SchedulerSide(
             cache,
             block_tokens,
             shape.ranks,
@@ -109,6 +109,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             allow=settings.hints.kinds,
             control=open_control(settings),
             confirmed_by=self._trust.round,
+            listener=make_listener(config, shape.ranks, cache.token_bytes, self.faults),
         )
 
     def _stand_aside(self, why: str) -> None:

@@ -85,8 +85,9 @@ class Fusing:
         if self._failures >= MOST_FAILURES:
             self.refusal = self.refusal or f"it failed {self._failures} times"
 
-    def order(self, state: RequestState, blocks: list[int]) -> Fusion:
-        """The order to mend what a plan loads. From now on the request is not exact behind its exact part."""
+    def order(self, state: RequestState, blocks: list[int], timed: int = 0) -> Fusion:
+        """The order to mend what a plan loads. From now on the request is not exact behind its exact part.
+        `timed`: as of `Fusion`."""
         plan, end = state.fusion.plan, self.end(state)
         assert plan is not None
         state.taint(plan.exact)
@@ -108,6 +109,7 @@ class Fusing:
             tokens[plan.end - end :],  # as if right behind the documents
             plan.end,
             plan.work,
+            timed,
         )
 
     def tell(self, state: RequestState, computed: int) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
+from ragkv.connectors.vllm.listener import Listener
 from ragkv.connectors.vllm.loading import Loads
 from ragkv.connectors.vllm.messages import Job, Question, StepOrders, StepReport, slots_of
 from ragkv.connectors.vllm.request_state import RequestState
@@ -32,7 +33,7 @@ class InFlight:
 
 class Jobs:
     """Orders in the making, and jobs in flight. `workers`: that must do each; `confirmed_by`: the number that will
-    confirm what has been computed until now (`KVCache.confirm`)."""
+    confirm what has been computed until now (`KVCache.confirm`). `listener` is told what is done for requests."""
 
     def __init__(
         self,
@@ -43,10 +44,12 @@ class Jobs:
         faults: Faults,
         fusing: Fusing | None = None,
         confirmed_by: Callable[[], int] = lambda: 0,
+        listener: Listener | None = None,
     ) -> None:
         self._cache, self._block_tokens, self._workers = cache, block_tokens, workers
         self._metrics, self._faults = metrics, faults
         self.fusing, self._confirmed_by = fusing, confirmed_by
+        self._listener = listener or Listener()
         self._states: dict[str, RequestState | None] = {}
         self._in_flight: dict[int, InFlight] = {}
         self._loads = Loads()
@@ -81,6 +84,7 @@ class Jobs:
         """What the workers have done; requests whose blocks are free now, and requests that need not wait for
         their KV any more. Those of the latter that must wait all the same: vLLM must not hear of them yet."""
         if report is not None:
+            self._listener.reported(report.times)
             self._note(report)
         self._ending.difference_update(sent)
         for request in received:
@@ -232,10 +236,12 @@ class Jobs:
         slots = slots_of(blocks, work.positions, self._block_tokens)
         self._jobs += 1
         shifts = work.shifts if isinstance(work, Load) else None
-        job = Job(self._jobs, work.rows, slots, state.request.request_id, work.device, shifts, fused)
+        timed = self._listener.times
+        job = Job(self._jobs, work.rows, slots, state.request.request_id, work.device, shifts, fused, timed)
         self._in_flight[job.id] = in_flight = InFlight(job.request, work, self._workers)
         if in_flight.is_store:
             self._storing[job.request] += 1
+        self._listener.ordered(state, job, work)
         return job
 
     def _take_back(self, jobs: list[Job], requests: Container[str]) -> None:
@@ -245,6 +251,7 @@ class Jobs:
             self._fail(job)
 
     def _fail(self, job: Job) -> None:
+        self._listener.withdrawn(job)
         in_flight = self._in_flight[job.id]
         in_flight.failed = True
         self._job_over(job.id, in_flight)

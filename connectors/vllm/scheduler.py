@@ -58,6 +58,12 @@ class SchedulerSide(Jobs):
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
         again, more is on its way from a lower tier."""
+        self._listener.asked(request)
+        answer = self._answer(request, computed)
+        self._listener.answered(request, answer)
+        return answer
+
+    def _answer(self, request: Any, computed: int) -> int | None:
         self._cache.tick()
         self._heed()
         state = self._track(request)
@@ -71,14 +77,14 @@ class SchedulerSide(Jobs):
             state.fusion.plan = None
             self._cache.skip(state.prompt)
             return 0
-        answer = self._answer(state, computed)
-        if answer:
+        found = self._find(state, computed)
+        if found:
             self._promised[request.request_id] = computed
-        elif answer == 0:
+        elif found == 0:
             self._cache.release(state.prompt)
-        return answer
+        return found
 
-    def _answer(self, state: RequestState, computed: int) -> int | None:
+    def _find(self, state: RequestState, computed: int) -> int | None:
         state.extend()
         limit = state.request.num_tokens - 1
         found = self._cache.lookup(state.prompt, computed, limit, idle=self._idle)
@@ -110,6 +116,7 @@ class SchedulerSide(Jobs):
         state.looked_up = False
         self._promised.pop(request.request_id, None)
         self._cache.release(state.prompt)
+        self._listener.allocated(state, external)
 
     def _begin_load(self, state: RequestState, start: int, end: int, blocks: list[int]) -> None:
         """Order what was promised: tokens from `start` to `end`."""
@@ -131,7 +138,9 @@ class SchedulerSide(Jobs):
             for tier, tokens in load.sources.items():
                 state.sources[tier] = state.sources.get(tier, 0) + tokens
         if plan is not None and self.fusing is not None:
-            pending.fusion = self.fusing.order(state, blocks)
+            self._jobs += 1
+            pending.fusion = self.fusing.order(state, blocks, self._jobs if self._listener.times else 0)
+            self._listener.fused(state, pending.fusion)
             state.sources[m.MEMORY] = state.sources.get(m.MEMORY, 0) + self.fusing.end(state) - plan.exact
         if self._documents is not None and state.hints.store:
             moved = Cover(plan.pieces if plan is not None else ())
@@ -193,6 +202,12 @@ class SchedulerSide(Jobs):
         """A request ended. True: vLLM must keep its blocks until its stores are done. (Those of a request that
         waits for its KV it keeps until that is received.) And what its response tells, where it gave hints or was
         to be fused."""
+        try:
+            return self._finish(request, blocks)
+        finally:
+            self._listener.finished(request)
+
+    def _finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
         state = self._states.pop(request_id, None)
         self._promised.pop(request_id, None)
@@ -234,7 +249,9 @@ class SchedulerSide(Jobs):
             self._control.control.close()
         if self._recorder is not None:
             self._recorder.close()
-        return self._cache.close(seconds)
+        written = self._cache.close(seconds)
+        self._listener.closed()
+        return written
 
     def _track(self, request: Any) -> RequestState | None:
         request_id = request.request_id

@@ -7,17 +7,17 @@ ended. vLLM makes its span when the request has ended, under what the request's 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ragkv.connectors.vllm.messages import Fusion, Job, StepOrders, StepReport, Times, merge_times
+from ragkv.connectors.vllm.listener import Listener
+from ragkv.connectors.vllm.messages import Fusion, Job, Times, merge_times
 from ragkv.connectors.vllm.request_state import RequestState
-from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.fusion.plan import Declined, Plan
 from ragkv.kvstore.prompt import Load, Store
@@ -49,153 +49,107 @@ class _Open:
     attributes: Attributes
 
 
-class TracedSide(SchedulerSide):
-    """A scheduler side that tells what it does. `flush` sends what is waiting to be sent."""
+class Tracing(Listener):
+    """Makes the spans. `workers`: that must do each job; `token_bytes`: of a token's KV. `flush` sends what is
+    waiting to be sent. `note` is told of a fault, by kind: tracing fails no request."""
+
+    times = True
 
     def __init__(
         self,
-        *args: Any,
         tracer: trace.Tracer,
         flush: Callable[[], object],
+        workers: int,
+        token_bytes: int,
+        note: Callable[[str, Exception], object],
         wall: Callable[[], int] = time.time_ns,
-        **more: Any,
     ) -> None:
-        super().__init__(*args, **more)
-        self._tracer, self._flush, self._wall = tracer, flush, wall
-        self._requests: dict[str, _Request] = {}
-        self._open: dict[int, _Open] = {}
-        self._times: dict[int, Times] = {}
+        self.tracer, self.flush = tracer, flush
+        self._workers, self._token_bytes, self._note, self._wall = workers, token_bytes, note, wall
+        self.requests: dict[str, _Request] = {}  # that have not ended
+        self.open: dict[int, _Open] = {}  # by the number under which workers report
+        self.reports: dict[int, Times] = {}  # of those that not all workers have reported
 
-    def lookup(self, request: Any, computed: int) -> int | None:
-        """As `SchedulerSide.lookup`; notes when it was first asked, and first answered."""
+    def asked(self, request: Any) -> None:
+        """A lookup begins with the first question."""
         with self._noted():
-            asked = self._requests.get(request.request_id)
+            asked = self.requests.get(request.request_id)
             if asked is None:
-                asked = self._requests[request.request_id] = _Request(_context(request))
+                asked = self.requests[request.request_id] = _Request(_context(request))
             asked.began = asked.began or self._wall()
-        answer = super().lookup(request, computed)
-        with self._noted():
-            asked = self._requests[request.request_id]
-            asked.ended = 0 if answer is None else asked.ended or self._wall()
-        return answer
 
-    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
-        """As `SchedulerSide.allocated`; ends the lookup's span, and opens those of what it orders."""
-        loads, state = len(self._orders.loads), self._states.get(request.request_id)
-        again = state is not None and not state.looked_up
-        super().allocated(request, blocks, external)
+    def answered(self, request: Any, tokens: int | None) -> None:
+        """It ends with the first answer, unless vLLM asks again."""
         with self._noted():
-            if state is None or again:
+            asked = self.requests[request.request_id]
+            asked.ended = 0 if tokens is None else asked.ended or self._wall()
+
+    def allocated(self, state: RequestState, external: int) -> None:
+        """vLLM took the request up: the lookup's span is whole."""
+        with self._noted():
+            asked = self.requests[state.request.request_id]
+            ended = asked.ended or self._wall()
+            span = self._span(LOOKUP, asked.context, asked.began or ended, ended, _of_lookup(state, external))
+            if asked.context is None:
+                asked.context = trace.set_span_in_context(span, Context())
+            asked.began = asked.ended = 0
+
+    def ordered(self, state: RequestState, job: Job, work: Load | Store) -> None:
+        """A copy's span begins, of which workers report the times."""
+        with self._noted():
+            attributes: Attributes = {
+                "ragkv.tokens": len(job.rows),
+                "ragkv.bytes": len(job.rows) * self._token_bytes,
+                "ragkv.tier": m.DEVICE if job.device else m.MEMORY,
+            }
+            if isinstance(work, Store):
+                self._expect(job.id, STORE, state, {**attributes, "ragkv.chunks": len(work.chunks)})
                 return
-            self._looked_up(state, external)
-            for job in self._orders.loads[loads:]:
-                self._expect(job.id, LOAD, state, self._of_load(state, job))
-            load = self._loads.get(request.request_id)
-            if load is not None and load.fusion is not None:
-                self._jobs += 1
-                load.fusion = replace(load.fusion, timed=self._jobs)
-                self._expect(self._jobs, FUSE, state, _of_fusion(state, load.fusion))
+            below = {tier: tokens for tier, tokens in work.sources.items() if tier in (m.DISK, m.REDIS)}
+            attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in below.items()}
+            self._expect(job.id, LOAD, state, {**attributes, "ragkv.moved": job.shifts is not None})
 
-    def take_orders(self) -> StepOrders:
-        """As `SchedulerSide.take_orders`; asks for the times of the jobs."""
-        orders = super().take_orders()
+    def fused(self, state: RequestState, fusion: Fusion) -> None:
+        """A fusion's span begins."""
         with self._noted():
-            orders.loads = [replace(job, timed=job.id in self._open) for job in orders.loads]
-            orders.stores = [replace(job, timed=job.id in self._open) for job in orders.stores]
-        return orders
+            self._expect(fusion.timed, FUSE, state, _of_fusion(state, fusion))
 
-    def finished(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """As `SchedulerSide.finished`; nothing more is noted of the request."""
-        try:
-            return super().finished(request, blocks)
-        finally:
-            self._requests.pop(request.request_id, None)
+    def withdrawn(self, job: Job) -> None:
+        """No worker will do it: there is no span."""
+        self.open.pop(job.id, None)
 
-    def report(
-        self, report: StepReport | None, sent: Collection[str] = (), received: Collection[str] = ()
-    ) -> set[str]:
-        """As `SchedulerSide.report`; ends the spans whose work all workers have done."""
-        waiting = super().report(report, sent, received)
-        self._end_spans(report or StepReport())
-        return waiting
-
-    def _end_spans(self, report: StepReport) -> None:
+    def reported(self, times: Mapping[int, Times]) -> None:
+        """Spans end whose work all workers have done."""
         with self._noted():
-            merge_times(self._times, report.times)
-            for number in report.times:
-                if number not in self._open:
-                    del self._times[number]
-                elif self._times[number][2] >= self._workers:
-                    began, ended, _, failed = self._times.pop(number)
-                    each = self._open.pop(number)
+            merge_times(self.reports, times)
+            for number in times:
+                if number not in self.open:
+                    del self.reports[number]
+                elif self.reports[number][2] >= self._workers:
+                    began, ended, _, failed = self.reports.pop(number)
+                    each = self.open.pop(number)
                     self._span(each.name, each.asked.context, began, ended, each.attributes, failed=failed)
 
-    def close(self, seconds: float) -> bool:
-        """As `SchedulerSide.close`; then sends what spans there are, within `FLUSH_SECONDS`."""
-        complete = super().close(seconds)
+    def finished(self, request: Any) -> None:
+        """Nothing more is noted of the request."""
+        self.requests.pop(request.request_id, None)
+
+    def closed(self) -> None:
+        """Send what spans there are, within `FLUSH_SECONDS`."""
         with self._noted():
-            sender = threading.Thread(target=self._flush, name="ragkv-flush", daemon=True)
+            sender = threading.Thread(target=self.flush, name="ragkv-flush", daemon=True)
             sender.start()
             sender.join(FLUSH_SECONDS)
-        return complete
-
-    def _new_job(self, state: RequestState, work: Load | Store, blocks: list[int], *, fused: bool = False) -> Job:
-        job = super()._new_job(state, work, blocks, fused=fused)
-        with self._noted():
-            if isinstance(work, Store):
-                tier = m.DEVICE if job.device else m.MEMORY
-                attributes = {"ragkv.chunks": len(work.chunks), **self._size(job), "ragkv.tier": tier}
-                self._expect(job.id, STORE, state, attributes)
-        return job
-
-    def _looked_up(self, state: RequestState, external: int) -> None:
-        asked, request = self._requests[state.request.request_id], state.request
-        attributes: Attributes = {
-            "ragkv.request.id": request.request_id,
-            "ragkv.result": _result(state, external),
-            "ragkv.tokens": request.num_tokens,
-            "ragkv.tokens.engine": state.computed,
-            "ragkv.tokens.hit": external,
-            "ragkv.chunks": len(state.prompt.match.chunks),
-            "ragkv.turn": state.turn,
-        }
-        if external:
-            attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in state.sources.items()}
-        if state.prompt.declined is not None:
-            attributes["ragkv.gate"] = "decline" if state.prompt.declined else "load"
-        if state.prompt.fetch is not None:
-            attributes["ragkv.fetch"] = state.prompt.fetch.result
-        outcome = state.fusion.outcome[2] if state.fusion.outcome is not None else None
-        if isinstance(outcome, Declined):
-            attributes |= {"ragkv.fusion": outcome.kind, "ragkv.fusion.reason": outcome.reason}
-        elif isinstance(outcome, Plan):
-            attributes["ragkv.fusion"] = "moved"
-        ended = asked.ended or self._wall()
-        span = self._span(LOOKUP, asked.context, asked.began or ended, ended, attributes)
-        if asked.context is None:
-            asked.context = trace.set_span_in_context(span, Context())
-        asked.began = asked.ended = 0
-
-    def _of_load(self, state: RequestState, job: Job) -> Attributes:
-        tier = m.DEVICE if job.device else m.MEMORY
-        attributes = {**self._size(job), "ragkv.tier": tier, "ragkv.moved": job.shifts is not None}
-        if tier == m.MEMORY and job.shifts is None:
-            brought = {name: tokens for name, tokens in state.sources.items() if name in (m.DISK, m.REDIS)}
-            attributes |= {f"ragkv.tokens.{name}": tokens for name, tokens in brought.items()}
-        return attributes
-
-    def _size(self, job: Job) -> Attributes:
-        return {"ragkv.tokens": len(job.rows), "ragkv.bytes": len(job.rows) * self._cache.token_bytes}
 
     def _expect(self, number: int, name: str, state: RequestState, attributes: Attributes) -> None:
         """A job was ordered: its span is made once all workers have reported it."""
         request_id = state.request.request_id
-        asked = self._requests[request_id]
-        self._open[number] = _Open(name, asked, {"ragkv.request.id": request_id, **attributes})
-        if len(self._open) > MOST_OPEN:
-            lost = next(iter(self._open))
-            del self._open[lost]
-            self._times.pop(lost, None)
+        asked = self.requests[request_id]
+        self.open[number] = _Open(name, asked, {"ragkv.request.id": request_id, **attributes})
+        if len(self.open) > MOST_OPEN:
+            lost = next(iter(self.open))
+            del self.open[lost]
+            self.reports.pop(lost, None)
 
     def _span(
         self,
@@ -208,7 +162,7 @@ class TracedSide(SchedulerSide):
         failed: bool = False,
     ) -> trace.Span:
         context = Context() if context is None else context  # never under a span of the engine's start
-        span = self._tracer.start_span(name, context, attributes=attributes, start_time=began)
+        span = self.tracer.start_span(name, context, attributes=attributes, start_time=began)
         if failed:
             span.set_status(trace.StatusCode.ERROR, "a worker failed")
         span.end(ended)
@@ -220,7 +174,7 @@ class TracedSide(SchedulerSide):
         try:
             yield
         except Exception as error:  # whatever it is: spans are lost, and nothing else
-            self._faults.note("tracing", error)
+            self._note("tracing", error)
 
 
 def open_tracer(endpoint: str) -> tuple[trace.Tracer, Callable[[], object]]:
@@ -243,6 +197,31 @@ def _context(request: Any) -> Context | None:
         return None
     context = TraceContextTextMapPropagator().extract(headers, Context())
     return context if trace.get_current_span(context).get_span_context().is_valid else None
+
+
+def _of_lookup(state: RequestState, external: int) -> Attributes:
+    request, prompt = state.request, state.prompt
+    attributes: Attributes = {
+        "ragkv.request.id": request.request_id,
+        "ragkv.result": _result(state, external),
+        "ragkv.tokens": request.num_tokens,
+        "ragkv.tokens.engine": state.computed,
+        "ragkv.tokens.hit": external,
+        "ragkv.chunks": len(prompt.match.chunks),
+        "ragkv.turn": state.turn,
+    }
+    if external:
+        attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in state.sources.items()}
+    if prompt.declined is not None:
+        attributes["ragkv.gate"] = "decline" if prompt.declined else "load"
+    if prompt.fetch is not None:
+        attributes["ragkv.fetch"] = prompt.fetch.result
+    outcome = state.fusion.outcome[2] if state.fusion.outcome is not None else None
+    if isinstance(outcome, Declined):
+        attributes |= {"ragkv.fusion": outcome.kind, "ragkv.fusion.reason": outcome.reason}
+    elif isinstance(outcome, Plan):
+        attributes["ragkv.fusion"] = "moved"
+    return attributes
 
 
 def _result(state: RequestState, external: int) -> str:

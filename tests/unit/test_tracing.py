@@ -19,12 +19,14 @@ from hand_lanes import Lower
 from otlp_collector import OURS, collecting
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm import tracing
-from ragkv.connectors.vllm.builder import side_maker
+from ragkv.connectors.vllm.builder import make_listener
+from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.messages import merge_times
 from ragkv.connectors.vllm.scheduler import SchedulerSide
-from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, TracedSide
+from ragkv.connectors.vllm.tracing import FUSE, LOAD, LOOKUP, STORE, Tracing
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.gate import BELIEF, Gate
+from ragkv.kvstore.metrics import Metrics
 from toy_engine import BREAK, Engine, closing, text
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -42,10 +44,11 @@ class Spans:
         self.tracer, self.flush = self.provider.get_tracer("ragkv"), self.provider.force_flush
         self.wall = count(10)
 
-    def side(self, *args, **more):
-        return TracedSide(
-            *args, tracer=self.tracer, flush=lambda: self.flush(), wall=lambda: next(self.wall), **more
+    def side(self, cache, block_tokens, workers, metrics, faults, **more):
+        self.tracing = Tracing(
+            self.tracer, lambda: self.flush(), workers, cache.token_bytes, faults.note, lambda: next(self.wall)
         )
+        return SchedulerSide(cache, block_tokens, workers, metrics, faults, listener=self.tracing, **more)
 
     def made(self):
         found = self._exporter.get_finished_spans()
@@ -66,7 +69,7 @@ def spans(monkeypatch):
 def engine(spans):
     with closing(Engine()) as made:
         yield made
-    assert not made.side._open and not made.side._times and not made.side._requests
+    assert not spans.tracing.open and not spans.tracing.reports and not spans.tracing.requests
 
 
 def names(spans):
@@ -304,7 +307,7 @@ def test_a_fusion_that_fails_is_an_error_of_its_span(spans):
         engine.step(), engine.step()
         engine.fail()
         found = {span.name: span.status.status_code for span in spans.made()}
-        assert not engine.side._open
+        assert not spans.tracing.open
     assert found[FUSE] is StatusCode.ERROR and found[LOAD] is StatusCode.UNSET
 
 
@@ -343,7 +346,16 @@ def test_a_fault_at_the_end_leaves_nothing(spans, monkeypatch):
         monkeypatch.setattr(engine.side, "_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # noted at the connector's border
             engine.side.finished(request, [])
-        assert not engine.side._requests
+        assert not spans.tracing.requests
+
+
+def test_a_load_that_no_worker_is_told_of_is_not_awaited(engine, spans, monkeypatch):
+    engine.run(PROMPT)
+    monkeypatch.setattr(engine.cache, "touch", lambda *_, **__: 1 / 0)
+    spans.made()
+    assert engine.run(PROMPT) == 0, "vLLM computes them"
+    assert engine.metrics.get(m.ERRORS, "allocated") == 1
+    assert not spans.tracing.open and LOAD not in names(spans.made())
 
 
 def test_what_is_left_alone_makes_no_span(engine, spans):
@@ -357,7 +369,7 @@ def test_jobs_that_are_never_reported_are_forgotten(engine, spans, monkeypatch):
         engine.request(text(seed, 60))
         engine.step(deliver=False)
         engine.deliver(0)
-    assert len(engine.side._open) == 2 and engine.side._times.keys() == engine.side._open.keys()
+    assert len(spans.tracing.open) == 2 and spans.tracing.reports.keys() == spans.tracing.open.keys()
     engine.deliver()
     assert names(spans.made()).count(STORE) == 2
 
@@ -382,7 +394,7 @@ def test_the_end_does_not_wait_for_a_collector_that_hangs(spans, monkeypatch):
 
 def test_without_an_endpoint_nothing_is_traced_or_timed():
     for config in (SimpleNamespace(), SimpleNamespace(observability_config=SimpleNamespace())):
-        assert side_maker(config) is SchedulerSide
+        assert make_listener(config, 2, TOKEN_BYTES, Faults(Metrics())) is None
     with closing(Engine()) as engine:
         engine.request(PROMPT)
         engine.step(deliver=False)
@@ -394,14 +406,15 @@ def test_without_an_endpoint_opentelemetry_is_not_needed():
         import sys
         sys.modules["opentelemetry"] = None
         from types import SimpleNamespace
-        from ragkv.connectors.vllm.builder import side_maker
+        from ragkv.connectors.vllm.builder import make_listener
         from ragkv.connectors.vllm.connector import RagKVConnector
-        from ragkv.connectors.vllm.scheduler import SchedulerSide
+        from ragkv.connectors.vllm.error_boundary import Faults
+        from ragkv.kvstore.metrics import Metrics
         off = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
-        assert side_maker(off) is SchedulerSide
+        assert make_listener(off, 2, 32, Faults(Metrics())) is None
         assert "ragkv.connectors.vllm.tracing" not in sys.modules
         on = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint="http://127.0.0.1:1"))
-        assert side_maker(on) is SchedulerSide, "without it the engine runs all the same"
+        assert make_listener(on, 2, 32, Faults(Metrics())) is None, "without it the engine runs all the same"
     """)
 
 
@@ -412,17 +425,19 @@ def test_spans_go_where_vllm_sends_its_own():
             f"""
             from types import SimpleNamespace
             from opentelemetry import trace
-            from ragkv.connectors.vllm.builder import side_maker
-            from ragkv.connectors.vllm.tracing import TracedSide, _context
+            from ragkv.connectors.vllm.builder import make_listener
+            from ragkv.connectors.vllm.error_boundary import Faults
+            from ragkv.connectors.vllm.tracing import Tracing, _context
+            from ragkv.kvstore.metrics import Metrics
             observability = SimpleNamespace(otlp_traces_endpoint={collector.endpoint!r})
             for number in range(2):
-                made = side_maker(SimpleNamespace(observability_config=observability))
-                assert made.func is TracedSide
+                made = make_listener(SimpleNamespace(observability_config=observability), 2, 32, Faults(Metrics()))
+                assert isinstance(made, Tracing)
                 provider = trace.get_tracer_provider() if not number else provider
                 assert trace.get_tracer_provider() is provider
                 context = _context(SimpleNamespace(trace_headers={HEADERS!r}))
-                made.keywords["tracer"].start_span(f"span {{number}}", context).end()
-                assert made.keywords["flush"]()
+                made.tracer.start_span(f"span {{number}}", context).end()
+                assert made.flush()
             """,
             **collector.environment,
         )
