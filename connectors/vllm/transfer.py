@@ -77,7 +77,7 @@ class Mover(ABC):
     """Copies between the engine's cache and one tier.
 
     `most_tokens`: that one call should move; see `job_slices`. `device_bytes`: the accelerator's memory that it
-    takes at most, beside caches and tier, and beside `mending.TURN_DEVICE_BYTES` where moved keys are rotated.
+    takes at most, beside caches and tier, and beside `fusion_worker.TURN_DEVICE_BYTES` where keys are rotated.
     """
 
     most_tokens: int

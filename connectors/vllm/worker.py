@@ -15,8 +15,7 @@ from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.equipment import Equipment
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
-from ragkv.connectors.vllm.fusion_worker import Fuser
-from ragkv.connectors.vllm.mending import TURN_DEVICE_BYTES, make_fuser, make_turn
+from ragkv.connectors.vllm.fusion_worker import TURN_DEVICE_BYTES, Fuser, make_fuser, make_turn
 from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.sampling import WeightsObserver

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ragkv.connectors.vllm import mending
+from ragkv.connectors.vllm import fusion_worker
+from ragkv.connectors.vllm.fusion_worker import make_turn, together
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.connectors.vllm.layout import Geometry
-from ragkv.connectors.vllm.mending import make_turn, together
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.kvstore.fusion.rotation import Rotation
 
@@ -19,7 +19,7 @@ SHIFTS = torch.tensor([5, 0, -3, 5, 5, 900, 0])
 
 
 def prepared(monkeypatch, dtype, cache_dtype="auto"):
-    monkeypatch.setattr(mending, "rotations", lambda model, layers: BY_LAYER)
+    monkeypatch.setattr(fusion_worker, "rotations", lambda model, layers: BY_LAYER)
     geometry = Geometry(len(BY_LAYER), HEADS, DIM, dtype.itemsize, 16)
     stored = torch.uint8 if dtype.itemsize == 1 else dtype
     shape = Shape(geometry, tuple(f"layer.{n}" for n in range(len(BY_LAYER))), stored, 1)
@@ -39,7 +39,7 @@ def prepared(monkeypatch, dtype, cache_dtype="auto"):
     ids=str,
 )
 def test_all_layers_turn_as_each_by_itself(dtype, cache_dtype, most_bytes, monkeypatch):
-    monkeypatch.setattr(mending, "TURN_BYTES", most_bytes)
+    monkeypatch.setattr(fusion_worker, "TURN_BYTES", most_bytes)
     turn = prepared(monkeypatch, dtype, cache_dtype)(SHIFTS)
     keys = torch.randn(4, 2, TOKENS, HEADS, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)[:, 0]
     raw = keys.view(RAW[dtype.itemsize])
