@@ -18,11 +18,10 @@ from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded, in_words, logger
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import engine_identity, examine, load_structure
-from ragkv.connectors.vllm.lifecycle import watch_stop
+from ragkv.connectors.vllm.lifecycle import duties_of, watch_stop
 from ragkv.connectors.vllm.messages import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.multi import among_others, told_late
 from ragkv.connectors.vllm.plugin import check_settings
-from ragkv.connectors.vllm.roles import duties_of
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import memory_pages, page_shape
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats, hit_sources

@@ -1,19 +1,35 @@
-"""The end of an engine: what a stop would lose, told at the start; and the moment at which to write it down."""
+"""An engine's duties and its end: what its role lets it do; what a stop would lose, told at the start; and the
+moment at which to write that down."""
 
 import contextlib
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import logger
-from ragkv.connectors.vllm.roles import duties_of
 from ragkv.preflight import has_lower_tier, shutdown_seconds
 
 KILL_MARGIN = 4.0  # seconds before vLLM kills its engine at which writing down should be over
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Duties:
+    """`stores`: keep what the engine computes, in memory and in lower tiers. `loads`: use what is kept."""
+
+    stores: bool = True
+    loads: bool = True
+
+
+def duties_of(kv_transfer_config: Any) -> Duties:
+    """What `kv_role` lets an engine do: a `kv_consumer` only loads, a `kv_producer` only stores, `kv_both` does
+    both. Bringing values up from a lower tier into memory is part of loading."""
+    role = getattr(kv_transfer_config, "kv_role", None)
+    return Duties(stores=role != "kv_consumer", loads=role != "kv_producer")
 
 
 def lost_at_stop(vllm_config: Any, settings: Settings) -> str | None:

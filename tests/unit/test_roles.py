@@ -6,7 +6,7 @@ import pytest
 
 from hand_lanes import Lower, redis
 from ragkv.config import Settings
-from ragkv.connectors.vllm.roles import Duties, duties_of
+from ragkv.connectors.vllm.lifecycle import Duties, duties_of
 from toy_engine import Engine, closing, text
 
 PROMPT, OTHER = text(1, 100), text(2, 100)
