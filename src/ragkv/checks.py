@@ -34,8 +34,8 @@ SPEED_BYTES = 64 * MIB
 QUESTIONS = 20
 SLOW_SECONDS = 0.01
 FEW_FILES = 10_000
-TRYOUT = "ragkv.connectors.vllm.doctor_probe"
-TRYOUT_SECONDS = 600.0
+DOCTOR_PROBE = "ragkv.connectors.vllm.doctor_probe"
+PROBE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,9 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-def check_vllm(quick: bool, environ: Mapping[str, str], seconds: float = TRYOUT_SECONDS) -> list[Finding]:
+def check_vllm(quick: bool, environ: Mapping[str, str], seconds: float = PROBE_SECONDS) -> list[Finding]:
     """Version, connector interface and KV layout of this environment's vLLM, tried in a process of its own."""
-    command = [sys.executable, "-m", TRYOUT, *(["--quick"] if quick else [])]
+    command = [sys.executable, "-m", DOCTOR_PROBE, *(["--quick"] if quick else [])]
     clean = {name: value for name, value in environ.items() if not name.startswith("RAGKV_")}
     status, out, errors = _run_alone(command, clean, seconds)
     findings = [Finding(**json.loads(line)) for line in out.splitlines()]
