@@ -37,7 +37,7 @@ class Engine(Scheduler):
     """vLLM's scheduler in small: block tables, admission, requests that wait for their KV, preemption. `device`:
     pages of the device tier; `lowers`: the tiers below memory, which outlive `restart`; `step_tokens`: copied in a
     step in which others compute; `own_cache`: with a prefix cache, of what really lies in the blocks; `duties`: of
-    its role."""
+    its role; `control`: what makes its control, of a cache and a clock."""
 
     def __init__(
         self,
@@ -52,8 +52,9 @@ class Engine(Scheduler):
         step_tokens=10**6,
         own_cache=False,
         duties=None,
+        control=None,
     ):
-        self.duties = duties or {}
+        self.duties, self.control = duties or {}, control
         self.sizes = pages, blocks, workers, policy, device
         self.fusion, self.step_tokens, self.own_cache = fusion, step_tokens, own_cache
         self.lowers, self.gate = lowers, gate
@@ -95,7 +96,7 @@ class Engine(Scheduler):
             self.faults,
             chunker=Chunker(MIN, 24, MAX, TokenStructure.of(["a", "\n\n", "b"])),
             namespace_of=self.namespaces.of,
-            clock=self.clock,
+            control=self.control and self.control(self.cache, self.clock),
             fusing=None if self.fusion is None else self._fusing(),
             **self.duties,
         )

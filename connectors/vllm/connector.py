@@ -106,7 +106,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             stores=duties.stores,
             loads=duties.loads,
             allow=settings.hints.kinds,
-            control=open_control(settings),
+            control=open_control(settings, cache),
             confirmed_by=self._trust.round,
             listener=make_listener(config, shape.ranks, cache.token_bytes, self.faults),
         )

@@ -8,6 +8,7 @@ lookup or step, and reads plain numbers. Every request needs the bearer token of
 import hmac
 import json
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,30 +16,31 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import logger
+from ragkv.kvstore.cache import KVCache
 from ragkv.preflight import read_token
 
 SECONDS = 5.0  # that a client may keep the server waiting
+FLUSH_SECONDS = 60.0  # after which a flush is given up
 LOOPBACK = "127.0.0.1"
 ACTIONS = ("off", "on", "flush", "drain")
 
 
 class Control:
-    """What an operator wants of an engine. The server's thread sets it, the scheduler side heeds it.
+    """What an operator wants of an engine, and what is done about it. The server's thread calls `act` and `told`,
+    the scheduler side's all else. A flush looks at all of memory, a bounded part of it a step."""
 
-    `loads`, `stores`: whether anything may be loaded, and stored. `asked`, `answered`: flushes, by number: one is
-    under way while they differ.
-    """
-
-    def __init__(self) -> None:
-        self.loads = self.stores = True
-        self.asked = self.answered = 0
-        self.numbers: Callable[[], dict[str, Any]] = dict  # the scheduler side's, read by the server's thread
+    def __init__(self, cache: KVCache, clock: Callable[[], float] = time.monotonic) -> None:
+        self.loads = self.stores = True  # whether anything may be loaded, and stored
+        self.flush_began = False  # and has not ended: the engine must go on stepping
+        self._cache, self._clock = cache, clock
+        self._asked = self._answered = 0  # flushes, by number: one is wanted while they differ
+        self._number, self._until = 0, 0.0  # of the flush that began
         self._server: HTTPServer | None = None
 
     @property
     def flushing(self) -> bool:
         """Whether a flush is wanted that has not ended."""
-        return self.asked != self.answered
+        return self._asked != self._answered
 
     def act(self, action: str) -> None:
         """Want one of ACTIONS."""
@@ -47,11 +49,28 @@ class Control:
         if action == "drain":
             self.stores = False
         if action in ("flush", "drain"):
-            self.asked += 1
+            self._asked += 1
+
+    def heed(self, *, storing: bool) -> None:
+        """Begin a flush that is wanted, once nothing is `storing`, and go on with it."""
+        if not self.flushing or (storing and not self.flush_began):
+            return
+        if not self.flush_began:
+            self._number, self._until = self._asked, self._clock() + FLUSH_SECONDS
+            self.flush_began = True
+        if self._cache.flush() or self._clock() > self._until:
+            self._cache.end_flush()
+            self.flush_began, self._answered = False, self._number
 
     def told(self) -> dict[str, Any]:
-        """What `stats` answers."""
-        return {"loads": self.loads, "stores": self.stores, "flushing": self.flushing, **self.numbers()}
+        """What `stats` answers: plain figures, each by itself right."""
+        tiers = {
+            tier.name: {"queued_bytes": tier.queued, "resting": list(tier.resting)}
+            | ({} if tier.index is None else {"values": len(tier.index), "bytes": tier.index.used})
+            for tier in self._cache.tiers
+        }
+        wanted = {"loads": self.loads, "stores": self.stores, "flushing": self.flushing}
+        return {**wanted, "chunks": len(self._cache), "tiers": tiers}
 
     def serve(self, listen: str, token: str) -> None:
         """Answer on a thread, until `close`. OSError: the address cannot be had."""
@@ -74,12 +93,12 @@ class Control:
             self._server = None
 
 
-def open_control(settings: Settings) -> Control | None:
+def open_control(settings: Settings, cache: KVCache) -> Control | None:
     """Control as the settings say; None where it is off, or cannot be had, which one line says."""
     listen, file = settings.control.listen, settings.control.token_file
     if listen is None or file is None:
         return None
-    control = Control()
+    control = Control(cache)
     try:
         control.serve(listen, read_token(Path(file)))
     except (OSError, ValueError, OverflowError, RuntimeError) as error:

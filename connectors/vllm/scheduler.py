@@ -4,7 +4,6 @@ A lookup promises tokens; vLLM then takes the request up, and lets it wait while
 kept from the lookup on. What was promised and does not come is told before the request has run: vLLM computes it.
 """
 
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,7 +11,6 @@ from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.control import Control
 from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.fusing import saved
-from ragkv.connectors.vllm.heeding import Heed
 from ragkv.connectors.vllm.hints import read_hints, with_problem
 from ragkv.connectors.vllm.jobs import Jobs
 from ragkv.connectors.vllm.loading import PendingLoad
@@ -43,7 +41,6 @@ class SchedulerSide(Jobs):
         loads: bool = True,
         allow: Collection[str] = HINT_NAMES,
         control: Control | None = None,
-        clock: Callable[[], float] = time.monotonic,
         **more: Any,
     ) -> None:
         super().__init__(cache, *args, **more)
@@ -51,7 +48,7 @@ class SchedulerSide(Jobs):
         self._documents, self._turns = documents, Turns(self._metrics)
         self._duties, self._allow = (loads, stores), allow
         self._may_load, self._may_store = loads, stores
-        self._control = None if control is None else Heed(control, cache, clock)
+        self._control = control
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._idle = False
 
@@ -234,19 +231,19 @@ class SchedulerSide(Jobs):
     @property
     def has_pending_work(self) -> bool:
         """As of `Jobs`; and a flush that has begun goes on though no request runs."""
-        return super().has_pending_work or (self._control is not None and self._control.under_way)
+        return super().has_pending_work or (self._control is not None and self._control.flush_began)
 
     def _heed(self) -> None:
         """Do as the operator wants: before anything is looked up or stored."""
         if self._control is not None:
             self._control.heed(storing=bool(self._storing))
-            wanted = self._control.control
-            self._may_load, self._may_store = self._duties[0] and wanted.loads, self._duties[1] and wanted.stores
+            self._may_load = self._duties[0] and self._control.loads
+            self._may_store = self._duties[1] and self._control.stores
 
     def close(self, seconds: float) -> bool:
         """Write down what must survive, within a bound. Whether all of it was."""
         if self._control is not None:
-            self._control.control.close()
+            self._control.close()
         if self._recorder is not None:
             self._recorder.close()
         written = self._cache.close(seconds)

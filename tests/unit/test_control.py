@@ -21,11 +21,26 @@ TOKEN = "a token of no use".replace(" ", "-")
 
 
 @pytest.fixture
-def control():
-    made = Control()
-    made.serve("0", TOKEN)
-    yield made
-    made.close()
+def controlled():
+    """Engines, each with its control, which is served."""
+    opened = []
+
+    def control(cache, clock):
+        opened.append(Control(cache, clock))
+        opened[-1].serve("0", TOKEN)
+        return opened[-1]
+
+    def make(**more):
+        return Engine(control=control, **more), opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def control(controlled):
+    return controlled()[1]
 
 
 @pytest.fixture
@@ -44,12 +59,8 @@ def ask(control, method, path, token=TOKEN):
     return told
 
 
-def engine_with(control, **more):
-    return Engine(duties={"control": control}, **more)
-
-
-def test_off_and_on(control):
-    engine = engine_with(control)
+def test_off_and_on(controlled):
+    engine, control = controlled()
     first, second = text(1, 100), text(2, 100)
     engine.run(first)
     assert engine.run(first) > 0
@@ -64,8 +75,8 @@ def test_off_and_on(control):
     engine.check()
 
 
-def test_what_is_under_way_ends_well_when_it_is_switched_off(control):
-    engine = engine_with(control)
+def test_what_is_under_way_ends_well_when_it_is_switched_off(controlled):
+    engine, control = controlled()
     prompt = text(1, 100)
     engine.run(prompt)
     engine.request(prompt)
@@ -75,8 +86,8 @@ def test_what_is_under_way_ends_well_when_it_is_switched_off(control):
     engine.check()
 
 
-def test_drain_stores_no_more_and_still_serves(control):
-    engine = engine_with(control, lowers=[Lower(through=False)])
+def test_drain_stores_no_more_and_still_serves(controlled):
+    engine, control = controlled(lowers=[Lower(through=False)])
     first = text(1, 100)
     engine.run(first)
     assert not len(engine.lowers[0].values.values), "written only when memory evicts"
@@ -96,8 +107,8 @@ def test_drain_stores_no_more_and_still_serves(control):
     assert engine.run(first) > 0, "the next engine finds it"
 
 
-def test_a_flush_keeps_an_idle_engine_stepping_until_it_has_ended(control):
-    engine = engine_with(control, lowers=[Lower(through=False)])
+def test_a_flush_keeps_an_idle_engine_stepping_until_it_has_ended(controlled):
+    engine, control = controlled(lowers=[Lower(through=False)])
     engine.run(text(1, 100))
     engine.lowers[0].writes.hangs = True
     ask(control, "POST", "/flush")
@@ -109,8 +120,8 @@ def test_a_flush_keeps_an_idle_engine_stepping_until_it_has_ended(control):
     assert not engine.side.has_pending_work and not ask(control, "GET", "/stats")[1]["flushing"]
 
 
-def test_a_flush_that_cannot_end_is_given_up(control):
-    engine = engine_with(control, lowers=[Lower(through=False)])
+def test_a_flush_that_cannot_end_is_given_up(controlled):
+    engine, control = controlled(lowers=[Lower(through=False)])
     engine.run(text(1, 100))
     engine.lowers[0].writes.hangs = True
     ask(control, "POST", "/flush")
@@ -152,7 +163,7 @@ def test_a_client_that_hangs_or_talks_nonsense_holds_nobody_up(control, monkeypa
 def test_a_port_that_is_taken_is_a_line_in_the_log(control, token_file, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     given = {"listen": str(control.port), "token_file": str(token_file)}
-    assert open_control(Settings.model_validate({"control": given})) is None
+    assert open_control(Settings.model_validate({"control": given}), Engine().cache) is None
     assert "the engine runs without control" in caplog.text and TOKEN not in caplog.text
 
 
@@ -162,12 +173,17 @@ def test_a_token_that_cannot_be_is_a_line_in_the_log(tmp_path, caplog, monkeypat
     file = tmp_path / "token"
     if content is not None:
         file.write_text(content)
-    assert open_control(Settings.model_validate({"control": {"listen": "0", "token_file": str(file)}})) is None
+    assert (
+        open_control(
+            Settings.model_validate({"control": {"listen": "0", "token_file": str(file)}}), Engine().cache
+        )
+        is None
+    )
     assert "the engine runs without control" in caplog.text
 
 
 def test_it_is_off_by_default():
-    assert open_control(Settings()) is None
+    assert open_control(Settings(), Engine().cache) is None
 
 
 @pytest.mark.parametrize("listen", ["", "x", "70000", "host:", True, 1.5, "http://host:1"])
@@ -189,7 +205,8 @@ def test_the_command(control, token_file):
 
     assert run("off").exit_code == 0 and not control.loads
     assert run("on").exit_code == 0 and control.loads
-    assert json.loads(run("stats", "--json").output) == {"loads": True, "stores": True, "flushing": False}
+    on = {"loads": True, "stores": True, "flushing": False}
+    assert json.loads(run("stats", "--json").output) == {**on, "chunks": 0, "tiers": {}}
     late = run("flush", "--timeout", "0")
     assert late.exit_code == 1 and "not all is written after 0 s" in str(late.exception)
     assert "allowed: off, on, flush, drain, stats" in str(run("stop").exception)
