@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Settings
+from ragkv.connectors.vllm.control import open_control
+from ragkv.connectors.vllm.documents import DocumentStats
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
+from ragkv.connectors.vllm.fusing import Fusing
+from ragkv.connectors.vllm.identity import Shape, load_structure
+from ragkv.connectors.vllm.lifecycle import duties_of
 from ragkv.connectors.vllm.listener import Listener
 from ragkv.connectors.vllm.request_state import Recorder
+from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages
+from ragkv.connectors.vllm.trust import Trust
 from ragkv.kvstore.budget import Index
 from ragkv.kvstore.cache import KVCache
-from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.io_pool import Completions, Lane
@@ -69,6 +76,38 @@ def _memory_policy(settings: Settings) -> EvictionPolicy[Any]:
     if memory.priorities == 1:
         return make_policy(memory.policy)
     return Prioritized(lambda: make_policy(memory.policy), memory.priorities)
+
+
+def make_side(
+    vllm_config: Any,
+    settings: Settings,
+    shape: Shape,
+    cache: KVCache,
+    trust: Trust,
+    metrics: Metrics,
+    faults: Faults,
+) -> SchedulerSide:
+    """The scheduler side of an engine, over its cache."""
+    sizes, duties = settings.chunks, duties_of(vllm_config.kv_transfer_config)
+    block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
+    return SchedulerSide(
+        cache,
+        block_tokens,
+        shape.ranks,
+        metrics,
+        faults,
+        chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(vllm_config)),
+        namespace_of=trust.namespaces.of,
+        recorder=make_recorder(settings, faults),
+        fusing=Fusing(settings.fusion, cache, block_tokens, layers, metrics),
+        documents=DocumentStats(metrics, settings.fusion.documents),
+        stores=duties.stores,
+        loads=duties.loads,
+        allow=settings.hints.kinds,
+        control=open_control(settings, cache),
+        confirmed_by=trust.round,
+        listener=make_listener(vllm_config, shape.ranks, cache.token_bytes, faults),
+    )
 
 
 def make_listener(vllm_config: Any, workers: int, token_bytes: int, faults: Faults) -> Listener | None:

@@ -12,12 +12,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ragkv.connectors.vllm.announcing import Announcer
-from ragkv.connectors.vllm.builder import make_cache, make_listener, make_recorder
-from ragkv.connectors.vllm.control import open_control
-from ragkv.connectors.vllm.documents import DocumentStats
+from ragkv.connectors.vllm.builder import make_cache, make_side
 from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded, in_words, logger
-from ragkv.connectors.vllm.fusing import Fusing
-from ragkv.connectors.vllm.identity import engine_identity, examine, load_structure
+from ragkv.connectors.vllm.identity import engine_identity, examine
 from ragkv.connectors.vllm.lifecycle import duties_of, watch_stop
 from ragkv.connectors.vllm.messages import Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.multi import among_others, told_late
@@ -28,7 +25,6 @@ from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats, hit_source
 from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
-from ragkv.kvstore.chunking import Chunker
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.segment import Segment
 from ragkv.preflight import has_lower_tier
@@ -83,33 +79,18 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         populate = has_lower_tier(settings)  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=populate)
         self._trust = Trust(engine_identity(config, shape, page.page_tokens))
-        hidden, sizes = config.model_config.get_hidden_size(), settings.chunks
-        chunker = Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(config))
-        recorder = make_recorder(settings, self.faults)
-        duties = duties_of(config.kv_transfer_config)
+        stores = duties_of(config.kv_transfer_config).stores
         cache = make_cache(
-            *(settings, page, self._segment.buffer, hidden, self._metrics, self.faults), stores=duties.stores
-        )
-        self._announcer = Announcer(settings, cache)
-        block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
-        return SchedulerSide(
-            cache,
-            block_tokens,
-            shape.ranks,
+            settings,
+            page,
+            self._segment.buffer,
+            config.model_config.get_hidden_size(),
             self._metrics,
             self.faults,
-            chunker=chunker,
-            namespace_of=self._trust.namespaces.of,
-            recorder=recorder,
-            fusing=Fusing(settings.fusion, cache, block_tokens, layers, self._metrics),
-            documents=DocumentStats(self._metrics, settings.fusion.documents),
-            stores=duties.stores,
-            loads=duties.loads,
-            allow=settings.hints.kinds,
-            control=open_control(settings, cache),
-            confirmed_by=self._trust.round,
-            listener=make_listener(config, shape.ranks, cache.token_bytes, self.faults),
+            stores=stores,
         )
+        self._announcer = Announcer(settings, cache)
+        return make_side(config, settings, shape, cache, self._trust, self._metrics, self.faults)
 
     def _stand_aside(self, why: str) -> None:
         logger.warning("ragkv: this engine runs without KV reuse: %s", why)
