@@ -31,7 +31,7 @@ _SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)")
 
 
 def parse_size(value: object) -> int:
-    """Bytes from an int or a text like "4GiB" or "500 MB". ValueError says what is allowed."""
+    """The bytes that an int or a text like "4GiB" or "500 MB" gives. ValueError says what is allowed."""
     allowed = "a whole number of bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB"
     if isinstance(value, int) and not isinstance(value, bool) and value <= MOST_BYTES:
         return value
@@ -73,7 +73,7 @@ Count = Annotated[int, BeforeValidator(refuse_other_numbers)]
 
 
 class Section(BaseModel):
-    """Frozen, and no key but those it names."""
+    """A section of the settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -262,7 +262,11 @@ class ControlSettings(Section):
 
 
 class Settings(Section):
-    """All of it."""
+    """All settings, in sections: `settings.memory.capacity` is the key `memory.capacity`. Frozen.
+
+    Sizes are in bytes, times in seconds. pydantic's ValidationError names what is invalid; `ragkv.config.load`,
+    which also reads files and variables, raises ConfigError.
+    """
 
     memory: MemorySettings = MemorySettings()
     device: DeviceSettings = DeviceSettings()
@@ -287,7 +291,7 @@ class Settings(Section):
 
 
 def keys() -> dict[str, Any]:
-    """Every dotted key ("memory.capacity") with its field."""
+    """The field of every dotted key ("memory.capacity")."""
     return {
         f"{section}.{name}": field
         for section, outer in Settings.model_fields.items()

@@ -28,7 +28,7 @@ SHOWN_FAULTS = 20
 
 @dataclass(frozen=True)
 class Loaded:
-    """Validated settings, and for every dotted key the source that set it."""
+    """Validated settings, and the source of every dotted key that was set."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -77,9 +77,10 @@ def load(
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
 ) -> Loaded:
-    """Settings from all sources. ConfigError: one text with every faulty key, its value, and what is allowed.
+    """Settings from all sources. ConfigError: one text with every invalid key, its value, and what is allowed.
 
-    `file` stands in for the file that `extra` or the environment would name.
+    `extra`: vLLM's `kv_connector_extra_config`. `environ`: the variables (default: those of the process). `file`:
+    a YAML file, instead of the one that `extra` or a variable names.
     """
     environ = os.environ if environ is None else environ
     extra = dict(extra or {})

@@ -1,19 +1,19 @@
-"""`KVCache`: the one door of `ragkv.kvstore`. An engine's connector calls this module, and nothing behind it.
+"""`KVCache`: the one door of `ragkv.kvstore`. An engine's connector calls only this module.
 
 Principles:
 
-* One thread calls all of it, the engine's scheduler. Threads do nothing but I/O; what they have done takes effect
-  in `tick`, and while a lookup waits. So no lock is needed, and no call blocks for longer than a few milliseconds.
+* One thread makes all calls, the engine's scheduler. Other threads only do I/O; their results take effect in
+  `tick`, and while a lookup waits. So no lock is needed, and no call but `close` blocks for more than a few ms.
 * The cache decides and does I/O; it never touches the engine's memory. It says which rows of the paged tiers to
-  copy, the connector has them copied, and tells how that ended: each `prepare_` is owed its `complete_`.
-* An engine only ever gets verified pages of memory. What lies in a lower tier is brought into memory first, while
-  the request waits: a failing disk or server is a miss, never a failed request.
-* What is promised stays: from a HIT until `release` nothing evicts it; from `prepare_` until `complete_` nothing
-  reuses its pages, whatever is evicted, expires or is reset meanwhile.
-* Misses and waiting are results; exceptions are faults of ours.
+  copy; the connector has them copied and reports the result. Each `prepare_` call needs its `complete_` call.
+* An engine only gets verified pages of memory. Chunks of lower tiers are first promoted into memory, while the
+  request waits: a failing disk or server is a miss, never a failed request.
+* From a HIT until `release`, its chunks are not evicted. From `prepare_` until `complete_`, the pages are not
+  reused, even if their chunks are evicted, expire or are reset in between.
+* Misses and waiting are results. Exceptions are bugs of ragkv.
 
-A request's life: `lookup` (again while PENDING), then `prepare_load` and `touch` if it is taken up, and `release`
-in any case; `prepare_store` as its KV is computed.
+The calls of a request: `lookup` (again while PENDING); `prepare_load` and `touch` if the hit is used; `release` in
+any case; `prepare_store` as its KV is computed. Lengths and positions are in tokens, times in seconds.
 """
 
 import time
@@ -51,12 +51,12 @@ PINNED_ALL = "ragkv.pin: a tenant's owners, or all, have pinned all that they ma
 
 
 class KVCache:
-    """Memory, with a device tier above it or not, and the storage `tiers` below, from the quickest to the slowest.
+    """The memory tier, optionally a device tier above it, and the storage `tiers` below, the fastest first.
 
-    `pages`: memory's bytes. `attention_tokens`: the position at which a token's attention costs as much as its
-    other work. `deadline`: seconds that a request may wait for lower tiers. `by_content`: whether
-    `lookup_content` is answered. `note` is told of a fault, by kind. `clock`: seconds that never run backwards;
-    `wall`: seconds since the epoch.
+    `pages`: the memory tier's bytes. `attention_tokens`: the position at which a token's attention costs as much
+    as its other work. `deadline`: how long a request may wait for lower tiers, in seconds. `by_content`: whether
+    `lookup_content` may be called. `note` is called with the kind and the cause of a fault. `clock`: monotonic
+    seconds; `wall`: seconds since the epoch.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class KVCache:
 
     @property
     def expiring(self) -> bool:
-        """Whether more has expired than one `tick` could drop: of what is found some may have to go."""
+        """Whether expired chunks are left that one `tick` could not drop: a lookup may still find them."""
         return self.memory.pins.late
 
     # --- lookup ---
 
     def lookup(self, prompt: Prompt, computed: int, limit: int, *, idle: bool = False) -> Lookup:
-        """How many tokens up to `limit` can be loaded beyond the first `computed`, which the engine has; they are
-        kept until `release`. What lower tiers have is brought into memory, once for a prompt. `idle`: the engine
-        has nothing else to do, so this may block for `IDLE_SECONDS`."""
+        """How many tokens up to position `limit` can be loaded after the first `computed`, which the engine has.
+        Chunks of lower tiers are promoted into memory, once for a prompt; PENDING while that goes on. A HIT stays
+        in memory until `release`. `idle`: the engine has no other work, so this may block for `IDLE_SECONDS`."""
         self._waiting.pop(prompt, None)
         if prompt.fetch is not None:
             if self.promotion.waits(prompt.fetch, 0.0, IDLE_SECONDS if idle else 0.0):
@@ -134,9 +134,9 @@ class KVCache:
         return Lookup(Result.HIT, tokens) if worth else Lookup(Result.MISS)
 
     def lookup_content(self, prompt: Prompt, start: int, limit: int, *, idle: bool = False) -> Lookup:
-        """Whether memory holds tokens of the prompt between `start` and `limit` that were computed anywhere: then
-        `prompt.passages` says what, and is kept until `release`. What lower tiers have of it is brought into
-        memory, once for a prompt. Call it after `lookup`, and with `by_content` only."""
+        """Which tokens of the prompt between positions `start` and `limit` are stored at any position: a HIT's are
+        in `prompt.passages`, and stay in memory until `release`. Chunks of lower tiers are promoted, once for a
+        prompt; PENDING while that goes on. Call it after `lookup`, and only with `by_content`."""
         contents = self.memory.tree.contents
         assert contents is not None and self.content is not None
         self._waiting.pop(prompt, None)
@@ -157,7 +157,7 @@ class KVCache:
         return Lookup(Result.HIT, sum(map(len, prompt.passages))) if prompt.passages else Lookup(Result.MISS)
 
     def release(self, prompt: Prompt) -> None:
-        """Nothing that was looked up for a prompt is kept any more: it is being loaded, or is not wanted."""
+        """End a lookup: its chunks may be evicted again, but for those that a `prepare_` call has pinned."""
         self._waiting.pop(prompt, None)
         self._keep(prompt, ())
         for fetch in (prompt.fetch, prompt.content_fetch):
@@ -165,12 +165,12 @@ class KVCache:
                 self.promotion.let_go(fetch)
 
     def skip(self, prompt: Prompt) -> None:
-        """The engine loads nothing for a prompt now, whatever was found."""
+        """Forget what was found for a prompt, which the engine will not load."""
         prompt.match, prompt.matched = NO_MATCH, (-1, -1)
         self.release(prompt)
 
     def stored_tokens(self, prompt: Prompt, upto: int) -> int:
-        """First tokens of a prompt, at most `upto`, that memory holds now."""
+        """How many of a prompt's first `upto` tokens are in memory now, without a gap."""
         return self.memory.match(prompt.namespace, prompt.chain, upto).length
 
     # --- load ---
@@ -199,7 +199,7 @@ class KVCache:
         return loads
 
     def prepare_moved_load(self, pieces: Sequence[Piece]) -> Load:
-        """The copy of tokens that were found by content, of which `pieces` are wanted; their use is noted."""
+        """The copy of `pieces`, some of `prompt.passages`. The policies of all tiers are told of their use."""
         chunks = list(dict.fromkeys(each.chunk for each in pieces))
         row_of = {chunk: rows([chunk], self.memory.page_tokens) for chunk in chunks}
         load = Load(
@@ -215,14 +215,14 @@ class KVCache:
         return load
 
     def complete_load(self, load: Load, *, ok: bool) -> None:
-        """A load is over. One from the device tier that failed says that the copies there are lost."""
+        """A load has ended. If one from the device tier failed (not `ok`), the copies there are dropped."""
         self.memory.unpin(load.pinned)
         if load.device and not ok:
             self.memory.lose_copies(load.chunks)
 
     def touch(self, prompt: Prompt, *, exact: bool = True) -> Store | None:
-        """The last HIT is used: tell the policies of all tiers. `exact`: the engine will hold the match as it is
-        stored, so hot chunks can be copied from there; then the store into the device tier that is due."""
+        """The last HIT is used: tell the policies of all tiers. `exact`: the engine will hold the match unchanged,
+        so that hot chunks can be copied from there. Returns the store into the device tier that is due, if any."""
         prompt.tail = prompt.match.whole_tail
         hot = self.memory.touch(prompt.match, prompt.priority, copy=exact)
         self.tiering.touch(prompt.match.chunks)
@@ -231,8 +231,8 @@ class KVCache:
     # --- store ---
 
     def prepare_store(self, prompt: Prompt, upto: int, number: int = 0) -> Store | None:
-        """Room in memory for what is not stored of a prompt's first `upto` tokens; None where there is nothing, or
-        no room. `number`: what is stored is written to lower tiers once `confirm` was called with it."""
+        """Reserve memory for those of a prompt's first `upto` tokens that are not stored; None: there are none, or
+        no room. `number`: the chunks are written to lower tiers after `confirm` with this number or a higher."""
         until = NEVER if prompt.ttl is None else self._clock() + prompt.ttl
         new = self.memory.reserve(
             *(prompt.namespace, prompt.chain, upto),
@@ -254,7 +254,7 @@ class KVCache:
         return store
 
     def complete_store(self, store: Store, *, ok: bool) -> None:
-        """A store is over; what failed is dropped."""
+        """A store has ended: its chunks can be found (`ok`), or are dropped."""
         if store.device:
             assert self.memory.device is not None
             for chunk, pages in zip(store.chunks, store.pages, strict=True):
@@ -266,18 +266,18 @@ class KVCache:
             self._stored(store)
 
     def pin(self, prompt: Prompt, limit: int) -> None:
-        """Pin what memory holds of a prompt's first `limit` tokens, as it asks; what is stored later is too."""
+        """Pin what memory holds of a prompt's first `limit` tokens; what is stored later is pinned then."""
         self._pin(prompt, self._match(prompt, limit).chunks)
 
     def unpin(self, tenant: bytes, owner: str) -> None:
-        """Take back all pins of a tenant's owner."""
+        """Release all pins of a tenant's owner."""
         self.memory.pins.release(owner, tenant)
 
     # --- all of it ---
 
     def tick(self) -> None:
-        """Do what is due: outcomes of I/O, trials of tiers that rest, what has expired; and report. Call it before
-        lookups, and once a step."""
+        """Take in the results of I/O, retry paused tiers, drop expired chunks, and update the gauges. Call it
+        before lookups, and once in each step."""
         self._completions.drain()
         for tier in self.tiers:
             tier.tick()
@@ -288,34 +288,34 @@ class KVCache:
 
     @property
     def unconfirmed(self) -> int:
-        """Chunks in memory that wait to be confirmed."""
+        """The number of chunks in memory that wait for `confirm`."""
         return self.tiering.unconfirmed
 
     def confirm(self, number: int) -> None:
-        """All that was stored under this number, or less, is what its namespace says."""
+        """The chunks stored under this number or a lower one were computed with the weights of their namespace."""
         self.tiering.confirm(number)
 
     def invalidate(self) -> None:
-        """Nothing that waits to be confirmed is what its namespace says: drop it, with its descendants."""
+        """Drop the chunks that wait for `confirm`, with their descendants: the weights had changed."""
         self.tiering.invalidate()
 
     def reset(self) -> None:
-        """Forget all that is in memory."""
+        """Drop all chunks in memory. Lower tiers keep theirs."""
         self.tiering.invalidate()
         self.memory.reset()
 
     def flush(self) -> bool:
-        """Write a bounded part of what no lower tier has, in memory at the first call; whether all is written."""
+        """Write some of the chunks that only memory held at the first call. Whether all are written."""
         if self._flushing is None:
             self._flushing = deque(self.memory.everything())
         return self.tiering.flush(self._flushing) and not any(tier.queued for tier in self.tiers)
 
     def end_flush(self) -> None:
-        """The flush is over, or given up."""
+        """End a flush, complete or not."""
         self._flushing = None
 
     def close(self, seconds: float) -> bool:
-        """Write what no lower tier has, within a bound, and let all go. Whether all was written."""
+        """Write what no lower tier has, for at most `seconds`, and release all. Whether all was written."""
         written = self.tiering.close(seconds)
         self._pages.close()
         return written

@@ -1,4 +1,4 @@
-"""What a connector and the cache hand each other: a request's prompt, what a lookup found, loads and stores."""
+"""What a connector and the cache exchange: a request's prompt, results of lookups, loads and stores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Result(Enum):
-    """What a lookup found. PENDING: lower tiers are still being asked or read; ask again."""
+    """The result of a lookup: MISS, HIT, or PENDING. PENDING: lower tiers are still being read; ask again."""
 
     MISS = "miss"
     HIT = "hit"
@@ -28,7 +28,7 @@ class Result(Enum):
 
 
 class Lookup(NamedTuple):
-    """`tokens`: of a HIT, beyond those that the engine has itself."""
+    """`result`, and for a HIT the number of `tokens` beyond those that the engine has itself."""
 
     result: Result
     tokens: int = 0
@@ -60,8 +60,8 @@ class Fetch:
 
 @dataclass(eq=False, slots=True)
 class Prompt:
-    """A request's prompt. The caller makes it, and extends `chain` before each call as the request grows;
-    the fields below the line are the cache's own, for others to read only."""
+    """A request's prompt. The caller creates it, and extends `chain` before each call as the request grows. Fields
+    from `match` on belong to the cache; others may only read them."""
 
     namespace: bytes  # nothing is shared between two
     chain: TokenChain
@@ -88,10 +88,10 @@ class Prompt:
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """A copy from a paged tier into the engine. `rows[i]`: where a token is in the tier (page * tokens a page +
-    offset); `positions[i]`: where it belongs in the prompt; both int64 [n]. `shifts[i]`: by how many positions it
-    moved, None where none did. `device`: the rows are of the device tier. `sources`: tokens by the tier they came
-    from."""
+    """A copy of n tokens from a paged tier into the engine. `rows`: int64 [n], a token's place in the tier (page *
+    tokens per page + offset). `positions`: int64 [n], its position in the prompt. `shifts`: int64 [n], by how many
+    positions it has moved; None: no token has. `device`: the rows are of the device tier. `sources`: number of
+    tokens by the tier they came from."""
 
     rows: Indices
     positions: Indices
@@ -104,8 +104,8 @@ class Load:
 
 @dataclass(eq=False, slots=True)
 class Store:
-    """A copy from the engine into a paged tier; fields as of `Load`. `device`: it copies chunks, which are in
-    memory, into the device tier."""
+    """A copy of n tokens from the engine into a paged tier; `rows` and `positions` as of `Load`. `device`: into
+    the device tier, of chunks that are in memory already."""
 
     prompt: Prompt
     rows: Indices

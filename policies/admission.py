@@ -1,7 +1,7 @@
-"""The admission contract: whether a key that is not kept yet is worth its place. Apart from eviction.
+"""The admission contract: whether a key that is not stored yet is worth storing. Independent of eviction.
 
-Ask about every key that could be kept, also behind one of the same chain that was declined and so cannot be: to
-be asked is to be seen. Else a chain would be seen one key deeper each time.
+Ask about every key that could be stored, also about the descendants of a declined key, which cannot be stored:
+each question counts as a use. Otherwise a chain would be seen only one key deeper each time.
 """
 
 from abc import ABC, abstractmethod
@@ -12,26 +12,26 @@ from ragkv.policies.sketch import FrequencySketch
 
 
 class AdmissionPolicy(ABC):
-    """Bounded memory, constant time a call, no clock; the same answers in every process. Weight and cost as in
-    `EvictionPolicy`. Keys are bytes, str, int, or objects with such an attribute `key` (see `ghosts.mark`)."""
+    """Whether keys are worth storing. Needs bounded memory, constant time for a call, and no clock; the same calls
+    give the same results in every process. Weight, cost and keys are as in `EvictionPolicy`."""
 
     @abstractmethod
     def admit(self, key: Hashable, weight: int = 1, cost: float = 1.0) -> bool:
-        """Whether to keep `key` now."""
+        """Whether to store `key` now."""
 
 
 class Always(AdmissionPolicy):
-    """Everything is worth keeping."""
+    """Admits every key."""
 
     def admit(self, key: Hashable, weight: int = 1, cost: float = 1.0) -> bool:
         return True
 
 
 class SecondSight(AdmissionPolicy):
-    """Worth keeping is what was asked about before, and among the last `remembered` keys that were new then.
+    """Admits a key that was asked about before, if it is among the last `remembered` keys that were new then.
 
-    For tiers that wear: most content is seen once only (Maggs, Sitaraman: "Algorithmic Nuggets in Content
-    Delivery", CCR 2015, section 4, "cache on second hit").
+    For tiers that wear: most content is requested only once (Maggs, Sitaraman: "Algorithmic Nuggets in Content
+    Delivery", CCR 2015, section 4, "cache on second hit"). ValueError: `remembered` below 1.
     """
 
     def __init__(self, remembered: int = 1 << 17) -> None:
@@ -47,10 +47,11 @@ class SecondSight(AdmissionPolicy):
 
 
 class Frequency(AdmissionPolicy):
-    """Worth keeping is what was asked about `least` times of late (1 to 15), this time included.
+    """Admits a key that was recently asked about `least` times (1 to 15), this time included.
 
-    Of late: counts are halved after every `remembered` questions or so (TinyLFU; see `FrequencySketch`). It takes
-    8 bytes for each, and one in thirty new keys, or fewer, for one that was seen.
+    Counts are halved after about every `remembered` questions (TinyLFU; see `FrequencySketch`). Memory: 8 bytes
+    for each of `remembered`. At most one in thirty new keys is mistaken for one seen before. ValueError:
+    `remembered` below 1, or `least` outside of its range.
     """
 
     def __init__(self, remembered: int = 1 << 16, least: int = 2) -> None:
@@ -64,12 +65,12 @@ class Frequency(AdmissionPolicy):
 
 
 class Costly(AdmissionPolicy):
-    """Worth keeping is what costs enough to make anew for the place it takes: cost per weight at or above a
-    threshold, the running quantile of all questions, so that about the cheapest `share` of them is declined.
+    """Admits a key whose cost per weight is at or above a threshold: the running quantile of all questions, so
+    that about the cheapest `share` of them (above 0, below 1) is declined.
 
     The threshold rises by `STEP * share` of itself with each question above it and falls by `STEP * (1 - share)`
-    with each below (stochastic approximation of a quantile: Robbins, Monro 1951; Tierney 1983). Where all cost
-    the same for their weight, all are kept.
+    with each below (stochastic approximation of a quantile: Robbins, Monro 1951; Tierney 1983). If all keys have
+    the same cost per weight, all are admitted. ValueError: `share` outside of its range.
     """
 
     STEP = 0.05
@@ -91,7 +92,7 @@ class Costly(AdmissionPolicy):
 
 
 def positive(name: str, value: int) -> int:
-    """`value`, where it is at least 1, else ValueError."""
+    """`value` if it is at least 1, otherwise ValueError."""
     if value < 1:
         raise ValueError(f"{name} = {value!r}; allowed: 1 or more")
     return value

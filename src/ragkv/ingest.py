@@ -1,9 +1,9 @@
-"""Prefill passages ahead of time, each after the system prompt, so that a server has their KV when it is asked.
+"""Prefill passages ahead of time, each after the system prompt, so that a server has their KV when it is needed.
 
-Each passage is one request of one output token, never fused: its KV is exact, and was computed in the context in
-which it fuses best (CacheBlend's chunks after a shared prefix). When the server reports that all of a passage is
-stored, the passage goes into a journal, and is skipped the next time. Stores are asynchronous, so a server that
-does not report this at once is asked again.
+Each passage is one request with one output token, which is never fused. So its KV is exact, and was computed in
+the context in which it fuses best (CacheBlend's chunks after a shared prefix). When the server reports that all of
+a passage is stored, the passage is recorded in a journal, and skipped the next time. Stores are asynchronous, so a
+server that does not report this at once is asked again.
 """
 
 import hashlib
@@ -62,7 +62,8 @@ class Answer:
 
 
 class Journal:
-    """The passages that a server has, in a file of JSON lines. A line that a crash cut short is skipped."""
+    """The passages that a server has, in a file of JSON lines. Incomplete lines (after a crash) are skipped.
+    OSError: the file cannot be read or written."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class Journal:
         return key in self._keys
 
     def add(self, passage: Passage) -> None:
-        """Note a passage; it is in the file when this returns."""
+        """Record a passage. It is in the file when this returns."""
         line = json.dumps({"key": passage.key, "id": passage.id, "tokens": passage.tokens})
         with self._file.open("a", encoding="utf-8") as file:
             file.write(f"{self._mend}{line}\n")
@@ -96,10 +97,11 @@ class Journal:
 
 
 class Ingest:
-    """Cuts files into passages and prefills them. `known`: whether a passage with that key needs no request.
+    """Cuts files into passages and prefills them. `known`: whether a passage with this key can be skipped.
 
-    `passage_tokens`: the most tokens of a passage; None: a file is one. No passage is longer than what the
-    server takes behind the system prompt. Raises RagKVError where the server does not answer, or has no room.
+    `passage_tokens`: the most tokens of a passage; None: each file is one passage. With the system prompt, no
+    passage is longer than the server's `max_model_len`. RagKVError: the server does not answer, or the system
+    prompt leaves fewer than `SMALLEST_ROOM` tokens.
     """
 
     def __init__(
@@ -120,7 +122,8 @@ class Ingest:
         self.reported = False  # whether the server has said what it keeps
 
     def passages(self, name: str, text: str) -> list[Passage]:
-        """A file's passages: paragraphs, as many as fit. RagKVError where it holds none or does not fit."""
+        """A file's passages, each of as many paragraphs as fit. RagKVError: there is no text, or it is too
+        long."""
         if not text.strip():
             raise RagKVError("it holds no text")
         limit = self._passage_tokens
@@ -135,7 +138,8 @@ class Ingest:
         return found
 
     def prefill(self, passage: Passage) -> Answer:
-        """Have the server compute and keep a passage, and say so. RagKVError where it does not answer."""
+        """Have the server compute and store a passage. Asks up to `ASKED` times until it reports that all of it is
+        stored. RagKVError: the server does not answer."""
         asked = prompt(self._server, self._system, [(passage.id, passage.text)], fuse=False)
         hints = {"ragkv": asked.hints | {"turn": 0}}  # what follows it is no second turn
         had: int | None = None  # of the first answer: later ones have what it stored
@@ -164,10 +168,10 @@ class Ingest:
 def run(
     ingest: Ingest, files: Sequence[Path], journal: Journal, concurrency: int, tick: Callable[[int, int], None]
 ) -> list[FileReport]:
-    """Prefill all files; returns their reports, in the same order.
+    """Prefill all files, with `concurrency` requests at a time. Returns their reports, in the same order.
 
-    A file that fails does not stop the others; its remaining passages are not sent. `tick(done, all)` is called
-    with counts of passages.
+    If a file fails, its remaining passages are not sent, and the other files continue. `tick(done, all)` is called
+    with numbers of passages, for progress bars.
     """
     reports = [FileReport(str(file)) for file in files]
     names = Counter(file.name for file in files)
@@ -203,10 +207,11 @@ def run(
 
 
 def cut(text: str, count: Callable[[str], int], limit: int) -> Iterator[str]:
-    """Pieces of a text, verbatim: paragraphs, as many together as `count` says fit into `limit` tokens.
+    """Cut a text, verbatim, into pieces of as many paragraphs as fit into `limit` tokens. `count`: tokens of a
+    text.
 
-    A paragraph that is too long alone is halved, at the end of a line, sentence or word where there is one
-    near its middle, until it fits.
+    A paragraph that is too long is halved until it fits: at the end of a line, sentence or word near its middle
+    if there is one.
     """
     start = end = size = 0  # size: as many tokens as text[start:end] can have
     for first, last in _paragraphs(text):
@@ -225,7 +230,8 @@ def cut(text: str, count: Callable[[str], int], limit: int) -> Iterator[str]:
 
 
 def served(cards: Sequence[dict[str, Any]], name: str | None) -> tuple[str, int | None]:
-    """Name and `max_model_len` (None where no card says) of the model asked for, else of the first served."""
+    """Name and `max_model_len` (in tokens; None: not given) of the model called `name`, or of the first (None).
+    `cards`: as /v1/models gives them. RagKVError: no model has that name."""
     found = next((card for card in cards if name in (None, card["id"])), None)
     if found is None:
         raise RagKVError(f"--model = {name!r}; allowed: {', '.join(str(card['id']) for card in cards)}")
@@ -275,7 +281,8 @@ def _passages(ingest: Ingest, label: str, file: Path) -> list[Passage]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file. OSError: not to be read; UnicodeDecodeError; RagKVError: beyond `LARGEST_TEXT` bytes."""
+    """The text of a file. OSError: it cannot be read. UnicodeDecodeError: it is not UTF-8. RagKVError: it has more
+    than `LARGEST_TEXT` bytes."""
     with file.open("rb") as stream:
         raw = stream.read(LARGEST_TEXT + 1)
     if len(raw) > LARGEST_TEXT:

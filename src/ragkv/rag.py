@@ -1,8 +1,8 @@
-"""For applications: prompts of passages whose KV can be found again, and the hints that go with them.
+"""For applications: prompts made of passages, so that the KV of each passage is found again, and their hints.
 
-Every part (system prompt, each passage, question) is tokenized by itself and the token ids are joined, so a
-passage has the same tokens wherever it stands. It needs a running server, or any tokenizer with Hugging Face's
-`encode`; neither vLLM nor torch.
+Every part (system prompt, each passage, question) is tokenized separately and the token ids are joined, so a
+passage has the same tokens at every position. This needs a running server, or any tokenizer with Hugging Face's
+`encode`, but neither vLLM nor torch.
 
     from openai import OpenAI
     from ragkv import rag
@@ -14,13 +14,13 @@ passage has the same tokens wherever it stands. It needs a running server, or an
         model=MODEL, prompt=asked.token_ids, max_tokens=200, extra_body=asked.extra_body
     )
 
-For `client.chat.completions`, write the messages as ever, with the passages in them word for word:
+For `client.chat.completions`, write the messages as usual. They must contain the passages word for word:
 
     asked = rag.chat(server, messages, passages)
     answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=asked.extra_body)
 
-A passage is a text, or a pair (id, text); an id names it in the server's answers and metrics, and is a digest of
-the text where none is given. The server says what it did in `answer.kv_transfer_params["ragkv"]`.
+A passage is a text, or a pair (id, text). The id names it in the server's answers and metrics; the default is a
+digest of the text. The server reports what it reused in `answer.kv_transfer_params["ragkv"]`.
 """
 
 import functools
@@ -42,38 +42,40 @@ Passage: TypeAlias = str | tuple[str, str]
 
 
 class Tokenizer(Protocol):
-    """What `prompt` needs: Hugging Face's tokenizers and `Server` have it."""
+    """What `prompt` needs of a tokenizer. Hugging Face's tokenizers and `Server` have it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, with those that the model wants around every prompt or without."""
+        """Token ids of a text, with or without the special tokens that the model needs around a prompt."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`token_ids` of the whole prompt; `hints`: what `kv_transfer_params["ragkv"]` says of it."""
+    """`token_ids`: the whole prompt. `hints`: the value for `kv_transfer_params["ragkv"]`."""
 
     token_ids: list[int]
     hints: dict[str, Any]
 
     @property
     def documents(self) -> list[dict[str, Any]]:
-        """The passages: id, start, end, in token positions, ascending; a closing separator is inside."""
+        """The passages: id, start and end (exclusive), in token positions, ascending. A separator at the end of a
+        passage is part of it."""
         found: list[dict[str, Any]] = self.hints["documents"]
         return found
 
     @property
     def extra_body(self) -> dict[str, Any]:
-        """For the OpenAI client's argument of that name."""
+        """The hints as the OpenAI client's argument `extra_body`."""
         return {"kv_transfer_params": {"ragkv": self.hints}}
 
 
 class Server:
     """A vLLM server: its tokenizer, its models, its completions.
 
-    `url`: with or without /v1; `timeout`: seconds that any answer may take. Texts already tokenized are
-    remembered. Methods may be called from any thread, and raise RagKVError where the server cannot be reached,
-    refuses, or answers something else.
+    `url`: with or without /v1; ValueError if it is not http(s)://host:port. `model`: the default is the server's
+    first. `timeout`: seconds for each answer. The tokens of the last texts are cached. Methods may be called from
+    any thread. They raise `AnswerError`, a RagKVError, if the server cannot be reached, refuses, or gives another
+    kind of answer.
     """
 
     def __init__(
@@ -94,23 +96,23 @@ class Server:
         return list(self._encoded(text, add_special_tokens))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> list[int]:
-        """Token ids of messages in the server's chat template; `template`: further fields of /tokenize."""
+        """Token ids of messages in the server's chat template. `template`: more fields for /tokenize."""
         return list(self._tokenize({"messages": list(messages), **template}))
 
     def models(self) -> list[dict[str, Any]]:
-        """The cards of /v1/models."""
+        """The models as /v1/models describes them; at least one."""
         cards = self.call("/v1/models").get("data")
         if isinstance(cards, list) and cards and all(isinstance(card, dict) and "id" in card for card in cards):
             return cards
         raise RagKVError(f"{self.url}/v1/models: the answer is no list of models")
 
     def complete(self, asked: Prompt, **parameters: Any) -> dict[str, Any]:
-        """The answer of /v1/completions, as JSON gives it."""
+        """The JSON answer of /v1/completions. `parameters`: more fields of the request."""
         body = {"prompt": asked.token_ids, **asked.extra_body, **parameters}
         return self.call("/v1/completions", self._with_model(body))
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """POST a body, or GET where there is none."""
+        """The JSON answer to a POST of `body`, or to a GET if there is none."""
         return fetch_json(self.url + path, body, token=self._api_key, timeout=self._timeout)
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
@@ -139,11 +141,11 @@ def prompt(
 ) -> Prompt:
     """The prompt "system, passages, question" for /v1/completions.
 
-    System prompt and passages lose blank lines around them and end in a blank line of their own; the question
-    stays as it is. Special tokens that the tokenizer puts before a prompt stand before this one too. `fuse`:
-    whether the passages' KV may be fused (None: as the server is set), with `recompute_ratio` of the tokens (0
-    to 1) recomputed, chosen by `selection` (one of SELECTION_NAMES); `hints`: others, such as pin and ttl. Raises
-    ValueError where an argument cannot be, RagKVError where a server does not answer.
+    Blank lines around the system prompt and each passage are replaced by one blank line after it; the question is
+    not changed. The special tokens that the tokenizer puts before a prompt are added. `fuse`: whether the
+    passages' KV may be fused (None: the server's setting decides). `recompute_ratio`: the share of the moved
+    tokens to recompute, 0 to 1. `selection`: how to choose them, one of SELECTION_NAMES. `hints`: other hints,
+    such as pin and ttl. ValueError: an invalid argument. RagKVError: the server does not answer.
     """
     settings = _settings(fuse, recompute_ratio, selection, hints)
     tokens = _leading(tokenizer)
@@ -171,12 +173,13 @@ def chat(
     selection: str | None = None,
     hints: Mapping[str, Any] | None = None,
 ) -> Prompt:
-    """Hints for /v1/chat/completions: where the passages stand in messages that hold them word for word.
+    """Hints for /v1/chat/completions: the positions of passages in messages that contain them word for word.
 
-    The server lays out the messages and tokenizes the whole, so a passage is looked for by its tokens, less one
-    at an edge that the text around it merged with. One that is not found is left out, and is still fused by
-    its structure. Leave a blank line around each. `template`: what else shapes the prompt and goes with the
-    request too, such as tools or chat_template_kwargs. The rest, and errors, as in `prompt`.
+    The server renders the messages and tokenizes them as a whole. A passage is found by its tokens, except for one
+    token at each edge that may have merged with the text around it, so put a blank line before and after each
+    passage. A passage that is not found gets no hint, and may still be fused by its structure. `template`: other
+    fields of the request that shape the prompt, such as tools or chat_template_kwargs. Other arguments and errors:
+    as for `prompt`.
     """
     if isinstance(messages, str | bytes | Mapping):
         raise ValueError(f"messages = {_short(messages)}; allowed: a list of messages, each with role and content")
@@ -195,12 +198,12 @@ def chat(
 
 
 def closed(text: str) -> str:
-    """A part as it stands in a prompt: no blank lines around it but one separator behind it."""
+    """A part as it is in a prompt: without blank lines around it, and with one separator at its end."""
     return text.lstrip("\r\n").rstrip() + SEPARATOR
 
 
 def digest(text: str) -> str:
-    """The id of a passage that was given none."""
+    """The default id of a passage: 16 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -103,6 +103,7 @@ def test_the_reference_has_every_setting_with_its_limits(make_docs):
 
 def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings-python is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -116,6 +117,8 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img)\b[^>]*(?:src|href)=\"?(https?:[^\"\s>]+)", page.read_text())
         assert not loaded, page.name
+    for page, name in (("api", "ragkv.rag.prompt"), ("contracts", "ragkv.kvstore.cache.KVCache.lookup")):
+        assert f'id="{name}"' in (tmp_path / "site" / f"{page}.html").read_text(), "made from the docstring"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
