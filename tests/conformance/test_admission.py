@@ -1,27 +1,21 @@
-"""One suite for every admission policy, and what each of them is for."""
-
-import tracemalloc
+"""The suite of `ragkv.testing.admission` on every admission policy, and what each of them is for."""
 
 import pytest
 
 from processes import told_by_seeds
 from ragkv.policies import ADMISSIONS, Costly, Frequency, SecondSight, make_admission
+from ragkv.testing.admission import AdmissionTests, Named, key_of
+
+SMALL = ADMISSIONS | {"second-sight": lambda: SecondSight(500), "frequency": lambda: Frequency(500)}
 
 
-@pytest.fixture(params=sorted(ADMISSIONS))
-def admission(request):
-    return make_admission(request.param)
+class TestAdmissions(AdmissionTests):
+    @pytest.fixture(params=sorted(SMALL), autouse=True)
+    def chosen(self, request):
+        self.name = request.param
 
-
-class Named:
-    """Compared by identity, as chunks are."""
-
-    def __init__(self, key):
-        self.key = key
-
-
-def key_of(number):
-    return b"%016d" % number
+    def make(self):
+        return SMALL[self.name]()
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
@@ -29,26 +23,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         make_admission("never")
 
 
+@pytest.mark.parametrize("name", sorted(ADMISSIONS))
 @pytest.mark.parametrize("make", [key_of, str, int, lambda number: Named(key_of(number))])
-def test_what_is_asked_for_again_and_again_is_kept(admission, make):
+def test_what_is_asked_for_again_and_again_is_kept(name, make):
+    admission = make_admission(name)
     for _ in range(3):
         answers = [admission.admit(make(number), 2, 3.0) for number in range(20)]
     assert all(answers)
-
-
-def test_memory_is_bounded():
-    small = {"second-sight": lambda: SecondSight(500), "frequency": lambda: Frequency(500)}
-    for name, make in ADMISSIONS.items():
-        admission = small.get(name, make)()
-        tracemalloc.start()
-        for number in range(2000):
-            admission.admit(key_of(number))
-        before = tracemalloc.get_traced_memory()[0]
-        for number in range(2000, 8000):
-            admission.admit(key_of(number))
-        after = tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        assert after < before + 50_000, name
 
 
 ANSWERS = """

@@ -90,7 +90,8 @@ def test_the_packages_are_relative_links() -> None:
 def test_the_wheel_holds_the_tree(tree: Path, wheel: zipfile.Path) -> None:
     expected = {"ragkv/__init__.py", "ragkv/py.typed", "ragkv/config/probe/deep/Dockerfile"}
     expected |= {f"ragkv/{file.name}" for file in (tree / "src/ragkv").glob("*.py")}
-    expected |= {f"ragkv/cli/{file.name}" for file in (tree / "src/ragkv/cli").glob("*.py")}
+    for folder in ("cli", "testing"):
+        expected |= {f"ragkv/{folder}/{file.name}" for file in (tree / "src/ragkv" / folder).glob("*.py")}
     for package in PACKAGES:
         for file in (tree / package).rglob("*"):
             path = file.relative_to(tree)
