@@ -1,5 +1,6 @@
 """Every setting of ragkv: one frozen model, in sections. Read at the edges, passed down."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -61,6 +62,18 @@ def rough_size(size: int) -> str:
     return f"{size}B"
 
 
+def parse_options(value: object) -> dict[str, Any]:
+    """A mapping of names, or a text that is one in JSON. ValueError says what is allowed."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        raise ValueError("allowed: a mapping of names to values, or one as JSON")
+    return dict(value)
+
+
 def refuse_other_numbers(value: object) -> object:
     """`true` and 16.0 are no counts here, though pydantic thinks so."""
     if isinstance(value, bool | float):
@@ -69,6 +82,7 @@ def refuse_other_numbers(value: object) -> object:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
+Options = Annotated[dict[str, Any], BeforeValidator(parse_options)]
 Count = Annotated[int, BeforeValidator(refuse_other_numbers)]
 
 
@@ -160,6 +174,26 @@ class RedisSettings(Section):
         if re.fullmatch(r"[!-z|~]{1,60}", prefix) is None:  # braces would put a cluster's keys into one slot
             raise ValueError("allowed: 1 to 60 printable ASCII characters but space, { and }")
         return prefix
+
+
+class StoreSettings(Section):
+    """One more tier, below the others, in a store that an installed package brings. Off without a name."""
+
+    name: str | None = Field(default=None, min_length=1, description="which of the stores that are installed")
+    options: Options = Field(default={}, description="what the store is made with")
+    capacity: Size = Field(
+        default=parse_size("64GiB"), ge=2**20, description="bytes to use; not where the store evicts by itself"
+    )
+    policy: Policy = Field(default="lru", description="eviction policy; not where the store evicts by itself")
+    admission: Admission = Field(default="always", description="what is worth writing")
+    write: Write = Field(default="through", description="when stored, or when memory evicts")
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, name: str | None) -> str | None:
+        if name is not None and re.fullmatch(r"\S+", name) is None:
+            raise ValueError("allowed: the name of an entry point of the group ragkv.stores")
+        return name
 
 
 class PlacementSettings(Section):
@@ -272,6 +306,7 @@ class Settings(Section):
     device: DeviceSettings = DeviceSettings()
     disk: DiskSettings = DiskSettings()
     redis: RedisSettings = RedisSettings()
+    store: StoreSettings = StoreSettings()
     placement: PlacementSettings = PlacementSettings()
     chunks: ChunkSettings = ChunkSettings()
     transfer: TransferSettings = TransferSettings()

@@ -39,7 +39,7 @@ class Loaded:
         for key in keys():
             section, name = key.split(".")
             value = getattr(getattr(self.settings, section), name)
-            text = format_size(value) if key in _SIZES else hide_password(str(value))
+            text = format_size(value) if key in _SIZES else str(hide_secrets(value))
             rows.append((key, printable(text), printable(self.origins.get(key, "default"))))
         return rows
 
@@ -49,6 +49,13 @@ def hide_password(text: str) -> str:
     return _NAMED_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1***@", text))
 
 
+def hide_secrets(value: object) -> object:
+    """A setting's value to be shown: without passwords, and of options for others only the names."""
+    if isinstance(value, dict):
+        return dict.fromkeys(value, "***")
+    return hide_password(value) if isinstance(value, str) else value
+
+
 def cache_folder() -> Path:
     """Where ragkv keeps what can be made again: in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ragkv"
@@ -56,7 +63,7 @@ def cache_folder() -> Path:
 
 def show_value(name: str, value: object) -> str:
     """A faulty value as errors show it, without passwords."""
-    if "pass" in name.lower():
+    if "pass" in name.lower() or name.lower().endswith("options"):  # which other packages know
         return "***"
     try:
         text = repr(hide_password(value)) if isinstance(value, str) else hide_password(repr(value))

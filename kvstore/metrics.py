@@ -48,11 +48,12 @@ TURN_REQUESTS = "ragkv_turn_requests_total"
 TURN_PROMPT_TOKENS = "ragkv_turn_prompt_tokens_total"
 TURN_REUSED_TOKENS = "ragkv_turn_reused_tokens_total"
 
-MEMORY, DEVICE, DISK, REDIS = "memory", "device", "disk", "redis"
+MEMORY, DEVICE, DISK, REDIS, STORE = "memory", "device", "disk", "redis", "store"
 CAPACITY, RESET, SUPERSEDED, ABANDONED, EXPIRED = "capacity", "reset", "superseded", "abandoned", "expired"
 NO_ROOM, COLLISION, ADMISSION = "no_room", "collision", "admission"
 RESTING, THROTTLED = "resting", "throttled"
-_TIERS = ((MEMORY,), (DEVICE,), (DISK,), (REDIS,))
+_LOWER = ((DISK,), (REDIS,), (STORE,))
+_TIERS = ((MEMORY,), (DEVICE,), *_LOWER)
 _TURNS = (("1",), ("2",), ("3",), ("4",), ("5+",))
 
 
@@ -108,7 +109,7 @@ METRICS: dict[str, Metric] = {
             "counter",
             "Tokens brought into memory, by the tier they came from.",
             ("tier",),
-            ((DISK,), (REDIS,)),
+            _LOWER,
         ),
         Metric(
             WAITS,

@@ -28,8 +28,8 @@ class StorageTier:
     as they are stored; else when memory evicts them. `queue_bytes`: bound of what waits to be written. `asks`:
     others write too, so what the index does not know may be there all the same, and the backend is asked. `bit`:
     of `Chunk.stored_in`; a quicker tier has a lower one. `may_write`: else nothing is written, nor deleted to make
-    room; values that were read are still touched. `say`: for a line that an operator should read; from any
-    thread."""
+    room; values that were read are still touched. `name`: of the tier, else the store's. `say`: for a line that an
+    operator should read; from any thread."""
 
     def __init__(
         self,
@@ -46,10 +46,11 @@ class StorageTier:
         queue_bytes: int,
         asks: bool,
         bit: int = 1,
+        name: str | None = None,
         may_write: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name, self.through, self.index = store.name, through, index
+        self.name, self.through, self.index = name or store.name, through, index
         self.has_admission = not isinstance(admission, Always)
         self.may_write, self.bit = may_write, bit
         self.answered = 0.0  # when the last question or read that `done` was told of was over, on its own thread
@@ -217,7 +218,10 @@ class StorageTier:
         self._writes.abandon()
         self._reads.abandon()
         self._reads.close(0.0)
-        self._store.close()
+        try:
+            self._store.close()
+        except Exception as error:  # of a package that we do not know; the engine ends all the same
+            self._note(f"{self.name} tier: close", error)
         return ended
 
     def check_integrity(self) -> None:

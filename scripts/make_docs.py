@@ -17,6 +17,7 @@ SEE = {
     "device": "[Tiers](tiers.md)",
     "disk": "[Tiers](tiers.md), [policies](policies.md)",
     "redis": "[Redis and Valkey](redis.md)",
+    "store": "[A store of your own](tiers.md#a-store-of-your-own)",
     "placement": "[Tuning](tuning.md)",
     "chunks": "[Tuning](tuning.md)",
     "transfer": "[Tuning](tuning.md)",
@@ -86,6 +87,8 @@ def kind_of(key: str, field: Any) -> tuple[str, str]:
         return "boolean", "`true`, `false`"
     if typing.get_origin(kind) is typing.Literal:
         return "name", ", ".join(f"`{each}`" for each in typing.get_args(kind))
+    if typing.get_origin(kind) is dict:
+        return "mapping", text_kind(key)[1]
     if kind is str:
         return text_kind(key)
     size = any(getattr(each, "func", None) is parse_size for each in field.metadata)

@@ -6,6 +6,7 @@ import ragkv
 from ragkv.config import Settings
 from ragkv.config.settings import rough_size
 from ragkv.connectors.vllm.error_boundary import logger
+from ragkv.kvstore import metrics as m
 from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.redis_url import parse_location
@@ -63,16 +64,17 @@ class Announcer:
 
     def _described(self, tier: StorageTier) -> str:
         """A lower tier: where it is, its budget, and what was found there."""
+        given = self._settings
+        url = None if given.redis.url is None else parse_location(given.redis.url).text
+        place = {m.DISK: given.disk.path, m.REDIS: url, m.STORE: given.store.name}.get(tier.name)
+        where = tier.name if place is None else f"{tier.name} {place}"
         if tier.index is None:
-            url = self._settings.redis.url
-            where = tier.name if url is None else f"{tier.name} {parse_location(url).text}"
             return f"{where}, which says itself what it holds"
         found = f"{len(tier.index):,} values, {rough_size(tier.index.used)} found"
         if "reading" in tier.resting:
             found = "it cannot be read now"
         elif not tier.listed:
             found = "still being listed"
-        where = tier.name if self._settings.disk.path is None else f"{tier.name} {self._settings.disk.path}"
         return f"{where} of {rough_size(tier.index.capacity)} ({found})"
 
     def _fusion(self, refusal: str | None) -> str:

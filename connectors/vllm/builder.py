@@ -1,7 +1,9 @@
 """The scheduler side, put together from the settings."""
 
 import contextlib
+import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ragkv.connectors.vllm.request_state import Recorder
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.sizes import device_pages
 from ragkv.connectors.vllm.trust import Trust
+from ragkv.kvstore import metrics as m
 from ragkv.kvstore.budget import Index
 from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain
@@ -29,6 +32,7 @@ from ragkv.kvstore.pages import Pages, PageShape
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore
+from ragkv.kvstore.stores.installed import make_store
 from ragkv.kvstore.trace import TraceWriter
 from ragkv.policies import EvictionPolicy, Prioritized, make_admission, make_policy
 
@@ -167,13 +171,11 @@ def _tiers(
     settings: Settings, completions: Completions, metrics: Metrics, faults: Faults, *, stores: bool
 ) -> list[StorageTier]:
     tiers = []
-    shared = settings.disk.shared or not stores
-    disk, redis = settings.disk, settings.redis
+    make = functools.partial(_tier, settings, completions, metrics, faults, stores)
+    disk, redis, other = settings.disk, settings.redis, settings.store
     if disk.path is not None and (store := _disk(disk.path, fsync=disk.fsync)) is not None:
         index = Index(disk.capacity, make_policy(disk.policy))
-        tiers.append(
-            _tier(store, index, disk, settings, completions, metrics, faults, asks=shared, stores=stores, bit=1)
-        )
+        tiers.append(make(m.DISK, store, index, disk, asks=disk.shared or not stores, bit=1))
     if redis.url is not None:
         from ragkv.kvstore.stores.redis import RedisStore
 
@@ -184,31 +186,34 @@ def _tiers(
             timeout_seconds=redis.timeout,
             prefix=f"{redis.prefix}:1:",
         )
-        tiers.append(
-            _tier(server, None, redis, settings, completions, metrics, faults, asks=True, stores=stores, bit=2)
-        )
+        tiers.append(make(m.REDIS, server, None, redis, asks=True, bit=2))
+    if other.name is not None and (store := _installed(other.name, other.options)) is not None:
+        can = store.capabilities
+        own = None if can.evicts else Index(other.capacity, make_policy(other.policy))
+        tiers.append(make(m.STORE, store, own, other, asks=can.evicts or can.shared or not stores, bit=4))
     return tiers
 
 
 def _tier(
-    store: Store,
-    index: Index | None,
-    section: Any,
     settings: Settings,
     completions: Completions,
     metrics: Metrics,
     faults: Faults,
+    stores: bool,
+    name: str,
+    store: Store,
+    index: Index | None,
+    section: Any,
     *,
     asks: bool,
-    stores: bool,
     bit: int,
 ) -> StorageTier:
     return StorageTier(
         store,
         index,
         make_admission(section.admission),
-        Lane(f"{store.name}-read", READING_THREADS, completions),
-        Lane(f"{store.name}-write", 1, completions),
+        Lane(f"{name}-read", READING_THREADS, completions),
+        Lane(f"{name}-write", 1, completions),
         time.monotonic,
         metrics,
         faults.note,
@@ -216,9 +221,18 @@ def _tier(
         queue_bytes=min(settings.placement.queue, settings.memory.capacity),  # what waits is pinned there
         asks=asks,
         bit=bit,
+        name=name,
         may_write=stores,
         say=lambda text: logger.warning("ragkv: %s", text),
     )
+
+
+def _installed(name: str, options: Mapping[str, Any]) -> Store | None:
+    try:
+        return make_store(name, options)
+    except Exception as error:  # of the package that brings it, which may do anything
+        logger.warning("ragkv: store.name = %s: %s; the engine runs without a store tier", name, in_words(error))
+        return None
 
 
 def _disk(path: str, *, fsync: bool) -> Store | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import logger
-from ragkv.preflight import has_lower_tier, shutdown_seconds
+from ragkv.preflight import has_lower_tier, lower_tiers, shutdown_seconds
 
 KILL_MARGIN = 4.0  # seconds before vLLM kills its engine at which writing down should be over
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,8 +43,7 @@ def lost_at_stop(vllm_config: Any, settings: Settings) -> str | None:
         return None
     if not duties_of(getattr(vllm_config, "kv_transfer_config", None)).stores:
         return None
-    disk, redis = settings.disk, settings.redis
-    back = (disk.path is not None and disk.write == "back") or (redis.url is not None and redis.write == "back")
+    back = any(tier.write == "back" for tier in lower_tiers(settings))
     lost = "all that only memory holds" if back else "what still waits to be written"
     when = "at once" if timeout == 0 else f"after {timeout} s, sooner than placement.flush = {flush:g} s"
     return (

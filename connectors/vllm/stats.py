@@ -94,7 +94,8 @@ def hit_sources(found: Mapping[str, int], tokens: int) -> dict[Any, int]:
     as many, all are of the host."""
     from vllm.v1.metrics.cache_hit_source import CacheHitSource as Source
 
-    names = {m.DEVICE: Source.DEVICE, m.DISK: Source.DISK, m.REDIS: Source.EXTERNAL_UNSPECIFIED}
+    names = {m.DEVICE: Source.DEVICE, m.DISK: Source.DISK}
+    names |= dict.fromkeys((m.REDIS, m.STORE), Source.EXTERNAL_UNSPECIFIED)
     if not tokens:
         return {}
     if sum(found.values()) != tokens:

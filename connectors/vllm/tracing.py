@@ -105,7 +105,7 @@ class Tracing(Listener):
             if isinstance(work, Store):
                 self._expect(job.id, STORE, state, {**attributes, "ragkv.chunks": len(work.chunks)})
                 return
-            below = {tier: tokens for tier, tokens in work.sources.items() if tier in (m.DISK, m.REDIS)}
+            below = {tier: tokens for tier, tokens in work.sources.items() if tier not in (m.MEMORY, m.DEVICE)}
             attributes |= {f"ragkv.tokens.{tier}": tokens for tier, tokens in below.items()}
             self._expect(job.id, LOAD, state, {**attributes, "ragkv.moved": job.shifts is not None})
 

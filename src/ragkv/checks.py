@@ -23,8 +23,9 @@ from ragkv.errors import ConfigError, RagKVError, StoreError
 from ragkv.kvstore.budget import there
 from ragkv.kvstore.segment import FOLDER as SHARED_MEMORY
 from ragkv.kvstore.segment import available_bytes
-from ragkv.kvstore.stores.contract import KEY_BYTES, Room
+from ragkv.kvstore.stores.contract import KEY_BYTES, Room, Store
 from ragkv.kvstore.stores.disk import DiskStore
+from ragkv.kvstore.stores.installed import make_store
 from ragkv.kvstore.stores.redis_url import Location, parse_location
 from ragkv.policies import POLICIES, make_policy
 from ragkv.preflight import check_room, read_settings, read_token
@@ -67,6 +68,7 @@ def examine_settings(
         memory,
         *check_disk(settings, speed_bytes),
         *check_redis(settings),
+        *check_store(settings),
         *check_files(settings),
         *check_policies(settings),
     ]
@@ -159,9 +161,9 @@ def check_files(settings: Settings) -> list[Finding]:
 
 def check_policies(settings: Settings) -> list[Finding]:
     """Eviction policies that other packages bring: whether each can be made. Ours always can."""
-    named = {"memory": settings.memory.policy, "device": settings.device.policy, "disk": settings.disk.policy}
     findings = []
-    for section, name in named.items():
+    for section in ("memory", "device", "disk", "store"):
+        name = getattr(settings, section).policy
         if name in POLICIES:
             continue
         try:
@@ -183,25 +185,48 @@ def check_redis(settings: Settings) -> list[Finding]:
     location = parse_location(redis.url)
     prefix = f"{redis.prefix}:doctor:"
     store = RedisStore(redis.url, ttl_seconds=60, timeout_seconds=redis.timeout, prefix=prefix)
-    key, value = os.urandom(KEY_BYTES), os.urandom(64 << 10)
+    key = os.urandom(KEY_BYTES)
     try:
         store.contains([key])
         median = statistics.median(_seconds(lambda: store.contains([key])) for _ in range(QUESTIONS))
-        store.put(key, [value])
-        same = store.get(key)
-        store.delete([key])
+        kept = _keeps(store)
     except StoreError as error:
         return [Finding("redis", "fail", str(error).removeprefix("redis: "), _redis_todo(error.reason))]
     finally:
         store.close()
     said = f"{location.text}: answers in {median * 1e3:.2f} ms (median of {QUESTIONS})"
-    if same is None or bytes(same) != value:
+    if not kept:
         return [Finding("redis", "fail", f"{said}, but does not keep what is written", "look at its eviction")]
     findings = [Finding("redis", "ok", said)]
     if median > SLOW_SECONDS:
         todo = "use a server nearer by: loading from this one will seldom be quicker than computing"
         findings = [Finding("redis", "warn", f"{said}, which is slow", todo)]
     return findings + _redis_limits(location, redis.timeout)
+
+
+def check_store(settings: Settings) -> list[Finding]:
+    """The store that an installed package brings: whether it can be made, and keeps what is written."""
+    name, options = settings.store.name, settings.store.options
+    if name is None:
+        return []
+    todo = "look at store.options, and at the package that brings it; the engine would run without this tier"
+    try:
+        with contextlib.closing(make_store(name, options)) as store:
+            kept = _keeps(store)
+    except Exception as error:  # of the package, which may do anything
+        return [Finding("store", "fail", f"store.name = {name!r}: {type(error).__name__}: {error}", todo)]
+    if not kept:
+        return [Finding("store", "fail", f"store.name = {name!r}: it does not keep what is written", todo)]
+    return [Finding("store", "ok", f"{name}: keeps what is written")]
+
+
+def _keeps(store: Store) -> bool:
+    """Whether a value that is written can be read again; it is removed afterwards."""
+    key, value = os.urandom(KEY_BYTES), os.urandom(64 << 10)
+    store.put(key, [value])
+    same = store.get(key)
+    store.delete([key])
+    return same is not None and bytes(same) == value
 
 
 def _redis_todo(reason: str) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.config import Loaded, Settings, check_shared_memory, load
-from ragkv.config.settings import format_size
+from ragkv.config.settings import DiskSettings, RedisSettings, StoreSettings, format_size
 from ragkv.errors import ConfigError
 from ragkv.kvstore.backing import backing
 from ragkv.kvstore.segment import available_bytes, sweep
+from ragkv.kvstore.stores.installed import GROUP, store_names
 from ragkv.kvstore.stores.redis_url import parse_location
 
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 4096  # characters
@@ -19,11 +20,17 @@ STOP_SECONDS = 10  # of vLLM's shutdown timeout beside writing down: for running
 def read_settings(
     extra: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, file: Path | None = None
 ) -> Loaded:
-    """As `ragkv.config.load`, with the Redis URL parsed too. Raises ConfigError for settings that are invalid on
-    every machine."""
+    """As `ragkv.config.load`, with the Redis URL parsed and the store's name looked up too. Raises ConfigError for
+    settings that are invalid on every machine with these packages."""
     loaded = load(extra, environ, file)
     if loaded.settings.redis.url is not None:
         parse_location(loaded.settings.redis.url)
+    name = loaded.settings.store.name
+    if name is not None and name not in (known := store_names()):
+        allowed = ", ".join(known) or f"none, since no installed package has an entry point of the group {GROUP}"
+        raise ConfigError(
+            f"ragkv: store.name = {name!r} (from {loaded.origins['store.name']}): allowed: {allowed}"
+        )
     control = loaded.settings.control
     if control.listen is not None and control.token_file is None:
         raise ConfigError(f"ragkv: control.listen = {control.listen}: allowed: together with control.token_file")
@@ -53,8 +60,15 @@ def read_token(file: Path) -> str:
 
 
 def has_lower_tier(settings: Settings) -> bool:
-    """Whether a tier keeps chunks after the engine has stopped."""
-    return settings.disk.path is not None or settings.redis.url is not None
+    """Whether there are tiers below memory."""
+    return bool(lower_tiers(settings))
+
+
+def lower_tiers(settings: Settings) -> list[DiskSettings | RedisSettings | StoreSettings]:
+    """The settings of the tiers below memory that are on."""
+    disk, redis, store = settings.disk, settings.redis, settings.store
+    switches = ((disk, disk.path), (redis, redis.url), (store, store.name))
+    return [section for section, switch in switches if switch is not None]
 
 
 def shutdown_seconds(settings: Settings) -> int:

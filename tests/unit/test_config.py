@@ -28,6 +28,10 @@ OTHERS = {
     "redis.timeout": ("0.25", 0.25),
     "redis.max_value": ("1MiB", 2**20),
     "redis.write": ("back", "back"),
+    "store.name": ("s3", "s3"),
+    "store.options": ('{"bucket": "kv"}', {"bucket": "kv"}),
+    "store.capacity": ("2TiB", 2048 * GIB),
+    "store.write": ("back", "back"),
     "placement.deadline": ("0", 0.0),
     "placement.queue": ("1GiB", GIB),
     "placement.gate": ("false", False),
@@ -195,7 +199,7 @@ def test_unknown_keys_are_refused_at_both_levels(write):
         ("dsk.path: /x", "disk.path"),
         ("rediss: {url: 'redis://h'}", "redis"),
         ("deadline: 1", "placement.deadline"),
-        ("capacity: 1GiB", "memory.capacity or device.capacity or disk.capacity"),
+        ("capacity: 1GiB", "memory.capacity or device.capacity or disk.capacity or store.capacity"),
     ],
 )
 def test_what_was_meant_is_guessed(write, text, meant):
@@ -325,6 +329,7 @@ def test_rows_show_every_setting_with_its_origin():
         "device.capacity": "0B",
         "disk.capacity": "64GiB",
         "redis.max_value": "64MiB",
+        "store.capacity": "64GiB",
         "placement.queue": "256MiB",
     }
     assert (shown["disk.path"], shown["disk.fsync"], shown["redis.timeout"]) == ("None", "False", "1.0")

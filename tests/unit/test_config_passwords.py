@@ -40,6 +40,13 @@ def test_a_password_is_not_shown(url, text):
     assert shown(url) == text
 
 
+def test_options_of_a_store_are_shown_by_name():
+    loaded = load({"store": {"options": {"bucket": "kv", "secret_key": "hunter2"}}}, {})
+    assert loaded.settings.store.options == {"bucket": "kv", "secret_key": "hunter2"}
+    (text,) = (text for key, text, _ in loaded.rows() if key == "store.options")
+    assert text == "{'bucket': '***', 'secret_key': '***'}"
+
+
 @given(st.text(st.characters(exclude_characters="\r\n"), min_size=1), st.text("abc", max_size=3))
 def test_no_password_is_ever_shown(password, user):
     assert hide_password(f"redis://{user}:{password}@host") == f"redis://{user}:***@host"
@@ -60,6 +67,9 @@ def test_no_password_is_ever_shown(password, user):
         ({"redis": {"prefix": "redis://:hunter2@host" + "x" * 64}}, {}),
         ({"disk": {"path": "redis://:hunter2@host"}}, {}),
         ({}, {"RAGKV_REDIS_PASSWORD": "hunter2"}),
+        ({}, {"RAGKV_STORE_OPTIONS": "{'secret_key': 'hunter2'}"}),
+        ({"store": {"options": ["hunter2"]}}, {}),
+        ({"store": {"options": {"secret-key": "hunter2"}}}, {}),
         ({}, {"RAGKV_REDIS_URI": "redis://:hunter2@host"}),
         ({}, {"RAGKV_DISK_PATH": "redis://:hunter2@host", "RAGKV_MEMORY_POLICY": "a@b"}),
     ],

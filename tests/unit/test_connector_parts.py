@@ -197,6 +197,7 @@ def test_reuse_begins_when_all_workers_map_the_same_memory(newborn):
     [
         ({m.MEMORY: 30, m.DEVICE: 10}, {Source.HOST: 30, Source.DEVICE: 10}),
         ({m.DISK: 25, m.REDIS: 15}, {Source.DISK: 25, Source.EXTERNAL_UNSPECIFIED: 15}),
+        ({m.REDIS: 30, m.STORE: 10}, {Source.EXTERNAL_UNSPECIFIED: 40}),
         ({m.MEMORY: 30}, {Source.HOST: 40}),
         ({}, {Source.HOST: 40}),
     ],

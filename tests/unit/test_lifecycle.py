@@ -31,6 +31,7 @@ def config(timeout=0):
             ["all that only memory holds", "--shutdown-timeout 16"],
         ),
         (0, {"redis": {"url": "redis://h", "write": "back"}}, 5.0, ["all that only memory holds"]),
+        (0, {"store": {"name": "s3", "write": "back"}}, 5.0, ["all that only memory holds"]),
         (3, DISK, 5.0, ["after 3 s, sooner than placement.flush = 5 s"]),
         (5, DISK, 5.0, None),
         (15, DISK, 5.0, None),

@@ -151,7 +151,7 @@ def test_what_is_known_beforehand_is_there_from_the_start_at_zero(exported, regi
         labels = {"model_name": "toy", "engine": engine}
         value = registry.get_sample_value
         assert value(m.STORED_TOKENS, labels) == value(f"{m.LOAD_SECONDS}_count", labels) == 0
-        for tier in (m.MEMORY, m.DEVICE, m.DISK, m.REDIS):
+        for tier in (m.MEMORY, m.DEVICE, m.DISK, m.REDIS, m.STORE):
             assert value(m.HIT_TOKENS, {**labels, "tier": tier}) == 0
             assert value(m.USED_BYTES, {**labels, "tier": tier}) is None, "a gauge is not known"
         assert value(m.LOOKUPS, {**labels, "result": "hit"}) == 0

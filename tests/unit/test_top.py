@@ -95,7 +95,8 @@ def test_since_the_start():
     assert frame.since_start and frame.seconds is None and frame.requests_per_s is None
     assert frame.model == "smol" and (frame.running, frame.waiting, frame.kv_usage) == (2, 3, 0.45)
     assert frame.sources == {
-        "engine": 1_000, "device": 0, "memory": 4_000, "disk": 2_000, "redis": 0, "fused": 500, "computed": 2_500
+        "engine": 1_000, "device": 0, "memory": 4_000, "disk": 2_000, "redis": 0, "store": 0, "fused": 500,
+        "computed": 2_500
     }  # fmt: skip
     assert (frame.hit_rate, frame.ragkv_rate) == (0.75, 0.65)
     assert frame.ttft_s == {"p50": pytest.approx(0.1), "p95": pytest.approx(0.91)}

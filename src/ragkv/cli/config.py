@@ -15,7 +15,7 @@ from ragkv.checks import examine_settings
 from ragkv.cli import lmcache
 from ragkv.cli.doctor import show as show_findings
 from ragkv.config import load
-from ragkv.config.sources import FILE_VARIABLE, PREFIX, hide_password
+from ragkv.config.sources import FILE_VARIABLE, PREFIX, hide_password, hide_secrets
 from ragkv.errors import RagKVError
 from ragkv.options import ConfigOption, JsonFlag, print_json, settings_file
 from ragkv.shown import printable
@@ -69,7 +69,7 @@ def show(
         shown = {}
         for key, _, origin in loaded.rows():
             section, name = key.split(".")
-            shown[key] = {"value": _hidden(values[section][name]), "from": origin}
+            shown[key] = {"value": hide_secrets(values[section][name]), "from": origin}
         print_json(shown)
         return
     table = Table("setting", "value", "from")
@@ -95,7 +95,8 @@ def import_(
         _write(output, found.text(file.name, passwords=True))
     if as_json:
         settings = {
-            key: {"value": _hidden(value), "from": found.origins[key]} for key, value in found.settings.items()
+            key: {"value": hide_secrets(value), "from": found.origins[key]}
+            for key, value in found.settings.items()
         }
         print_json({"settings": settings, "left": found.left, "output": output and str(output)})
         return
@@ -134,8 +135,3 @@ def _mapping(text: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise RagKVError(f"ragkv: --extra = {hide_password(text)!r}; allowed: a JSON object")
     return value
-
-
-def _hidden(value: object) -> object:
-    """A setting's value without the password in it."""
-    return hide_password(value) if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from ragkv.kvstore import metrics as m
 from ragkv.scrape import Snapshot
 
 OWN, FUSED, COMPUTED = "engine", "fused", "computed"
-TIERS = (m.DEVICE, m.MEMORY, m.DISK, m.REDIS)
+TIERS = (m.DEVICE, m.MEMORY, m.DISK, m.REDIS, m.STORE)
 STATES = {0: "in use", 1: "on trial", 2: "at rest"}
 TTFT = "vllm:time_to_first_token_seconds"
 START = "process_start_time_seconds"
