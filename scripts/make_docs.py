@@ -39,10 +39,12 @@ Settings come from four places. What stands further down is stronger:
 
 In YAML every section is a mapping; a key may also be written with its dot, but not in both ways:
 
-    memory:
-      capacity: 32GiB
-      policy: adaptive
-    disk.path: /var/cache/ragkv
+```yaml
+memory:
+  capacity: 32GiB
+  policy: adaptive
+disk.path: /var/cache/ragkv
+```
 
 Unknown keys and variables are errors, and so is a value that cannot be: the engine does not start, and one line
 names key, value, where it came from and what is allowed. Look first:

@@ -26,7 +26,15 @@ RATIOS = "0.05,0.15,0.3"
 FIXED = {"none": 0.0, "full": 1.0}
 CHECKED = ("deviation", 1.0)  # recomputing everything must give full prefill
 MODEL_TOKENS = 8192
-COLORS = {"none": FLOOR, "full": PLAIN}
+STYLES = {  # of the picture: color, marker and line of each selection, which differ without the color too
+    "none": (FLOOR, "X", "none"),
+    "random": ("#8c564b", "s", ":"),
+    "first_tokens": ("#e69f00", "o", "--"),
+    "deviation": ("#009e73", "v", "-."),
+    "query": ("#0072b2", "d", "-"),
+    "query_deviation": ("#cc79a7", "P", (0, (6, 1, 1, 1, 1, 1))),
+    "full": (PLAIN, "*", "none"),
+}
 LABELS = {"none": "none (moved, nothing recomputed)", "full": "full prefill"}
 MEANS = ("kl", "top1", "delta_nll", "answer_equal", "work", "reused")
 Row = dict[str, Any]
@@ -141,13 +149,13 @@ def draw(results: Sequence[Row], title: str, path: Path) -> None:
     """The picture: quality against time, a line a selection, a point a ratio."""
     figure, axes = new_figure(8, 5)
     axes.set_title(title, fontsize=10)
-    for name, marker in zip(SELECTIONS, "XsovdP*", strict=True):
+    for name, (color, marker, line) in STYLES.items():
         rows = [row for row in results if row["selection"] == name]
         if not rows:
             continue
-        style: dict[str, Any] = {"color": COLORS[name]} if name in COLORS else {}
         x, y = [row["ttft_ratio"] for row in rows], [row["kl"] for row in rows]
-        axes.plot(x, y, marker=marker, label=LABELS.get(name, name), **style)
+        style = {"color": color, "marker": marker, "linestyle": line, "clip_on": False}
+        axes.plot(x, y, label=LABELS.get(name, name), **style)
         if name not in FIXED:
             for row in rows:
                 place = (row["ttft_ratio"], row["kl"])
@@ -156,7 +164,7 @@ def draw(results: Sequence[Row], title: str, path: Path) -> None:
     axes.set_ylabel("KL(full prefill || fused), nats a token")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, handlelength=5)  # so long that the lines can be told apart
     save_figure(figure, path)
 
 

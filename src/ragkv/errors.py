@@ -1,13 +1,15 @@
 """The errors that ragkv raises.
 
-    RagKVError
-    ├── ConfigError      (also a ValueError)  invalid settings: names key, value and what is allowed
-    ├── LayoutError      the layout of the engine's cache cannot be proven, or is not supported
-    ├── SegmentError     shared memory is not available, or is too small
-    ├── FusionError      keys of this model cannot be moved to another position; exact reuse still works
-    ├── PayloadError     the bytes are not a complete, undamaged payload of this version
-    ├── StoreError       a storage backend cannot answer
-    └── AnswerError      (in ragkv.fetch)  a server cannot be reached, refuses, or gives another kind of answer
+```text
+RagKVError
+├── ConfigError      (also a ValueError)  invalid settings: names key, value and what is allowed
+├── LayoutError      the layout of the engine's cache cannot be proven, or is not supported
+├── SegmentError     shared memory is not available, or is too small
+├── FusionError      keys of this model cannot be moved to another position; exact reuse still works
+├── PayloadError     the bytes are not a complete, undamaged payload of this version
+├── StoreError       a storage backend cannot answer
+└── AnswerError      (in ragkv.fetch)  a server cannot be reached, refuses, or gives another kind of answer
+```
 
 Misses, full tiers and declined stores are results, not errors.
 """

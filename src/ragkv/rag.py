@@ -4,20 +4,24 @@ Every part (system prompt, each passage, question) is tokenized separately and t
 passage has the same tokens at every position. This needs a running server, or any tokenizer with Hugging Face's
 `encode`, but neither vLLM nor torch.
 
-    from openai import OpenAI
-    from ragkv import rag
+```python
+from openai import OpenAI
+from ragkv import rag
 
-    server = rag.Server("http://localhost:8000")
-    asked = rag.prompt(server, "Answer from the passages.", passages, "Question: who signed?\\nAnswer:")
-    client = OpenAI(base_url="http://localhost:8000/v1", api_key="-")
-    answer = client.completions.create(
-        model=MODEL, prompt=asked.token_ids, max_tokens=200, extra_body=asked.extra_body
-    )
+server = rag.Server("http://localhost:8000")
+asked = rag.prompt(server, "Answer from the passages.", passages, "Question: who signed?\\nAnswer:")
+client = OpenAI(base_url="http://localhost:8000/v1", api_key="-")
+answer = client.completions.create(
+    model=MODEL, prompt=asked.token_ids, max_tokens=200, extra_body=asked.extra_body
+)
+```
 
 For `client.chat.completions`, write the messages as usual. They must contain the passages word for word:
 
-    asked = rag.chat(server, messages, passages)
-    answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=asked.extra_body)
+```python
+asked = rag.chat(server, messages, passages)
+answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=asked.extra_body)
+```
 
 A passage is a text, or a pair (id, text). The id names it in the server's answers and metrics; the default is a
 digest of the text. The server reports what it reused in `answer.kv_transfer_params["ragkv"]`.

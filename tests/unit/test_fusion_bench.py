@@ -308,3 +308,11 @@ def test_prompts_that_are_too_long_are_refused(monkeypatch, capsys, no_engine):
     assert run(monkeypatch, "--passages", 20, "--tokens", 500) == 1
     assert "allowed: at most 8192" in capsys.readouterr().err
     assert not no_engine
+
+
+def test_selections_differ_in_the_picture_without_color_too():
+    assert fusion.STYLES.keys() == set(fusion.SELECTIONS)
+    _, markers, lines = zip(*fusion.STYLES.values(), strict=True)
+    assert len(set(markers)) == len(markers)
+    drawn = [line for line in lines if line != "none"]
+    assert len(set(drawn)) == len(drawn) == len(fusion.SELECTIONS) - len(fusion.FIXED)
