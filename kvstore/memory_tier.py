@@ -58,6 +58,7 @@ class MemoryTier:
         self._metrics, self._evicting = metrics, evicting
         self._admission = admission or Always()
         self._attention_tokens = attention_tokens
+        self._reported: tuple[int, ...] = ()  # what the gauges were last set from
         self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
 
     @property
@@ -266,7 +267,12 @@ class MemoryTier:
         return not isinstance(self._admission, Always)
 
     def report(self) -> None:
-        """Set the gauges of the memory and the device tier."""
+        """Set the gauges of the memory and the device tier, where anything has changed."""
+        device = (0, 0) if self.device is None else (self.device.used, len(self.device))
+        now = (self.pins.pages, self._pool.used, len(self.tree), *device)
+        if now == self._reported:
+            return
+        self._reported = now
         self._metrics.gauge(m.PINNED_BYTES, self.pins.pages * self.page_bytes)
         self._report(m.MEMORY, self._pool, len(self.tree))
         if self.device is not None:

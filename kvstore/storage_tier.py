@@ -68,6 +68,7 @@ class StorageTier:
         self._told_full = False
         self._scans: list[set[bytes]] = []  # of each under way, the keys that it may find though they are gone
         self._reading, self._writing = Breaker(clock), Breaker(clock)
+        self._reported: tuple[int, ...] = ()  # what the gauges were last set from
         self._since_scan = 0
 
     def start(self) -> None:
@@ -374,12 +375,17 @@ class StorageTier:
             self.start()
 
     def report(self) -> None:
-        """Set the tier's gauges."""
-        gauge = self._metrics.gauge
-        gauge(m.TIER_STATE, self._reading.state.value, tier=self.name, side="read")
-        gauge(m.TIER_STATE, self._writing.state.value, tier=self.name, side="write")
+        """Set the tier's gauges, where anything has changed."""
+        read, write, index = self._reading.state.value, self._writing.state.value, self.index
+        kept = (0, 0, 0) if index is None else (index.used, index.capacity, len(index))
+        now = (read, write, self._queued, *kept)
+        if now == self._reported:
+            return
+        self._reported, gauge = now, self._metrics.gauge
+        gauge(m.TIER_STATE, read, tier=self.name, side="read")
+        gauge(m.TIER_STATE, write, tier=self.name, side="write")
         gauge(m.QUEUED_BYTES, self._queued, tier=self.name)
-        if self.index is not None:
-            gauge(m.USED_BYTES, self.index.used, tier=self.name)
-            gauge(m.CAPACITY_BYTES, self.index.capacity, tier=self.name)
-            gauge(m.CHUNKS, len(self.index), tier=self.name)
+        if index is not None:
+            gauge(m.USED_BYTES, index.used, tier=self.name)
+            gauge(m.CAPACITY_BYTES, index.capacity, tier=self.name)
+            gauge(m.CHUNKS, len(index), tier=self.name)

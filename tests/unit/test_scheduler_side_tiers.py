@@ -371,3 +371,13 @@ def test_a_device_tier_that_lost_its_memory_is_not_read(workers):
     assert engine.run(PROMPT) == 99, "memory still has it"
     assert engine.run(PROMPT) == 99 and engine.metrics.get(m.HIT_TOKENS, m.DEVICE) > before
     engine.check()
+
+
+def test_gauges_are_set_only_where_something_has_changed(alone, disk):
+    alone.run(PROMPT)
+    alone.metrics.gauges.clear()
+    alone.cache.tick()
+    assert not alone.metrics.gauges
+    alone.run(text(2, 60))
+    assert alone.metrics.get(m.CHUNKS, "memory") == len(alone.memory)
+    assert alone.metrics.get(m.CHUNKS, "disk") == len(disk.index) > 0
