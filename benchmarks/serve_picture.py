@@ -61,12 +61,12 @@ def _draw_turns(axes: Any, systems: Sequence[Mapping[str, Any]], colors: Mapping
     axes.set_title("Time to first token: median, and up to p95", fontsize=10, loc="left")
     last = max(turn for system in systems for turn, _, _ in _points(system))
     bottom, top = axes.get_ylim()
-    for name, height in _spread(ends, bottom, top).items():
+    for name, height in spread(ends, bottom, top).items():
         axes.text(last + 0.2, height, name, color=colors[name], va="center", fontsize=9, fontweight="bold")
     axes.set_ylim(bottom, top)
 
 
-def _spread(heights: Mapping[str, float], bottom: float, top: float) -> dict[str, float]:
+def spread(heights: Mapping[str, float], bottom: float, top: float) -> dict[str, float]:
     """Where the labels stand on a logarithmic axis: at their heights, but apart from one another."""
     span = math.log(top / bottom) or 1.0
     placed: dict[str, float] = {}

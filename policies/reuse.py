@@ -59,7 +59,7 @@ class ReuseTable:
     def rebuild(self, span: float = inf) -> None:
         """Compute `index` from the counts: slopes of the upper hull of hits over time kept, from each age on.
         `span`: for how many references there has been counting."""
-        time, hits = self._expect(span)
+        time, hits = self.expect(span)
         hull = [BUCKETS]
         for at in range(BUCKETS - 1, -1, -1):
             time_at, hits_at = time[at], hits[at]
@@ -74,7 +74,7 @@ class ReuseTable:
             self.index[at] = (hits[near] - hits_at) / kept if kept > 0 else 0.0
             hull.append(at)
 
-    def _expect(self, span: float) -> tuple[list[float], list[float]]:
+    def expect(self, span: float) -> tuple[list[float], list[float]]:
         """Expected time kept and hits, summed up to the beginning of each bucket, of all waiting keys together.
         Of keys that came within the last `age` references none can have been used again at that age yet, so what
         was counted there stands for more."""

@@ -262,7 +262,7 @@ class Stack:
 
     def start(self):
         """A new engine over what lies in the lower tiers; what the old one had under way is lost."""
-        self.clock, self.metrics, self.lifts = HandClock(self.wall.now / 1e6), Recorded(), []
+        self.clock, self.metrics, self.lifts, self.told = HandClock(self.wall.now / 1e6), Recorded(), [], []
         self.completions = HandCompletions(self.clock)
         self.bytes = np.zeros((self.pages_wanted, self.SHAPE.page_bytes), dtype=np.uint8)  # of all pages
         self.pages = Pages(self.bytes.data, self.SHAPE)
@@ -278,6 +278,7 @@ class Stack:
             self.metrics,
             deadline=self.deadline,
             by_content=self.by_content,
+            note=lambda kind, cause: self.told.append((kind, cause)),
             clock=self.clock,
             wall=self.wall,
         )

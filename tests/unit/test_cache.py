@@ -92,11 +92,9 @@ def test_what_is_skipped_is_looked_up_again(stack):
 
 
 def test_pins_that_are_refused_are_told(stack):
-    told = []
-    stack.cache._note = lambda kind, cause: told.append((kind, cause))
     asked = [keep(stack, words(seed, 60), pin=Pin(f"desk {seed}", 9.0)) for seed in range(3)]
     assert [each.pins_refused for each in asked] == [False, True, True]
-    assert told == [("pins", PINNED_ALL)] * 2
+    assert stack.told == [("pins", PINNED_ALL)] * 2
     stack.cache.unpin(b"", "desk 0")
 
 

@@ -14,10 +14,15 @@ from ragkv.policies.admission import AdmissionPolicy
 
 @pytest.fixture(params=sorted(POLICIES))
 def make_tier(request):
-    """Makes a tier of 8 pages."""
-    return lambda *more, **named: MemoryTier(
-        8, make_policy(request.param), PAGE_TOKENS, PAGE_BYTES, Metrics(), *more, **named
-    )
+    """Makes a tier of 8 pages; `metrics`: its own."""
+
+    def make(*more, **named):
+        metrics = Metrics()
+        made = MemoryTier(8, make_policy(request.param), PAGE_TOKENS, PAGE_BYTES, metrics, *more, **named)
+        made.metrics = metrics
+        return made
+
+    return make
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def stored(tier, tokens, upto=None):
 
 
 def counted(tier):
-    counters = tier._metrics.drain().get("counters", {})
+    counters = tier.metrics.drain().get("counters", {})
     return {tuple(key.split(m.SEPARATOR)): value for key, value in counters.items()}
 
 
@@ -150,7 +155,7 @@ def test_pages_come_back_and_more_than_all_are_refused(tier):
 
 def gauge(tier, name, label=None):
     tier.report()
-    return tier._metrics.drain()["gauges"][name if label is None else name + m.SEPARATOR + label]
+    return tier.metrics.drain()["gauges"][name if label is None else name + m.SEPARATOR + label]
 
 
 def test_what_an_owner_pins_stays_and_is_counted(tier):

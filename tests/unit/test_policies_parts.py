@@ -119,7 +119,7 @@ def test_the_index_is_the_best_of_all_plans(seed):
             each.reused[at] = chance() ** 8 * each.waits / 4
     span = (inf, 3000, 70)[seed % 3]
     table.rebuild(span)
-    time, hits = table._expect(span)
+    time, hits = table.expect(span)
     assert table.index == pytest.approx([brute_force(time, hits, at) for at in range(BUCKETS)])
 
 

@@ -147,7 +147,7 @@ def test_the_lines_are_the_medians_and_the_whiskers_end_at_p95(monkeypatch, tmp_
 
 
 def test_labels_stand_apart_in_the_order_of_their_lines():
-    placed = serve_picture._spread({"a": 0.1, "b": 5.0, "c": 0.1001}, 0.05, 10)
+    placed = serve_picture.spread({"a": 0.1, "b": 5.0, "c": 0.1001}, 0.05, 10)
     assert list(placed) == ["a", "c", "b"] and placed["b"] == pytest.approx(5.0)
     gap = math.log(placed["c"] / placed["a"]) / math.log(10 / 0.05)
     assert gap == pytest.approx(serve_picture.LABEL_GAP)

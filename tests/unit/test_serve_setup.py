@@ -23,6 +23,12 @@ def cut(text, tokens):
     return text[:tokens]
 
 
+def tokenizer_of(model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.path)
+
+
 @pytest.mark.parametrize(("passages", "second"), [(1.0, "passages"), (0.0, "follow-up")])
 def test_the_warm_up_has_a_text_of_its_own_and_does_what_is_timed_later(passages, second):
     shape = Shape(filings=2, turns=3, tokens=400, passages=passages, switch=0.5, think=2.0)
@@ -67,13 +73,12 @@ def test_a_model_cuts_and_counts():
     work = make_work(SMALL, 1, None, model.cut)
     text = work.rounds[0][0].turns[0].messages[1]["content"]
     assert model.name == "SmolLM2-135M-Instruct" and Path(model.path).is_dir()
-    tokens = len(model._tokenizer.encode(text))
+    tokenizer = tokenizer_of(model)
+    tokens = len(tokenizer.encode(text))
     assert 200 < tokens < 240
     longest = model.longest(work, 32)
     chats = [list(turn.messages) for session in work for turn in session.turns]
-    lengths = [
-        len(model._tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats
-    ]
+    lengths = [len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
     assert longest == max(lengths) + 32 + 16
     assert model.longest(work, 8192 - max(lengths)) == 8192, "no more than the model takes"
     with pytest.raises(
@@ -86,9 +91,10 @@ def test_the_longest_chat_may_be_the_one_before_a_switch():
     model = Model(None, print)
     shape = Shape(filings=2, sessions=1, turns=6, tokens=200, switch=1.0, passages=0.3, seed=4)
     work = make_work(shape, 1, None, model.cut)
+    tokenizer = tokenizer_of(model)
     lengths = {
         turn.number: len(
-            model._tokenizer.apply_chat_template(list(turn.messages), add_generation_prompt=True)["input_ids"]
+            tokenizer.apply_chat_template(list(turn.messages), add_generation_prompt=True)["input_ids"]
         )
         for turn in work.rounds[0][0].turns
     }
