@@ -6,6 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 import fake_server
 from ragkv.benchmarks import serve_systems as module
@@ -65,6 +66,21 @@ def test_systems_differ_in_their_connector_alone(tmp_path):
     assert option(command, "--num-gpu-blocks-override") == "55" and option(command, "--block-size") == "128"
     assert option(command, "--max-model-len") == "3300" and "--enforce-eager" in command
     assert command[-4:] == ["--seed", "7", "--dtype", "float32"], "the user's arguments win"
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu", "has_bfloat16", "given"),
+    [
+        ("auto", True, False, "float32"),
+        ("auto", True, True, "auto"),
+        ("auto", False, False, "auto"),
+        ("bfloat16", True, False, "bfloat16"),
+    ],
+)
+def test_a_cpu_without_bfloat16_computes_in_float32(tmp_path, monkeypatch, asked, cpu, has_bfloat16, given):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    command = vllm_command(PYTHON, setup(tmp_path, dtype=asked, cpu=cpu), 8000, None)
+    assert option(command, "--dtype") == given
 
 
 def test_on_a_gpu_vllm_keeps_its_defaults_and_shares_the_memory(tmp_path):
