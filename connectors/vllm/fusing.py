@@ -86,7 +86,7 @@ class Fusing:
             self.refusal = self.refusal or f"it failed {self._failures} times"
 
     def order(self, state: RequestState, blocks: list[int], timed: int = 0) -> Fusion:
-        """The order to mend what a plan loads. From now on the request is not exact behind its exact part.
+        """The order to fuse what a plan loads. From now on only the plan's exact prefix of the request is exact.
         `timed`: as of `Fusion`."""
         plan, end = state.fusion.plan, self.end(state)
         assert plan is not None

@@ -1,4 +1,4 @@
-"""What the scheduler side tells of each request. Tracing listens; without it, nobody does."""
+"""The events of requests on the scheduler side. Tracing listens to them; the default listener ignores them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,8 +41,8 @@ def connect(location: Location, seconds: float, connections: int) -> Client:
 def ask(client: Client, commands: Sequence[Command]) -> list[Any]:
     """The answers to commands, sent together; a `redis.ResponseError` is an answer too. What was lost because a
     connection broke, or because its server is no master any more, is sent once more; to a cluster, after its nodes
-    were asked again which of them serves which slot. `redis.RedisError`, OSError,
-    RedisClusterException: nothing is known."""
+    were asked again which of them serves which slot. `redis.RedisError`, OSError, RedisClusterException: nothing
+    is known."""
     if not commands:
         return []
     try:
