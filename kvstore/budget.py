@@ -31,6 +31,10 @@ class Index:
     def __len__(self) -> int:
         return len(self._sizes) - len(self._gone)
 
+    def held(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of `keys` that are there."""
+        return {key for key in keys if key in self}
+
     def keys(self) -> set[bytes]:
         """All keys that are there."""
         return self._sizes.keys() - self._gone

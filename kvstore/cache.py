@@ -183,7 +183,7 @@ class KVCache:
         brought = prompt.fetch.sources if prompt.fetch is not None else {}
         parts: dict[bool, list[Chunk]] = {}
         for chunk in match.chunks:
-            if chunk.position < end and chunk.position + len(chunk) > start:
+            if chunk.position < end and chunk.end > start:
                 parts.setdefault(device is not None and chunk in device, []).append(chunk)
         loads = []
         for copied, chunks in parts.items():
@@ -192,7 +192,7 @@ class KVCache:
             load = Load(where[wanted], positions[wanted], chunks, chunks[-1:], copied)
             for chunk in chunks:
                 tier = brought.get(chunk, m.DEVICE if copied else m.MEMORY)
-                size = min(end, chunk.position + len(chunk)) - max(start, chunk.position)
+                size = min(end, chunk.end) - max(start, chunk.position)
                 load.sources[tier] = load.sources.get(tier, 0) + size
             self.memory.pin(load.pinned)
             loads.append(load)
@@ -366,7 +366,7 @@ class KVCache:
 
     def _places(self, chunks: Sequence[Chunk], *, device: bool) -> tuple[Indices, Indices]:
         """Rows in a paged tier, and positions in the prompt, of all tokens of chunks of one chain."""
-        positions = [np.arange(chunk.position, chunk.position + len(chunk), dtype=np.int64) for chunk in chunks]
+        positions = [np.arange(chunk.position, chunk.end, dtype=np.int64) for chunk in chunks]
         return rows(chunks, self.memory.page_tokens, device=device), np.concatenate(positions)
 
     def _stored(self, store: Store) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ragkv.kvstore.keys import Tokens, chain_key
+from ragkv.kvstore.keys import Tokens, chain_keys
 
 HASH_WINDOW = 16
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, from the golden ratio; inverse below is its inverse modulo 2**64
@@ -179,9 +179,6 @@ class TokenChain:
         self.tokens = np.concatenate([self.tokens, more]) if len(self.tokens) else more
         start = self.ends[-1] if self.ends else 0
         key = self.keys[-1] if self.keys else self._root_key
-        raw = memoryview(self.tokens.tobytes())
-        for end in self._chunker.cut(self.tokens, start, self._named):
-            key = chain_key(key, bytes(raw[4 * start : 4 * end]))
-            self.ends.append(end)
-            self.keys.append(key)
-            start = end
+        ends = self._chunker.cut(self.tokens, start, self._named)
+        self.keys += chain_keys(key, self.tokens.tobytes(), [start, *ends])
+        self.ends += ends

@@ -201,10 +201,14 @@ class ChunkCodec:
             return lambda: encode(header, raw)
         return lambda: encode(header, self.pages.parts(chunk))
 
-    def reader(self, chunk: Chunk) -> Callable[[Buffer], Header]:
-        """What checks a payload against all that is known of a reserved chunk, and fills the chunk's pages. It
-        raises PayloadError."""
-        parent, key, (namespace, position) = chunk.parent, address(chunk), origin(chunk)
+    def readers(self, chunks: Sequence[Chunk]) -> list[Callable[[Buffer], Header]]:
+        """What checks a payload against all that is known of a reserved chunk, and fills the chunk's pages, for
+        each of some chunks of one namespace. It raises PayloadError."""
+        namespace = origin(chunks[0])[0] if chunks else b""
+        return [self._reader(chunk, namespace) for chunk in chunks]
+
+    def _reader(self, chunk: Chunk, namespace: bytes) -> Callable[[Buffer], Header]:
+        parent, key, position = chunk.parent, address(chunk), chunk.position
         assert parent is not None
         detached = isinstance(parent, DetachedRoot)  # its parent is not known, but follows from its key
 

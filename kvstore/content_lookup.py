@@ -119,7 +119,7 @@ class ContentLookup:
 
     def _read(self, chunk: Chunk, tier: StorageTier, alias: AliasHeader) -> Read:
         """A chunk's payload; and its alias once more, which is rejected where it leads nowhere."""
-        fill = self._codec.reader(chunk)
+        (fill,) = self._codec.readers([chunk])
         check = reader(alias.namespace, alias.tokens, self._codec.wall)
         came = False
 

@@ -5,6 +5,7 @@ xxh3 is fast, not collision-resistant: whoever looks a key up compares the token
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgpack
@@ -34,9 +35,24 @@ def chain_key(parent: bytes, tokens: bytes) -> bytes:
     return xxhash.xxh3_128_digest(parent + tokens)
 
 
+def chain_keys(parent: bytes, tokens: bytes, cuts: Sequence[int]) -> list[bytes]:
+    """Keys of chunks behind one another, the first behind `parent`; each holds the tokens from one of the
+    ascending positions `cuts` to the next."""
+    keys: list[bytes] = []
+    for start, end in pairwise(cuts):
+        parent = chain_key(parent, tokens[TOKEN_BYTES * start : TOKEN_BYTES * end])
+        keys.append(parent)
+    return keys
+
+
 def tail_key(parent: bytes) -> bytes:
     """Where the open tail behind a chunk (or a namespace) lies in the lower tiers, given that chunk's key."""
-    return xxhash.xxh3_128_digest(b"tail" + parent)
+    return tail_keys([parent])[0]
+
+
+def tail_keys(parents: Sequence[bytes]) -> list[bytes]:
+    """As `tail_key`, of each of `parents`."""
+    return [xxhash.xxh3_128_digest(b"tail" + parent) for parent in parents]
 
 
 def content_key(namespace: bytes, tokens: bytes) -> bytes:

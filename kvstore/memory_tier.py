@@ -7,6 +7,7 @@ changes it. One thread uses it, the engine's scheduler. It moves no bytes.
 import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import TokenChain
@@ -16,6 +17,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import PagePool
 from ragkv.kvstore.pins import NEVER, Pins
 from ragkv.kvstore.prefix_tree import (
+    PAGE_NUMBER_BYTES,
     Chunk,
     DetachedRoot,
     Match,
@@ -147,26 +149,29 @@ class MemoryTier:
         return new
 
     def reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes, priority: int = 0) -> Chunk | None:
-        """Room for one child of `parent`, pinned and not ready; None, and counted, where there is none. `priority`
-        counts where the policy has classes."""
-        chunk = self.tree.insert(key, parent, tokens)
-        if chunk is None:
-            self._metrics.count(m.REFUSED_CHUNKS, reason=m.COLLISION)
-            return None
-        pages = self._pages(tokens)
+        """As `reserve_chain`, for one chunk; None where there is no room."""
+        new = self.reserve_chain(parent, [(key, tokens)], priority)
+        return new[0] if new else None
+
+    def reserve_chain(self, parent: Chunk, chain: Sequence[tuple[bytes, bytes]], priority: int = 0) -> list[Chunk]:
+        """Room for chunks of these keys and tokens, the first behind `parent`, each other behind the one before;
+        pinned and not ready. As many as there is room for: that one is left out is counted. `priority` counts
+        where the policy has classes."""
         above = [parent] if parent.pages else []
-        self.pin(above)  # the victims must not be the new chunk's ancestors
-        victims = self._policy.evict(pages - self._pool.free)
-        if victims is None:
-            self.tree.remove(chunk)
-            self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
-        else:
-            self._evict(victims)
-            chunk.pages = self._pool.take(pages)
-            self._insert(chunk, above[0] if above else None, priority)
-            self.pin([chunk])
+        self.pin(above)  # the victims must not be the new chunks' ancestors
+        pages = [self._pages(tokens) for _, tokens in chain]
+        free = self._pool.free
+        fit = bisect.bisect_right(list(accumulate(pages)), free + self._policy.evictable)
+        new = self.tree.insert(parent, chain[:fit])
+        if len(new) < len(chain):
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.COLLISION if len(new) < fit else m.NO_ROOM)
+        victims = self._policy.evict(sum(pages[: len(new)]) - free)
+        assert victims is not None, "the policy said that so much may go"
+        self._evict(victims)
+        self._give_pages(new, pages, above[0] if above else None, priority)
+        self.pin(new)
         self.unpin(above)
-        return chunk if victims is not None else None
+        return new
 
     def reserve_detached(self, namespace: bytes, source: bytes, tokens: bytes, position: int) -> Chunk | None:
         """As `reserve_chunk`, for a copy of the chunk of key `source`, which began at token `position` of a prompt
@@ -174,11 +179,11 @@ class MemoryTier:
         root = DetachedRoot(namespace, source, position)
         return self.reserve_chunk(root.key, root, tokens)
 
-    def commit(self, chunk: Chunk) -> None:
-        """The bytes of a reserved chunk are written: from now on it matches."""
-        self.tree.mark_ready(chunk)
+    def commit(self, *chunks: Chunk) -> None:
+        """The bytes of reserved chunks are written: from now on they match."""
+        self.tree.mark_ready(*chunks)
         self.version += 1
-        self.unpin([chunk])
+        self.unpin(chunks)
 
     def abandon(self, chunk: Chunk) -> None:
         """The bytes of a reserved chunk will not come. Where it has children, it stays, unready, until they are
@@ -301,13 +306,20 @@ class MemoryTier:
         gauge(m.CAPACITY_BYTES, pages.pages * self.page_bytes, tier=tier)
         gauge(m.CHUNKS, chunks, tier=tier)
 
-    def _insert(self, chunk: Chunk, parent: Chunk | None, priority: int) -> None:
-        """Give a chunk that has pages to the policy."""
-        pages, cost = chunk.page_count, self.cost(chunk)
-        if self._classes is None:
-            self._policy.insert(chunk, parent, pages, cost)
-        else:
-            self._classes.insert(chunk, parent, pages, cost, min(priority, self._classes.highest))
+    def _give_pages(
+        self, chain: Sequence[Chunk], pages: Sequence[int], parent: Chunk | None, priority: int
+    ) -> None:
+        """Give so many free pages to each chunk of a chain, and the chunks to the policy."""
+        taken, start = self._pool.take(sum(pages[: len(chain)])), 0
+        priority = min(priority, self.classes - 1)
+        for chunk, count in zip(chain, pages, strict=False):
+            end = start + count * PAGE_NUMBER_BYTES
+            chunk.pages, start = taken[start:end], end
+            if self._classes is None:
+                self._policy.insert(chunk, parent, count, self.cost(chunk))
+            else:
+                self._classes.insert(chunk, parent, count, self.cost(chunk), priority)
+            parent = chunk
 
     def _evict(self, victims: list[Chunk]) -> None:
         """Let victims of the policy go; what their pages hold is lost with the next `take`."""

@@ -79,7 +79,7 @@ class Pages:
     """`buffer`: the whole tier, a whole number of pages. Threads may use it for chunks that nobody else writes."""
 
     def __init__(self, buffer: bytearray | memoryview, shape: PageShape) -> None:
-        self.shape = shape
+        self.shape, self._token_bytes = shape, shape.token_bytes
         self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, shape.page_bytes)
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Pages:
 
     def size(self, chunk: Chunk) -> int:
         """Bytes of a chunk's KV, without what its last page has free."""
-        return len(chunk) * self.shape.token_bytes
+        return len(chunk) * self._token_bytes
 
     def parts(self, chunk: Chunk, *, copy: bool = False) -> list[memoryview]:
         """The raw bytes of a chunk, in order. Views of the tier, which hold as long as the chunk is pinned, or
@@ -111,7 +111,7 @@ class Pages:
         if len(raw) != self.size(chunk):
             raise ValueError(f"pages: {len(raw)} bytes for a chunk of {self.size(chunk)}")
         source: Bytes = np.frombuffer(raw, dtype=np.uint8)
-        full, rest = divmod(len(chunk), self.shape.page_tokens)
+        full, rest = divmod(len(raw) // self._token_bytes, self.shape.page_tokens)
         pages, at = _numbers(chunk), 0
         for first, last in _runs(pages[:full]):
             size = (last + 1 - first) * self.shape.page_bytes

@@ -1,7 +1,7 @@
 """The prefix tree: chunks by chain key, by the tokens that a prompt shares with a child, and by content."""
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -13,7 +13,6 @@ from ragkv.kvstore.keys import TOKEN_BYTES, Tokens
 
 PAGE_NUMBER_BYTES = 4
 REACH = 1024  # tokens that are compared with children at first: few chunks have more
-_READY, _OPEN, _STORED = 1, 2, 2  # two flags and a shift: there may be millions of chunks
 LOOKED_AT = 64  # siblings, to each side, that are passed over since they are not ready
 
 
@@ -21,56 +20,34 @@ class Chunk:
     """The KV of some tokens, computed after those of its ancestors. Compared by identity."""
 
     __slots__ = (
-        "_flags",  # `ready`, `open`, `stored_in`
         "children",  # None, one chunk, or a list sorted by tokens (most chunks have one child)
         "device",  # pages in the device tier, as `pages`
+        "end",  # position of the token after its last
         "hits",  # uses while it is in memory
         "key",  # chain key, 16 bytes
+        "open",  # whether it is an open tail: its end is not a cut
         "pages",  # pages in memory, in order, int32 bytes
         "parent",
         "pins",  # how often it is pinned in memory: the only count
         "position",  # of its first token, from `root` on
+        "ready",  # whether its bytes are written; before that nobody may read them
         "root",  # its topmost ancestor; itself, where it has no parent
+        "stored_in",  # a bit for each lower tier that was given it
         "tokens",  # int32 bytes
     )
 
     def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
         self.key, self.parent, self.tokens = key, parent, tokens
         self.pages = self.device = b""
-        self.pins = self.hits = self._flags = 0
+        self.ready = self.open = False
+        self.pins = self.hits = self.stored_in = 0
         self.children: Chunk | list[Chunk] | None = None
-        self.position: int = 0 if parent is None else parent.position + len(parent)
+        self.position: int = 0 if parent is None else parent.end
+        self.end: int = self.position + len(tokens) // TOKEN_BYTES
         self.root: Chunk = self if parent is None else parent.root
 
     def __len__(self) -> int:
-        return len(self.tokens) // TOKEN_BYTES
-
-    @property
-    def ready(self) -> bool:
-        """Whether its bytes are written; before that nobody may read them."""
-        return bool(self._flags & _READY)
-
-    @ready.setter
-    def ready(self, ready: bool) -> None:
-        self._flags = self._flags & ~_READY | ready * _READY
-
-    @property
-    def open(self) -> bool:
-        """Whether it is an open tail: its end is not a cut."""
-        return bool(self._flags & _OPEN)
-
-    @open.setter
-    def open(self, tail: bool) -> None:
-        self._flags = self._flags & ~_OPEN | tail * _OPEN
-
-    @property
-    def stored_in(self) -> int:
-        """A bit for each lower tier that was given it."""
-        return self._flags >> _STORED
-
-    @stored_in.setter
-    def stored_in(self, tiers: int) -> None:
-        self._flags = self._flags & (_READY | _OPEN) | tiers << _STORED
+        return self.end - self.position
 
     @property
     def page_count(self) -> int:
@@ -87,7 +64,8 @@ class DetachedRoot(Chunk):
 
     def __init__(self, namespace: bytes, source: bytes, position: int) -> None:
         super().__init__(detached_key(source), None, b"")
-        self.namespace, self.source, self.position = namespace, source, position
+        self.namespace, self.source = namespace, source
+        self.position = self.end = position
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +201,21 @@ class PrefixTree:
                 break
         return Match(tuple(chunks), min(start, limit), tail)
 
-    def insert(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk | None:
-        """Enter a chunk, without pages and not ready; None where the key is taken.
+    def insert(self, parent: Chunk, chain: Iterable[tuple[bytes, bytes]]) -> list[Chunk]:
+        """Enter chunks of these keys and tokens, each behind the one before, without pages and not ready; up to
+        the first key that is taken.
 
-        By `get` that chunk holds other tokens, or stands elsewhere: a collision of hashes.
+        By `get` the chunk of that key holds other tokens, or stands elsewhere: a collision of hashes.
         """
-        if key in self._chunks:
-            return None
+        new: list[Chunk] = []
+        for key, tokens in chain:
+            if key in self._chunks:
+                break
+            parent = self._enter(key, parent, tokens)
+            new.append(parent)
+        return new
+
+    def _enter(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk:
         chunk = self._chunks[key] = Chunk(key, parent, tokens)
         if parent.parent is None:
             self._roots[parent.key] = parent
@@ -263,11 +249,12 @@ class PrefixTree:
         if parent.parent is None and parent.children is None:
             self._roots.pop(parent.key, None)
 
-    def mark_ready(self, chunk: Chunk) -> None:
-        """The chunk's bytes are written; from now on it can be found, unless it has left the tree."""
-        if self.contents is not None and not chunk.ready and chunk in self:
-            self.contents.add(chunk)
-        chunk.ready = True
+    def mark_ready(self, *chunks: Chunk) -> None:
+        """The chunks' bytes are written; from now on they can be found, but for those that have left the tree."""
+        for chunk in chunks:
+            if self.contents is not None and not chunk.ready and chunk in self:
+                self.contents.add(chunk)
+            chunk.ready = True
 
     def clear(self) -> None:
         """Forget everything; chunks that others still hold are in no tree any more."""
@@ -341,13 +328,16 @@ def origin(chunk: Chunk) -> tuple[bytes, int]:
     return root.namespace if isinstance(root, DetachedRoot) else root.key, chunk.position
 
 
-def child_of(parent: Chunk, tokens: bytes) -> Chunk | None:
-    """The ready child of `parent` that holds just these tokens."""
-    children = parent.children
-    if isinstance(children, list):
-        place = bisect.bisect_left(children, tokens, key=_tokens)
-        children = children[place] if place < len(children) else None
-    return children if children is not None and children.ready and children.tokens == tokens else None
+def children_of(parents: Sequence[Chunk], tokens: bytes) -> list[Chunk | None]:
+    """The ready child of each of `parents` that holds just these tokens."""
+    found: list[Chunk | None] = []
+    for parent in parents:
+        child = parent.children
+        if isinstance(child, list):
+            place = bisect.bisect_left(child, tokens, key=_tokens)
+            child = child[place] if place < len(child) else None
+        found.append(child if child is not None and child.ready and child.tokens == tokens else None)
+    return found
 
 
 def has_open_child(parent: Chunk) -> bool:

@@ -15,7 +15,7 @@ from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import ChunkCodec, Header
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.io_pool import Completions, Wanted
-from ragkv.kvstore.keys import TOKEN_BYTES, tail_key
+from ragkv.kvstore.keys import TOKEN_BYTES, tail_key, tail_keys
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.prefix_tree import Chunk, Match, has_open_child, shared_tokens
@@ -72,10 +72,8 @@ class Gap:
     def keys(self) -> list[bytes]:
         """Keys of all of it: the parts, and a tail after each of them."""
         parts = [part.key for part in self.parts]
-        tails = [tail_key(key) for key in parts]
-        if (self.rest or parts) and not self.has_tail:
-            tails.append(tail_key(self.parent.key))
-        return parts + tails
+        open_end = (self.rest or parts) and not self.has_tail
+        return parts + tail_keys([*parts, self.parent.key] if open_end else parts)
 
 
 class Promotion:
@@ -94,6 +92,7 @@ class Promotion:
     ) -> None:
         self._memory, self._codec, self._tiers, self._gate = memory, codec, tuple(tiers), gate
         self._completions, self._metrics, self._clock, self._deadline = completions, metrics, clock, deadline
+        self._token_bytes = codec.pages.shape.token_bytes
         self.loading: dict[Chunk, list[Fetch]] = {}  # chunks that are being read, and who waits for them
 
     # --- of a prompt's prefix ---
@@ -154,15 +153,11 @@ class Promotion:
         gain = min(run[-1].end, prefix.limit) - prefix.have if run else 0
         if run and not self.worth(fetch, gain, sizes, prefix.have):
             return
-        parent, reads = gap.parent, []
-        for part in run:
-            new = self._memory.reserve_chunk(part.key, parent, part.tokens)
-            if new is None:
-                break
-            reads.append(Read(new, fetch.holders[part.key], Wanted(part.key, self._codec.reader(new))))
-            parent = new
-        self.read(fetch, reads)
-        if len(reads) == len(run) and (run or not gap.has_tail):
+        new = self._memory.reserve_chain(gap.parent, [(part.key, part.tokens) for part in run])
+        wanted = [Wanted(chunk.key, accept) for chunk, accept in zip(new, self._codec.readers(new), strict=True)]
+        self.read(fetch, [Read(chunk, fetch.holders[chunk.key], w) for chunk, w in zip(new, wanted, strict=True)])
+        parent = new[-1] if new else gap.parent
+        if len(new) == len(run) and (run or not gap.has_tail):
             rest = b"".join(part.tokens for part in gap.parts[len(run) :]) + gap.rest
             tier = fetch.holders.get(tail_key(parent.key)) if rest else None
             if tier is not None:
@@ -191,7 +186,7 @@ class Promotion:
         if chunk is not None:
             chunk.open = True
             self._codec.pages.fill(chunk, raw)
-            self._arrived(chunk, tier, header, [fetch])
+            self._arrived(tier, {chunk: header}, {chunk: [fetch]})
             fetch.sources[chunk] = tier.name
             fetch.result = "loaded"
 
@@ -225,7 +220,7 @@ class Promotion:
             probes=probes,
         )
         for tier in self._tiers:
-            known = {key: tier.knows(key) for key in keys}
+            known = tier.known(keys)
             _note_holder(fetch, tier, known)
             if unsure := [key for key, answer in known.items() if answer is None]:
                 self._ask(fetch, tier, unsure)
@@ -263,7 +258,7 @@ class Promotion:
         """Whether bringing up `tokens` tokens from a position on, of which `lacking` must be read, is a probe: it
         would not pay even from the quickest tier, and is tried all the same. None: it is declined."""
         quickest = next(tier.name for tier in self._tiers if tier.readable)
-        sizes = {quickest: lacking * self._codec.pages.shape.token_bytes}
+        sizes = {quickest: lacking * self._token_bytes}
         pays = self._gate.pays(tokens, sizes, start)
         if self._gate.allows(tokens, quickest, sizes, start):
             return not pays
@@ -273,7 +268,7 @@ class Promotion:
     def worth(self, fetch: Fetch, gain: int, tokens: dict[str, int], start: int = 0) -> bool:
         """Whether `gain` tokens from a position on are worth reading so many tokens of each tier; noted."""
         slowest = [tier.name for tier in self._tiers if tier.name in tokens][-1]
-        sizes = {name: count * self._codec.pages.shape.token_bytes for name, count in tokens.items()}
+        sizes = {name: count * self._token_bytes for name, count in tokens.items()}
         if gain > 0 and self._gate.small(gain):
             decision = "small"
         elif gain > 0 and (fetch.probes or self._gate.allows(gain, slowest, sizes, start)):
@@ -297,7 +292,7 @@ class Promotion:
                 self._read_batch(batch)
                 batch, size = [], 0
             batch.append(each)
-            size += self._codec.pages.size(each.chunk)
+            size += (each.chunk.end - each.chunk.position) * self._token_bytes
             self.loading[each.chunk] = [fetch]
             fetch.loading += 1
             fetch.sources[each.chunk] = each.tier.name
@@ -350,29 +345,33 @@ class Promotion:
         tier = batch[0].tier
 
         def done(found: list[Any]) -> None:
-            for read, header in zip(batch, found, strict=False):
-                if header is None:
-                    self._memory.abandon(read.chunk)
-                else:
-                    self._arrived(read.chunk, tier, header, self.loading[read.chunk])
-                for fetch in self.loading.pop(read.chunk):
-                    fetch.result = fetch.result if header is None else "loaded"
+            headers = {read.chunk: header for read, header in zip(batch, found, strict=False)}
+            came = {chunk: header for chunk, header in headers.items() if header is not None}
+            waiting = {chunk: self.loading.pop(chunk) for chunk in headers}
+            self._arrived(tier, came, waiting)
+            for chunk, fetches in waiting.items():
+                if chunk not in came:
+                    self._memory.abandon(chunk)
+                for fetch in fetches:
+                    fetch.result = "loaded" if chunk in came else fetch.result
                     self._loaded(fetch)
 
         beside = [read.beside for read in batch if read.beside is not None]
         tier.read([read.wanted for read in batch] + beside, done)
 
-    def _arrived(self, chunk: Chunk, tier: StorageTier, header: Header, fetches: Sequence[Fetch]) -> None:
-        """A chunk has come; it stays at least until those who wait for it have used it."""
-        chunk.stored_in |= tier.bit
-        for fetch in fetches:
-            if not fetch.over and not fetch.gone and chunk in self._memory:
-                self._memory.pin([chunk])
-                fetch.kept.append(chunk)
-        self._memory.commit(chunk)
-        if header.expires and chunk in self._memory:
-            self._memory.pins.expire(chunk, self._clock() + header.expires - self._codec.wall())
-        self._metrics.count(m.PROMOTED_TOKENS, len(chunk), tier=tier.name)
+    def _arrived(self, tier: StorageTier, came: dict[Chunk, Header], waiting: dict[Chunk, list[Fetch]]) -> None:
+        """Chunks have come; each stays at least until those that wait for it have used it."""
+        for chunk in came:
+            chunk.stored_in |= tier.bit
+        users = [(fetch, chunk) for chunk in came for fetch in waiting[chunk] if not (fetch.over or fetch.gone)]
+        for fetch, chunk in users:
+            fetch.kept.append(chunk)
+        self._memory.pin([chunk for _, chunk in users])
+        self._memory.commit(*came)
+        for chunk, header in came.items():
+            if header.expires and chunk in self._memory:
+                self._memory.pins.expire(chunk, self._clock() + header.expires - self._codec.wall())
+        self._metrics.count(m.PROMOTED_TOKENS, sum(c.end - c.position for c in came), tier=tier.name)
 
     def _loaded(self, fetch: Fetch) -> None:
         """One read has ended, well or not. With the last, the fetch is over."""

@@ -122,11 +122,15 @@ class StorageTier:
 
     def knows(self, key: bytes) -> bool | None:
         """Whether the tier holds a key; None: it must be asked."""
-        if not self.readable or key in self._pending:
-            return False
-        if self.index is not None and key in self.index:
-            return True
-        return None if self._asks else False
+        return self.known([key])[key]
+
+    def known(self, keys: Sequence[bytes]) -> dict[bytes, bool | None]:
+        """As `knows`, of each of `keys`."""
+        if not self.readable:
+            return dict.fromkeys(keys, False)
+        held = set() if self.index is None else self.index.held(keys)
+        unsure = None if self._asks else False
+        return {key: False if key in self._pending else key in held or unsure for key in keys}
 
     def keeps(self, key: bytes) -> bool:
         """Whether the tier, which was given a key, holds it still as far as we know."""

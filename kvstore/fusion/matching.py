@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES
-from ragkv.kvstore.prefix_tree import Chunk, ContentIndex, child_of, longest_shared, shared_tokens
+from ragkv.kvstore.prefix_tree import Chunk, ContentIndex, children_of, longest_shared, shared_tokens
 
 FOREIGN = 4  # what a token of foreign context weighs, where one of its own document that is lacking weighs 1
 FOLLOWED = 4  # of the holders of a cut's tokens, the best, which may go on behind it
@@ -32,22 +32,18 @@ REACH = 4096  # tokens that are compared with children at a time: more than a ch
 class Piece:
     """Tokens `start` to `end` of a prompt, which `chunk` holds from its token `first` on.
 
-    `stored`: the position at which the token at `start` stood when its KV was computed.
+    `shift`: by how many positions it moves; the token at `start` stood at `start` - `shift` when its KV was
+    computed.
     """
 
     start: int
     end: int
     chunk: Chunk
     first: int
-    stored: int
+    shift: int
 
     def __len__(self) -> int:
         return self.end - self.start
-
-    @property
-    def shift(self) -> int:
-        """By how many positions it moves."""
-        return self.start - self.stored
 
     @property
     def ends_chunk(self) -> bool:
@@ -124,8 +120,8 @@ class _Search:
             if start < upto:
                 before = self._holders(begin, end, before)
                 if before:
-                    first = start - begin
-                    pieces.append(Piece(start, upto, before[0].chunk, first, before[0].chunk.position + first))
+                    chunk = before[0].chunk
+                    pieces.append(Piece(start, upto, chunk, start - begin, begin - chunk.position))
             begin = end
         return pieces
 
@@ -148,10 +144,10 @@ class _Search:
         same of the tokens before them."""
         tokens = self._slice(begin, end)
         found: list[_Holder] = []
-        for holder in before:  # what goes on where one stopped adds nothing foreign: their order stays
-            chunk = child_of(holder.chunk, tokens)
+        going_on = children_of([holder.chunk for holder in before], tokens)
+        for holder, chunk in zip(before, going_on, strict=True):  # it adds nothing foreign: their order stays
             if chunk is not None:
-                found.append(_Holder(chunk, holder.own + len(holder.chunk), holder.foreign))
+                found.append(_Holder(chunk, holder.own + chunk.position - holder.chunk.position, holder.foreign))
         goes_on = found[0].chunk if found and found[0].chunk.parent is before[0].chunk else None
         known = len(found)
         for floor, chunk, common in self._fresh(tokens):
@@ -168,13 +164,13 @@ class _Search:
         """Some of those that hold just these tokens, anywhere, by what they cost at least."""
         if tokens not in self._looked:
             held = self._contents.holders(self._namespace, tokens, PASSED) if tokens else []
-            likely = [found for fork in self._forks if (found := child_of(fork, tokens)) is not None]
+            likely = [found for found in children_of(self._forks, tokens) if found is not None]
             held.reverse()  # the latest first, and before all those directly behind the exact match
             held.sort(key=lambda chunk: chunk.parent not in self._shared)
             fresh: list[_Fresh] = []
             for chunk in list(dict.fromkeys([*likely, *held]))[:LOOKED_AT]:
                 parent, common = chunk.parent, self._common(chunk)
-                most = len(parent) if parent is not None and parent.tokens else chunk.position
+                most = chunk.position - parent.position if parent is not None and parent.tokens else chunk.position
                 floor = FOREIGN * max(0, chunk.position - common - most) - most
                 fresh.append(_Fresh(floor, chunk, common))
             self._looked[tokens] = sorted(fresh, key=lambda each: each.floor)
@@ -187,7 +183,7 @@ class _Search:
         if parent is not None and parent.tokens:
             return _shared_last(parent.tokens, self._slice(max(0, begin - len(parent)), begin))
         # It stands for itself: what stops just there is taken for its own.
-        ends = (e.own + len(e.chunk) for e in before if e.chunk.position + len(e.chunk) == chunk.position)
+        ends = (e.own + len(e.chunk) for e in before if e.chunk.end == chunk.position)
         return max(ends, default=0)
 
     def _common(self, chunk: Chunk) -> int:
@@ -215,7 +211,7 @@ class _Search:
             child, shared = longest_shared(piece.chunk, tokens)
             if child is None:
                 return
-            piece = Piece(piece.end, piece.end + shared, child, 0, piece.stored + len(piece))
+            piece = Piece(piece.end, piece.end + shared, child, 0, piece.shift)
             yield piece
 
     def _leftwards(self, piece: Piece, limit: int) -> Iterator[Piece]:
@@ -228,7 +224,7 @@ class _Search:
             if not shared:
                 return
             start, first = piece.start - shared, len(parent) - shared
-            piece = Piece(start, piece.start, parent, first, piece.stored - shared)
+            piece = Piece(start, piece.start, parent, first, piece.shift)
             yield piece
 
     def _slice(self, start: int, end: int) -> bytes:

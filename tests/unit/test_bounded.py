@@ -43,7 +43,7 @@ def steps_of(store, asked, named=()):
     """Steps of a search for `asked`, and of how many cuts it was."""
     chain = store.chain(asked, named)
     match = store.catalogue.match(store.catalogue.root(NAMESPACE), chain, len(asked) - 1)
-    names = ("child_of", "longest_shared", "shared_tokens", "_shared_last", "_cost", "Piece", "_Holder")
+    names = ("children_of", "longest_shared", "shared_tokens", "_shared_last", "_cost", "Piece", "_Holder")
     with counted(matching, *names) as all_of_it, counted(ContentIndex, "holders") as lookups:
         matching.find_moved(store.contents, NAMESPACE, chain, match.length, len(asked) - 1, match.chunks)
     return all_of_it.count + lookups.count, len(chain.ends) + 1
@@ -166,7 +166,7 @@ def test_children_that_are_not_ready_are_passed_over_within_a_bound():
     store = TokenStore(SMALL)
     parent = store.add_cut(words(0, 20), [20])[0]
     for number in range(1000):
-        chunk = store.catalogue.insert(number.to_bytes(16, "big"), parent, as_tokens([7, number]).tobytes())
+        (chunk,) = store.catalogue.insert(parent, [(number.to_bytes(16, "big"), as_tokens([7, number]).tobytes())])
         chunk.ready = False
     looked = 0
 
@@ -228,7 +228,7 @@ class Digests:
 
 def pieces_of(count, shift):
     chunk = Chunk(b"", None, np.zeros(40, dtype=np.int32).tobytes())
-    return [Piece(40 * n, 40 * n + 40, chunk, 0, 40 * n - shift(n)) for n in range(count)]
+    return [Piece(40 * n, 40 * n + 40, chunk, 0, shift(n)) for n in range(count)]
 
 
 @pytest.mark.parametrize("shift", [lambda n: 7, lambda n: n % 2])

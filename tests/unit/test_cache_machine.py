@@ -154,7 +154,7 @@ class Machine(RuleBasedStateMachine):
             for piece in prompt.passages:
                 space, path = self.computed_from(piece.chunk)
                 start = origin(piece.chunk)[1] + piece.first
-                assert space == prompt.namespace and piece.stored == start
+                assert space == prompt.namespace and piece.start - piece.shift == start
                 assert path[start : start + len(piece)] == tuple(tokens[piece.start : piece.end])
                 expected.append(truth(space, path)[start : start + len(piece)])
                 assert (load.shifts[at : at + len(piece)] == piece.shift).all()

@@ -46,7 +46,7 @@ def assert_true(tokens, start, limit, pieces, namespace=NAMESPACE):
     for piece in pieces:
         assert start <= piece.start < piece.end <= limit
         assert part(piece.chunk, piece.first, len(piece)) == list(tokens[piece.start : piece.end])
-        assert origin(piece.chunk) == (namespace, piece.stored - piece.first)
+        assert origin(piece.chunk) == (namespace, piece.start - piece.shift - piece.first)
         assert piece.chunk.ready
 
 
@@ -229,7 +229,7 @@ def test_a_system_prompt_that_shares_its_chunk_with_a_document_is_shared_all_the
     chain.ends[:] = [40, 80]
     for start, stored in ((10, 24), (0, 20)):  # 14 foreign tokens against 20; or else 24
         pieces = find_moved(store.contents, NAMESPACE, chain, start, len(tokens), ())
-        assert [(piece.start, piece.stored) for piece in pieces] == [(40, stored)]
+        assert [(piece.start, piece.start - piece.shift) for piece in pieces] == [(40, stored)]
 
 
 def test_a_passage_is_not_patched_together_for_little():

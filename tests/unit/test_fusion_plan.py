@@ -26,7 +26,7 @@ CHUNK = Chunk(b"", None, b"")
 
 
 def piece(start, end, shift=7):
-    return Piece(start, end, CHUNK, 0, start - shift)
+    return Piece(start, end, CHUNK, 0, shift)
 
 
 def gate(prefill=0.001, copy=None, fuse=None, active=True):

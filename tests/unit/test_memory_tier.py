@@ -55,6 +55,20 @@ def test_a_namespace_outlives_the_eviction_of_its_last_chunk(tier):
     assert counted(tier)[m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY] == 1
 
 
+def test_of_a_chain_as_much_is_reserved_as_there_is_room_for(tier):
+    parent = stored(tier, [1] * 20)  # a chunk, which the new ones must not push out
+    held = tier.match(SPACE, parent, 20).chunks
+    pages = held[0].page_count
+    tokens = [np.full(PAGE_TOKENS, number, dtype=np.int32).tobytes() for number in range(8)]
+    new = tier.reserve_chain(held[0], [(b"key %d" % number, each) for number, each in enumerate(tokens)])
+    assert [chunk.tokens for chunk in new] == tokens[: 8 - pages] and tier.used == 8
+    assert [chunk.parent for chunk in new] == [*held, *new[:-1]]
+    assert counted(tier)[m.REFUSED_CHUNKS, m.NO_ROOM] == 1
+    tier.commit(*new)
+    assert tier.match(SPACE, parent, 20).chunks == held
+    assert tier.reserve_chain(new[-1], []) == []
+
+
 def test_looking_up_keeps_nothing(tier):
     for number in range(100):
         tier.match(number.to_bytes(16, "big"), chain_of(SPACE, [1] * 32), 32)
