@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.listener import Listener
-from ragkv.connectors.vllm.loading import Loads
+from ragkv.connectors.vllm.loading import Loads, PendingLoad
 from ragkv.connectors.vllm.messages import Job, Question, StepOrders, StepReport, slots_of
 from ragkv.connectors.vllm.request_state import RequestState
 from ragkv.kvstore import metrics as m
@@ -221,8 +221,7 @@ class Jobs:
         if load is None:
             return
         if load.failed or load.unwanted or state is None:
-            for job in load.after:
-                self._fail(job)
+            self._drop(load)
             if state is not None:
                 state.refused = True
                 state.sources, state.fusion.mended = {}, 0
@@ -250,8 +249,15 @@ class Jobs:
             jobs.remove(job)
             self._fail(job)
 
+    def _drop(self, load: PendingLoad) -> None:
+        """What was to follow a load that is not used will not be done."""
+        for job in load.after:
+            self._fail(job)
+        if load.fusion is not None:
+            self._listener.withdrawn(load.fusion.timed)
+
     def _fail(self, job: Job) -> None:
-        self._listener.withdrawn(job)
+        self._listener.withdrawn(job.id)
         in_flight = self._in_flight[job.id]
         in_flight.failed = True
         self._job_over(job.id, in_flight)

@@ -29,8 +29,8 @@ class Listener:
     def allocated(self, state: RequestState, external: int) -> None:
         """vLLM took up a request that it had asked about, with `external` tokens to load, which are ordered."""
 
-    def withdrawn(self, job: Job) -> None:
-        """A job was not given to the workers: they will report nothing of it."""
+    def withdrawn(self, number: int) -> None:
+        """Workers will report nothing more of the job, or the fusion (`Fusion.timed`), of this number."""
 
     def reported(self, times: Mapping[int, Times]) -> None:
         """When some workers began and ended, by the number of a job, or `Fusion.timed`."""

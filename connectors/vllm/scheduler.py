@@ -168,7 +168,7 @@ class SchedulerSide(Jobs):
         start = self._promised.pop(request_id, 0)
         self._take_back(self._orders.loads, {request_id})
         if (load := self._loads.received(request_id, self._orders)) is not None:
-            self._take_back(load.after, {request_id})
+            self._drop(load)
         if external:
             own = load.blocks if load is not None else blocks[start // self._block_tokens :]
             self._loads.begin(PendingLoad(request_id, own, set(), failed=True))

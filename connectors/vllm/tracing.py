@@ -114,9 +114,9 @@ class Tracing(Listener):
         with self._noted():
             self._expect(fusion.timed, FUSE, state, _of_fusion(state, fusion))
 
-    def withdrawn(self, job: Job) -> None:
-        """No worker will do it: there is no span."""
-        self.open.pop(job.id, None)
+    def withdrawn(self, number: int) -> None:
+        """Not all workers will do it: there is no span."""
+        self.open.pop(number, None)
 
     def reported(self, times: Mapping[int, Times]) -> None:
         """Spans end whose work all workers have done."""

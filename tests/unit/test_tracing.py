@@ -311,6 +311,22 @@ def test_a_fusion_that_fails_is_an_error_of_its_span(spans):
     assert found[FUSE] is StatusCode.ERROR and found[LOAD] is StatusCode.UNSET
 
 
+def test_a_fusion_whose_load_fails_is_not_awaited(spans):
+    settings = FusionSettings(enabled=True, min_tokens=16)
+    with closing(Engine(pages=800, blocks=400, fusion=settings)) as engine:
+        system, passages, question = text(9, 40), [[*text(n, 90), BREAK] for n in range(2)], text(8, 40)
+        for passage in passages:
+            engine.run(system + passage)
+        spans.made()
+        engine.request([*system, *passages[1], *passages[0], *question])
+        engine.fail("load")
+        engine.step(), engine.step()
+        engine.fail()
+        found = {span.name: span.status.status_code for span in spans.made()}
+        assert not spans.tracing.open
+    assert found[LOAD] is StatusCode.ERROR and FUSE not in found
+
+
 @pytest.mark.parametrize("method", ["_context", "_result", "merge_times"])
 def test_a_fault_of_tracing_is_noted_and_fails_nothing(spans, monkeypatch, method):
     def broken(*_, **__):
