@@ -72,6 +72,19 @@ def show_value(name: str, value: object) -> str:
     return printable(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
+def _named_value(name: str, value: object) -> str:
+    """How an error shows a name that is no setting, with its value. Of a mapping only the name: it may be the
+    options of a store under a misspelt name, and hold passwords."""
+    return name if _holds_mapping(value) else f"{name} = {show_value(name, value)}"
+
+
+def _holds_mapping(value: object) -> bool:
+    """Whether a value is a mapping, a list that may hold one, or a text that begins like either in JSON."""
+    if isinstance(value, list | tuple):
+        return any(isinstance(each, Mapping | list | tuple) for each in value)
+    return isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith(("{", "[")))
+
+
 _URL_PASSWORD = re.compile(r"(://(?:[^:\s]*:)?).*@", re.DOTALL)  # up to the last @: a password may hold others
 _NAMED_PASSWORD = re.compile(r"""(pass\w*['"]?\s*[:=]\s*)(?:'[^']*'|"[^"]*")?[^&\s]*""", re.IGNORECASE)
 _SIZES = {
@@ -127,7 +140,7 @@ def load(
 def read_file(path: object) -> Mapping[str, Any]:
     """The mapping in a YAML file. ConfigError: not readable, not YAML, or not a mapping of sections."""
     if not isinstance(path, str | Path):
-        raise ConfigError(f"ragkv: {FILE_KEY} = {path!r}; allowed: the path of a YAML file")
+        raise ConfigError(f"ragkv: {_named_value(FILE_KEY, path)}; allowed: the path of a YAML file")
     try:
         data = read_yaml(Path(path))
     except OSError as error:
@@ -181,10 +194,8 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, s
             continue
         if variable not in known:
             allowed = [FILE_VARIABLE, *known]
-            shown, meant = show_value(variable, value), _meant(variable, allowed)
-            faults.append(
-                f"environment variable {variable} = {shown} names no setting; {meant}allowed: {', '.join(allowed)}"
-            )
+            shown, meant = _named_value(variable, value), _meant(variable, allowed)
+            faults.append(f"environment variable {shown} names no setting; {meant}allowed: {', '.join(allowed)}")
             continue
         section, name = known[variable]
         found.setdefault(section, {})[name] = value
@@ -214,6 +225,8 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
     sources = dict.fromkeys(o for k, o in origins.items() if k == key or k.startswith(f"{key}."))
     origin = f" (from {', '.join(sources)})" if sources else ""
     given = error["input"]
+    if key not in keys():
+        return f"{_named_value(key, given)}{origin}: {text}"
     whole = key in _SIZES and type(given) is int and 0 < given <= MOST_BYTES and given % 1024 == 0
     return f"{key} = {format_size(given) if whole else show_value(key, given)}{origin}: {text}"
 

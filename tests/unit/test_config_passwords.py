@@ -70,6 +70,15 @@ def test_no_password_is_ever_shown(password, user):
         ({}, {"RAGKV_STORE_OPTIONS": "{'secret_key': 'hunter2'}"}),
         ({"store": {"options": ["hunter2"]}}, {}),
         ({"store": {"options": {"secret-key": "hunter2"}}}, {}),
+        ({"store": {"optoins": {"secret_key": "hunter2"}}}, {}),
+        ({"store": {"optoins": '{"secret_key": "hunter2"}'}}, {}),
+        ({"store": {"optoins": [["secret_key", "hunter2"]]}}, {}),
+        ({"store.optoins": {"secret_key": "hunter2"}}, {}),
+        ({"stor": {"options": {"secret_key": "hunter2"}}}, {}),
+        ({"store": [{"options": {"secret_key": "hunter2"}}]}, {}),
+        ({"store": '{"options": {"secret_key": "hunter2"}}'}, {}),
+        ({"config": {"store": {"options": {"secret_key": "hunter2"}}}}, {}),
+        ({}, {"RAGKV_STORE_OPTOINS": ' {"secret_key": "hunter2"}'}),
         ({}, {"RAGKV_REDIS_URI": "redis://:hunter2@host"}),
         ({}, {"RAGKV_DISK_PATH": "redis://:hunter2@host", "RAGKV_MEMORY_POLICY": "a@b"}),
     ],
@@ -78,6 +87,18 @@ def test_no_error_tells_a_password(extra, environ):
     with pytest.raises(ConfigError) as caught:
         load(extra, environ)
     assert SECRET not in str(caught.value) and "allowed: " in str(caught.value)
+
+
+def test_an_unknown_key_with_a_mapping_is_told_by_its_name_alone():
+    with pytest.raises(ConfigError) as caught:
+        load({"store": {"optoins": {"secret_key": "hunter2"}, "optoin": 5}}, {"RAGKV_STORE_OPTOINS": "{}"})
+    message = str(caught.value)
+    meant = "unknown key; did you mean store.options? allowed: store.name"
+    assert f"store.optoins (from kv_connector_extra_config): {meant}" in message
+    assert f"store.optoin = 5 (from kv_connector_extra_config): {meant}" in message
+    assert (
+        "environment variable RAGKV_STORE_OPTOINS names no setting; did you mean RAGKV_STORE_OPTIONS?" in message
+    )
 
 
 @pytest.mark.parametrize(
