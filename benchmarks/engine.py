@@ -93,6 +93,10 @@ class Engine:
         found: dict[str, float] = self.call(_metrics)
         return found
 
+    def dtype(self) -> str:
+        """What the model computes in, as torch calls it: "bfloat16"."""
+        return str(self.call(_dtype))
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(llm, *args)`, run beside the engine; it and its arguments must be picklable."""
         self.wait()
@@ -313,6 +317,10 @@ def _evict(llm: Any, ragkv_too: bool) -> None:
             return
         _step(llm)
     raise EngineError("vLLM did not empty its prefix cache")
+
+
+def _dtype(llm: Any) -> str:
+    return str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
 
 def _metrics(llm: Any) -> dict[str, float]:

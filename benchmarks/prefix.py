@@ -23,8 +23,9 @@ from rich.progress import track
 from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine, EngineOptions, Resting
-from ragkv.benchmarks.model import ensure_model
+from ragkv.benchmarks.model import MODEL, ensure_model
 from ragkv.benchmarks.report import median_ratio, reusable_tokens, write_json
+from ragkv.benchmarks.serve_setup import describe_machine, on_cpu
 from ragkv.benchmarks.server import terminated_kindly
 from ragkv.benchmarks.tenk import generate_filing, load_filings
 
@@ -121,7 +122,10 @@ def run(
                 engines[name] = engine = stack.enter_context(Resting(options)).wait()
                 engine.ask([list(range(100, 100 + tokens))])  # the first forward of its size is slower
             found.append(measure(engines["plain"], engines["ragkv"], texts, questions))
-    report = {"tier": tier, "tokens": tokens, "rounds": rounds, "starts": starts, **summarize(tokens, found)}
+            dtype = engines["ragkv"].dtype()  # both engines have the same
+    environment = describe_machine(on_cpu()) | {"model": MODEL, "dtype": dtype}
+    report = {"environment": environment, "tier": tier, "tokens": tokens, "rounds": rounds, "starts": starts}
+    report |= summarize(tokens, found)
     show(report, console)
     write_json(json_file, report)
     return report
@@ -169,6 +173,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     add("ragkv, warm", "warm", "warm_over_floor", "own cache")
     console.print(table)
     console.print(
+        f"The model computed in {report['environment']['dtype']}. "
         f"The machine prefills {report['prefill_tokens_per_second']:,.0f} tokens a second. By the medians of all "
         f"starts, cold is {report['cold_over_plain_levels']:.3f} x plain cold. Of the reusable tokens "
         f"{report['hit_fraction']:.1%} were hit. A worker spent {report['store_seconds_per_step'] * 1000:.0f} ms "

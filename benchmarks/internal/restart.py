@@ -17,9 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine, EngineOptions
-from ragkv.benchmarks.model import ensure_model
+from ragkv.benchmarks.model import MODEL, ensure_model
 from ragkv.benchmarks.prefix import QUESTIONS, documents
 from ragkv.benchmarks.report import median_ratio, reusable_tokens, write_json
+from ragkv.benchmarks.serve_setup import describe_machine, on_cpu
 
 TIERS = ("disk", "redis")
 
@@ -73,8 +74,10 @@ def run(
         with Engine(options) as second:
             second.ask([warm_up[::-1]])
             found = measure(second, prompts, console)
+            dtype = second.dtype()
     reusable = sum(reusable_tokens(prompt, [prompt]) for prompt in prompts)
     report: dict[str, Any] = {
+        "environment": describe_machine(on_cpu()) | {"model": MODEL, "dtype": dtype},
         "tier": tier,
         "tokens": tokens,
         "rounds": rounds,
@@ -82,14 +85,26 @@ def run(
         "below_over_memory": median_ratio(found["below"], found["memory"]),
         "seconds": {"cold": cold, "below": found["below"], "memory": found["memory"]},
     }
-    table = Table("", "median TTFT", title=f"{tokens} tokens, {rounds} documents, after a restart")
-    table.add_row("first engine, cold", f"{statistics.median(cold) * 1000:.0f} ms")
-    table.add_row(f"second engine, from {tier}", f"{statistics.median(found['below']) * 1000:.0f} ms")
-    table.add_row("second engine, from memory", f"{statistics.median(found['memory']) * 1000:.0f} ms")
+    show(report, console)
+    write_json(json_file, report)
+    return report
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The table, and what no row says."""
+    tier = report["tier"]
+    title = f"{report['tokens']} tokens, {report['rounds']} documents, after a restart"
+    table = Table("", "median TTFT", title=title)
+    rows = (
+        ("cold", "first engine, cold"),
+        ("below", f"second engine, from {tier}"),
+        ("memory", "second engine, from memory"),
+    )
+    for kind, text in rows:
+        table.add_row(text, f"{statistics.median(report['seconds'][kind]) * 1000:.0f} ms")
     console.print(table)
     console.print(
+        f"The model computed in {report['environment']['dtype']}. "
         f"Of the first engine's tokens {report['hit_fraction']:.1%} were hit by the second; "
         f"{tier} takes {report['below_over_memory']:.2f} x memory (median of pairs)."
     )
-    write_json(json_file, report)
-    return report

@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ragkv.benchmarks.model import MODEL
 from ragkv.benchmarks.report import write_json
 from ragkv.errors import RagKVError
 from ragkv.kvstore.codec import Header, decode, encode
 from ragkv.kvstore.stores.contract import Store
 
-TOKEN_SHAPE = (30, 2, 3, 64)  # layers, K and V, heads, head size of SmolLM2-135M, in bfloat16: 22.5 KiB a token
+TOKEN_SHAPE = (30, 2, 3, 64)  # layers, K and V, heads, head size of SmolLM2-135M
+DTYPE = "bfloat16"  # of the payloads, on every machine: 22.5 KiB a token
 TOKENS = (12, 46, 91, 182, 364)  # 0.26 to 8 MiB
 ROUND_BYTES, ROUNDS = 64 << 20, 9
 CALL_SECONDS = 30.0
@@ -157,9 +159,7 @@ def payloads(tokens: int) -> list[Payload]:
     made: list[Payload] = []
     while not made or len(made) * made[0][0].raw_bytes < ROUND_BYTES:
         key = len(made).to_bytes(16, "big")
-        header = Header(
-            bytes(16), key, bytes(16), os.urandom(4 * tokens), 0, False, shape, "bfloat16", time.time()
-        )
+        header = Header(bytes(16), key, bytes(16), os.urandom(4 * tokens), 0, False, shape, DTYPE, time.time())
         made.append((header, os.urandom(header.raw_bytes)))
     return made
 
@@ -237,8 +237,11 @@ def run(
         cells = [cell for kind in ("read", "write", "cold_read") for cell in _cells(row, kind)]
         table.add_row(row["tier"], f"{row['value_bytes'] / 2**20:.2f}", *cells)
     console.print(table)
-    console.print(f"GB/s, medians of {ROUNDS} rounds; reads should reach {LEAST} of raw.")
-    report = {"tiers": rows}
+    console.print(
+        f"GB/s, medians of {ROUNDS} rounds; reads should reach {LEAST} of raw. No model computes: the payloads "
+        f"are random, as {MODEL}'s KV in {DTYPE}."
+    )
+    report = {"environment": {"model": MODEL, "dtype": DTYPE}, "tiers": rows}
     write_json(json_file, report)
     return report
 

@@ -41,7 +41,8 @@ def test_metrics_tell_what_happened(ragkv, filings):
     assert grown("ragkv_stored_tokens_total") == 500
     assert grown("ragkv_load_seconds_count") == 1 and grown("ragkv_load_seconds_sum") > 0
     assert grown("ragkv_store_seconds_count") >= 1
-    assert after['ragkv_used_bytes{tier="memory"}'] >= 500 * 46080  # float32: 30 layers, K and V, 3 heads of 64
+    assert ragkv.dtype() == "float32"
+    assert after['ragkv_used_bytes{tier="memory"}'] >= 500 * 46080  # 30 layers, K and V, 3 heads of 64
     assert after['ragkv_used_pages{tier="memory"}'] >= 500 / 16
 
 

@@ -1,10 +1,12 @@
 """`ragkv demo`, `ragkv bench prefix`, and our programs `restart` and `plan`, on engines that only count."""
 
+import io
 import json
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fusion_bench_tools import Words
@@ -69,6 +71,9 @@ class CountingEngine:
     def evict(self, *, ragkv_too=False):
         self._own.clear()
 
+    def dtype(self):
+        return "float32"
+
     def metrics(self):
         names = ("store_seconds_sum", "store_seconds_count", "load_seconds_sum", "load_seconds_count")
         return {f"ragkv_{name}": 1.0 for name in names}
@@ -90,6 +95,13 @@ def run(monkeypatch, tmp_path):
         return json.loads((tmp_path / "report.json").read_text())
 
     return run
+
+
+def shown(module, report):
+    """What a program prints of its report."""
+    console = Console(file=io.StringIO(), width=300)
+    module.show(report, console)
+    return console.file.getvalue()
 
 
 def test_demo(run, tmp_path):
@@ -118,6 +130,16 @@ def test_bench_restart(run):
     report = run("restart", "--tier", "disk", "--tokens", "200", "--rounds", "2", app=internal)
     assert report["hit_fraction"] == 1 and report["below_over_memory"] == pytest.approx(1)
     assert min(report["seconds"]["cold"]) > 100 * max(report["seconds"]["below"])
+
+
+def test_figures_name_what_the_model_computed_in(run):
+    """As those of `bench serve` do: a time in float32 is none of a time in bfloat16."""
+    report = run("bench", "prefix", "--tokens", "200", "--rounds", "1", "--starts", "1")
+    other = run("restart", "--tier", "disk", "--tokens", "200", "--rounds", "1", app=internal)
+    for module, found in ((prefix, report), (restart, other)):
+        assert found["environment"]["dtype"] == "float32"
+        assert found["environment"].keys() >= {"ragkv", "vllm", "torch", "cpu", "cores", "gpu", "model"}
+        assert "The model computed in float32." in shown(module, found)
 
 
 def test_bench_fingerprint(run, tmp_path):

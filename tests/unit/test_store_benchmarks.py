@@ -33,13 +33,17 @@ def test_the_tiers_benchmark_writes_its_figures(tmp_path, monkeypatch, capsys, q
     names = ["disk", "redis"] if redis_server.find_server() else ["disk"]
     file = tmp_path / "out" / "tiers.json"
     assert run(monkeypatch, "tiers", "--folder", tmp_path, "--json", file) == 0
-    rows = json.loads(file.read_text())["tiers"]
+    report = json.loads(file.read_text())
+    rows = report["tiers"]
     assert [row["tier"] for row in rows] == [name for name in names for _ in range(2)]
     for row in rows:
         assert row["value_bytes"] in range(12 * 23040, 24 * 23040 + 1000)
         assert all(row[rate] > 0 for rate in RATES)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "nothing is left behind"
-    assert "GB/s, medians of 3 rounds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GB/s, medians of 3 rounds" in printed
+    assert report["environment"]["dtype"] == "bfloat16"
+    assert "the payloads are random, as SmolLM2-135M-Instruct's KV in bfloat16." in " ".join(printed.split())
 
 
 def test_without_a_server_redis_is_left_out(tmp_path, monkeypatch, capsys, quick):
