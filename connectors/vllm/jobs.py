@@ -227,8 +227,9 @@ class Jobs:
                 state.sources, state.fusion.mended = {}, 0
             return
         self._orders.stores += load.after
+        fused = load.fusion.end - load.fusion.start if load.fusion is not None else 0  # in memory's; counted apart
         for tier, tokens in state.sources.items():
-            self._metrics.count(m.HIT_TOKENS, tokens, tier=tier)
+            self._metrics.count(m.HIT_TOKENS, tokens - (fused if tier == m.MEMORY else 0), tier=tier)
 
     def _new_job(self, state: RequestState, work: Load | Store, blocks: list[int], *, fused: bool = False) -> Job:
         """A job that copies between a paged tier and a request's blocks. From now on it is in flight."""

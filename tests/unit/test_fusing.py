@@ -53,6 +53,17 @@ def test_passages_in_a_new_order_are_moved_and_mended(fused):
     assert engine.metrics.get(m.FUSED_TOKENS, "recomputed") == fusion.budget
 
 
+def test_each_token_of_a_fused_prompt_is_counted_once(fused):
+    """A hit was once counted twice: by the tier it came from, and as reused, recomputed or a gap."""
+    engine, asks = fused
+    before = engine.metrics.get(m.HIT_TOKENS, m.MEMORY)
+    hit = engine.run(prompt(3, 1, 4), **asks)
+    (fusion,) = fusions(engine)
+    assert engine.metrics.get(m.HIT_TOKENS, m.MEMORY) - before == fusion.start
+    kinds = ("reused", "recomputed", "gap")
+    assert sum(engine.metrics.get(m.FUSED_TOKENS, kind) for kind in kinds) == hit - fusion.start
+
+
 def test_nothing_fused_and_nothing_behind_it_reaches_the_store(fused):
     engine, asks = fused
     whole = prompt(3, 1, 4)
