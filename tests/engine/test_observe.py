@@ -82,17 +82,19 @@ def test_every_query_of_a_panel_has_data(watched, panel):
 @needs_prometheus
 def test_what_was_done_is_seen(watched):
     assert 0 < watched.most("Overview / TTFT, median") <= watched.most("Overview / TTFT, p99")
-    assert 0.3 < watched.most("Overview / … from ragkv") < watched.most("Overview / Prompt reused") < 1
+    assert 0.3 < watched.most("Overview / Reused from ragkv") < watched.most("Overview / Prompt reused") < 1
     assert watched.most("Overview / Saved by ragkv") > 0
     assert watched.most("Overview / Faults") > 0.9, "hints that cannot be"
     for tier in ("memory", "disk"):
-        assert watched.most("Overview / Where prompt tokens came from", 1, tier=tier) > 0
-    assert watched.most("Overview / Where prompt tokens came from", 2) > 0, "fused"
+        assert watched.most("Overview / Prompt tokens by source", 1, tier=tier) > 0
+    assert watched.most("Overview / Prompt tokens by source", 2) > 0, "fused"
     for turn in ("2", "3"):
-        assert watched.most("Overview / Reused, by turn of the conversation", turn=turn) > 0.5
-    assert watched.most("Tiers / Evicted", tier="memory", reason="capacity") > 0
-    assert watched.most("Fusion / Tokens", kind="recomputed") > 0
-    names = {labels["document"] for labels, _ in next(watched.values("Documents / Documents that save most"))}
+        assert watched.most("Overview / Reuse by turn of the conversation", turn=turn) > 0.5
+    assert watched.most("Tiers / Removed chunks", tier="memory", reason="capacity") > 0
+    assert watched.most("Fusion / Tokens by kind", kind="recomputed") > 0
+    names = {
+        labels["document"] for labels, _ in next(watched.values("Documents / Documents with the largest savings"))
+    }
     assert names >= {f"filing {number}" for number in range(DOCUMENTS)}
 
 
