@@ -126,28 +126,30 @@ class MemorySettings(Section):
     capacity: Size = Field(default=parse_size("4GiB"), ge=2**20, description="shared memory to use")
     page_tokens: Count = Field(default=16, ge=1, le=1024, description="tokens a page")
     policy: Policy = Field(default="lru", description="eviction policy")
-    admission: Admission = Field(default="always", description="what is worth keeping")
-    priorities: Count = Field(default=1, ge=1, le=10, description="classes that requests may ask for")
+    admission: Admission = Field(default="always", description="admission policy")
+    priorities: Count = Field(
+        default=1, ge=1, le=10, description="number of priority classes that requests may use"
+    )
 
 
 class DeviceSettings(Section):
-    """The device tier: hot chunks in the accelerator's own memory. Off at capacity 0."""
+    """The device tier: chunks that are hit often, in the accelerator's own memory. Off at capacity 0."""
 
-    capacity: Size = Field(default=0, ge=0, description="accelerator memory to use, of each worker")
+    capacity: Size = Field(default=0, ge=0, description="accelerator memory that each worker uses")
     policy: Policy = Field(default="lru", description="eviction policy")
-    after: Count = Field(default=2, ge=1, le=7, description="copied at this hit")
+    after: Count = Field(default=2, ge=1, le=7, description="number of the hit at which a chunk is copied")
 
 
 class DiskSettings(Section):
     """The disk tier. Off without a path."""
 
-    path: str | None = Field(default=None, min_length=1, description="a folder; engines may share it")
-    capacity: Size = Field(default=parse_size("64GiB"), ge=2**20, description="bytes to use there")
+    path: str | None = Field(default=None, min_length=1, description="folder of the tier; engines may share it")
+    capacity: Size = Field(default=parse_size("64GiB"), ge=2**20, description="bytes to use in this folder")
     policy: Policy = Field(default="lru", description="eviction policy")
-    admission: Admission = Field(default="always", description="what is worth writing")
-    write: Write = Field(default="through", description="when stored, or when memory evicts")
-    fsync: bool = Field(default=False, description="outlive a power failure too")
-    shared: bool = Field(default=False, description="look for what other engines wrote meanwhile")
+    admission: Admission = Field(default="always", description="admission policy")
+    write: Write = Field(default="through", description="write when stored, or when memory evicts")
+    fsync: bool = Field(default=False, description="survive a power failure too")
+    shared: bool = Field(default=False, description="look for files that other engines write")
 
     @field_validator("path")
     @classmethod
@@ -160,13 +162,17 @@ class DiskSettings(Section):
 class RedisSettings(Section):
     """The Redis tier. Off without a URL."""
 
-    url: str | None = Field(default=None, min_length=1, description="server, Sentinel or Cluster")
-    prefix: str = Field(default="ragkv", description="of every key")
-    ttl: Count = Field(default=0, ge=0, le=315_360_000, description="seconds a value is kept unused; 0: for ever")
+    url: str | None = Field(default=None, min_length=1, description="URL of a server, Sentinel or Cluster")
+    prefix: str = Field(default="ragkv", description="prefix of every key")
+    ttl: Count = Field(
+        default=0, ge=0, le=315_360_000, description="seconds after which an unused value expires; 0: never"
+    )
     timeout: Seconds = Field(default=1.0, gt=0, le=60, description="seconds for one operation")
-    max_value: Size = Field(default=parse_size("64MiB"), ge=2**10, le=2**29, description="larger chunks stay out")
-    admission: Admission = Field(default="always", description="what is worth writing")
-    write: Write = Field(default="through", description="when stored, or when memory evicts")
+    max_value: Size = Field(
+        default=parse_size("64MiB"), ge=2**10, le=2**29, description="larger chunks are not written"
+    )
+    admission: Admission = Field(default="always", description="admission policy")
+    write: Write = Field(default="through", description="write when stored, or when memory evicts")
 
     @field_validator("prefix")
     @classmethod
@@ -177,16 +183,16 @@ class RedisSettings(Section):
 
 
 class StoreSettings(Section):
-    """One more tier, below the others, in a store that an installed package brings. Off without a name."""
+    """One more tier, below the others, in the store of an installed package. Off without a name."""
 
-    name: str | None = Field(default=None, min_length=1, description="which of the stores that are installed")
-    options: Options = Field(default={}, description="what the store is made with")
+    name: str | None = Field(default=None, min_length=1, description="name of an installed store")
+    options: Options = Field(default={}, description="arguments of the store")
     capacity: Size = Field(
-        default=parse_size("64GiB"), ge=2**20, description="bytes to use; not where the store evicts by itself"
+        default=parse_size("64GiB"), ge=2**20, description="bytes to use; not used if the store evicts by itself"
     )
-    policy: Policy = Field(default="lru", description="eviction policy; not where the store evicts by itself")
-    admission: Admission = Field(default="always", description="what is worth writing")
-    write: Write = Field(default="through", description="when stored, or when memory evicts")
+    policy: Policy = Field(default="lru", description="eviction policy; not used if the store evicts by itself")
+    admission: Admission = Field(default="always", description="admission policy")
+    write: Write = Field(default="through", description="write when stored, or when memory evicts")
 
     @field_validator("name")
     @classmethod
@@ -197,25 +203,35 @@ class StoreSettings(Section):
 
 
 class PlacementSettings(Section):
-    """Between the tiers."""
+    """Promotion from lower tiers, and writes to them."""
 
-    deadline: Seconds = Field(default=2.0, ge=0, le=60, description="seconds a request waits for lower tiers")
-    queue: Size = Field(
-        default=parse_size("256MiB"), ge=2**20, description="bytes that wait to be written, a tier"
+    deadline: Seconds = Field(
+        default=2.0, ge=0, le=60, description="longest time that a request waits for lower tiers, in seconds"
     )
-    gate: bool = Field(default=True, description="load only what is quicker to load than to compute")
-    flush: Seconds = Field(default=5.0, ge=0, le=600, description="seconds for writing down at the end")
+    queue: Size = Field(
+        default=parse_size("256MiB"), ge=2**20, description="longest write queue of each lower tier, in bytes"
+    )
+    gate: bool = Field(default=True, description="decline loads that would take longer than prefill")
+    flush: Seconds = Field(
+        default=5.0, ge=0, le=600, description="longest time for writing chunks when the engine stops, in seconds"
+    )
 
 
 class FusionSettings(Section):
-    """Reuse of documents at other positions, mended by recomputing some of their tokens."""
+    """Reuse of documents at other positions, with a part of their tokens recomputed."""
 
-    enabled: bool = Field(default=False, description="fuse unless a request says no; else only where one says yes")
-    selection: str = Field(default="deviation", description="which tokens are computed again")
-    recompute_ratio: Ratio = Field(default=0.15, ge=0, le=1, description="of the moved tokens, computed again")
-    min_tokens: Count = Field(default=48, ge=1, le=65536, description="shorter runs are not moved")
+    enabled: bool = Field(
+        default=False, description="fuse by default; if false, only requests with the hint `fuse`"
+    )
+    selection: str = Field(default="deviation", description="which tokens are recomputed")
+    recompute_ratio: Ratio = Field(
+        default=0.15, ge=0, le=1, description="share of the moved tokens that is recomputed"
+    )
+    min_tokens: Count = Field(default=48, ge=1, le=65536, description="shorter passages are not moved")
     keep: bool = Field(default=False, description="leave fused KV in vLLM's own prefix cache")
-    documents: Count = Field(default=200, ge=0, le=100_000, description="ids with metrics of their own")
+    documents: Count = Field(
+        default=200, ge=0, le=100_000, description="number of document ids with their own metrics"
+    )
 
     @field_validator("selection")
     @classmethod
@@ -226,9 +242,9 @@ class FusionSettings(Section):
 
 
 class HintsSettings(Section):
-    """What requests may ask for."""
+    """Which hints of requests are used."""
 
-    allow: str = Field(default="all", description="kinds of hints that count; others are ignored, and counted")
+    allow: str = Field(default="all", description="kinds of hints that are used; others are ignored, and counted")
 
     @field_validator("allow", mode="before")
     @classmethod
@@ -248,17 +264,21 @@ class HintsSettings(Section):
 
 
 class TraceSettings(Section):
-    """A record of what is asked, without text, for `ragkv simulate`."""
+    """A trace of the requests, without text, for `ragkv simulate`."""
 
-    file: str | None = Field(default=None, min_length=1, description="append to this file")
+    file: str | None = Field(default=None, min_length=1, description="file to which the trace is appended")
 
 
 class ChunkSettings(Section):
-    """Where chunks end, in tokens."""
+    """Lengths of chunks, in tokens."""
 
-    min_tokens: Count = Field(default=32, ge=16, le=65536, description="no chunk is shorter, but a prompt's last")
-    average_tokens: Count = Field(default=128, ge=17, le=65536, description="aim where a text has no paragraphs")
-    max_tokens: Count = Field(default=256, ge=17, le=65536, description="no chunk is longer")
+    min_tokens: Count = Field(
+        default=32, ge=16, le=65536, description="shortest chunk, except the last one of a prompt"
+    )
+    average_tokens: Count = Field(
+        default=128, ge=17, le=65536, description="average length in a text without paragraphs"
+    )
+    max_tokens: Count = Field(default=256, ge=17, le=65536, description="longest chunk")
 
     @model_validator(mode="after")
     def _ordered(self) -> "ChunkSettings":
@@ -273,15 +293,19 @@ class ChunkSettings(Section):
 class TransferSettings(Section):
     """Copies between the memory tier and an accelerator."""
 
-    staging: Size = Field(default=parse_size("64MiB"), ge=2**20, description="device memory for staging")
-    step: Size = Field(default=0, ge=0, description="copied in a step beside others; 0: 32MiB, GPUs 256MiB")
+    staging: Size = Field(default=parse_size("64MiB"), ge=2**20, description="accelerator memory for staging")
+    step: Size = Field(
+        default=0,
+        ge=0,
+        description="bytes copied in a step in which other requests compute; 0: 32MiB on CPUs, 256MiB on GPUs",
+    )
 
 
 class ControlSettings(Section):
     """Control of a running engine (`ragkv control`). Off without an address and a token."""
 
-    listen: str | None = Field(default=None, description="where it answers; a port alone: on loopback")
-    token_file: str | None = Field(default=None, min_length=1, description="a file with the token to be shown")
+    listen: str | None = Field(default=None, description="address of the endpoint; a port alone is on loopback")
+    token_file: str | None = Field(default=None, min_length=1, description="file with the token that clients send")
 
     @field_validator("listen", mode="before")
     @classmethod

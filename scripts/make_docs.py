@@ -30,14 +30,14 @@ HEAD = """# Configuration
 
 <!-- Written by scripts/make_docs.py from config/settings.py: change that, then `make docs`. -->
 
-Settings come from four places. What stands further down is stronger:
+Settings come from four sources. A later source overrides an earlier one:
 
 1. the defaults below;
-2. a YAML file, named by the variable `RAGKV_CONFIG`, else by `config` in `kv_connector_extra_config`;
+2. a YAML file, named by the variable `RAGKV_CONFIG`, or else by `config` in `kv_connector_extra_config`;
 3. `kv_connector_extra_config` of vLLM's `--kv-transfer-config`, with the same sections;
-4. variables: `memory.capacity` is `RAGKV_MEMORY_CAPACITY`.
+4. environment variables: `memory.capacity` is `RAGKV_MEMORY_CAPACITY`.
 
-In YAML every section is a mapping; a key may also be written with its dot, but not in both ways:
+In YAML every section is a mapping. A key may also be written with its dot. Use one of the two ways for each key:
 
 ```yaml
 memory:
@@ -46,8 +46,8 @@ memory:
 disk.path: /var/cache/ragkv
 ```
 
-Unknown keys and variables are errors, and so is a value that cannot be: the engine does not start, and one line
-names key, value, where it came from and what is allowed. Look first:
+Unknown keys, unknown variables and invalid values prevent the start. One line names each key, its value, where it
+was set, and the allowed values. Values that may hold passwords are not shown. To check settings before a start:
 
     ragkv config check ragkv.yaml
     ragkv config show --config ragkv.yaml
@@ -55,8 +55,8 @@ names key, value, where it came from and what is allowed. Look first:
 A size is a whole number of bytes, or a number with a unit: `KiB`, `MiB`, `GiB`, `TiB` (powers of 1024), `KB`,
 `MB`, `GB`, `TB` (powers of 1000).
 
-Two rules join keys: `chunks.min_tokens` < `chunks.average_tokens` <= `chunks.max_tokens`, and `memory.page_tokens`
-is at most `chunks.max_tokens`.
+Two rules connect keys: `chunks.min_tokens` < `chunks.average_tokens` <= `chunks.max_tokens`, and
+`memory.page_tokens` is at most `chunks.max_tokens`.
 """
 
 
