@@ -15,7 +15,7 @@ class Blocks:
         taken, self.free = self.free[:count], self.free[count:]
         for block in taken:
             self.refs[block] = 1
-            self._forget(block)
+            self.unname(block)
         return taken
 
     def hits(self, names):
@@ -53,7 +53,8 @@ class Blocks:
         self.named.clear()
         self.name_of.clear()
 
-    def _forget(self, block):
+    def unname(self, block):
+        """A block loses its name."""
         name = self.name_of.pop(block, None)
         if name is not None:
             del self.named[name]

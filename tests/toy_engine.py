@@ -8,13 +8,13 @@ The workers are real; only their movers copy numpy arrays. Memory holds real byt
 import contextlib
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 
 from hand_lanes import HandClock, HandCompletions, Recorded, assert_at_rest
 from ragkv.config import Settings
 from ragkv.config.settings import HINT_NAMES
-from ragkv.connectors.vllm.copying import Copier
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
@@ -28,7 +28,7 @@ from ragkv.kvstore.pages import Pages, PageShape
 from ragkv.policies import Prioritized, make_policy
 from toy_blocks import Blocks
 from toy_vllm import BLOCK, BREAK, MAX, MIN, Request, Scheduler, mix, text
-from toy_worker import LAYERS, PAGE, Compute, Fuser, MemoryRows, Mover
+from toy_worker import LAYERS, PAGE, Equipment, MemoryRows
 
 __all__ = ["BLOCK", "BREAK", "MAX", "MIN", "PAGE", "Engine", "Request", "closing", "mix", "text"]
 
@@ -38,6 +38,8 @@ class Engine(Scheduler):
     pages of the device tier; `lowers`: the tiers below memory, which outlive `restart`; `step_tokens`: copied in a
     step in which others compute; `own_cache`: with a prefix cache, of what really lies in the blocks; `duties`: of
     its role; `control`: what makes its control, of a cache and a clock."""
+
+    model = None  # at whose weights the workers look
 
     def __init__(
         self,
@@ -88,19 +90,33 @@ class Engine(Scheduler):
         )
         self.memory = self.cache.memory
         self.namespaces = Namespaces(b"the toy engine's")
+        self.chunker = Chunker(MIN, 24, MAX, TokenStructure.of(["a", "\n\n", "b"]))
         self.side = SchedulerSide(
             self.cache,
             BLOCK,
             workers,
             self.metrics,
             self.faults,
-            chunker=Chunker(MIN, 24, MAX, TokenStructure.of(["a", "\n\n", "b"])),
-            namespace_of=self.namespaces.of,
+            chunker=self.chunker,
+            namespace_of=lambda request: self.namespace_of(request),
+            confirmed_by=lambda: self.confirmed_by(),
             control=self.control and self.control(self.cache, self.clock),
             fusing=None if self.fusion is None else self._fusing(),
             **self.duties,
         )
-        self.workers = [self._worker(rank, buffer) for rank in range(workers)]
+        self.equipment = [
+            Equipment(
+                rank,
+                np.full(blocks * BLOCK, -1),
+                MemoryRows(buffer, workers, rank),
+                device * PAGE,
+                self.step_tokens,
+                (BLOCK, mix),
+                self.model,
+            )
+            for rank in range(workers)
+        ]
+        self.workers = [self._worker(each) for each in self.equipment]
         self.pool = Blocks(blocks)
         self.waiting, self.running, self.loading, self.held = [], [], {}, {}
         self.outputs = [[] for _ in self.workers]  # of steps whose output vLLM has not worked off
@@ -116,19 +132,28 @@ class Engine(Scheduler):
     def _fusing(self):
         return Fusing(self.fusion, self.cache, BLOCK, LAYERS, self.metrics)
 
-    def _worker(self, rank, buffer):
-        blocks = self.sizes[1]
-        worker = WorkerSide(None, None, Settings(), self.metrics, self.faults)
-        cache, fails = np.full(blocks * BLOCK, -1), set()
-        memory = Mover(cache, MemoryRows(buffer, self.sizes[2], rank), fails)
-        worker._copier = Copier(self._movers(memory), PAGE, 1, self.step_tokens, self.faults)
-        worker._compute = Compute()
-        worker._fuser = Fuser(cache, fails, BLOCK, mix)
+    def _worker(self, equipment):
+        worker = WorkerSide(None, None, Settings(), self.metrics, self.faults, lambda *_: equipment)
+        worker.register({})
         return worker
 
-    def _movers(self, memory):
-        """Memory's, and that of a device tier in which nothing is."""
-        return {False: memory, True: Mover(memory.cache, np.full(self.sizes[4] * PAGE, -2), memory.fails)}
+    def namespace_of(self, request):
+        return self.namespaces.of(request)
+
+    def confirmed_by(self):
+        return 0
+
+    @property
+    def fusions(self):
+        """What the first worker has fused."""
+        return self.equipment[0].fuser.fused
+
+    def knows_as_fused(self, name):
+        """Whether a block of that name in vLLM's own cache is known to hold fused KV."""
+        tainted = []
+        request = SimpleNamespace(block_hashes=[name])
+        self.side.fusing.inherit(SimpleNamespace(request=request, taint=tainted.append), BLOCK)
+        return tainted == [0]
 
     @property
     def pins(self):
@@ -275,14 +300,14 @@ class Engine(Scheduler):
             self._give_back(self.held.pop(name))
 
     def fail(self, *kinds, worker=0):
-        fails = self.workers[worker]._copier._movers[False].fails  # the device's mover shares them
+        fails = self.equipment[worker].fails  # of all its movers
         fails.clear()
         fails.update(kinds)
 
     def empty_device(self, worker=0):
         """A worker's device tier loses its memory, and nobody is told."""
-        copier = self.workers[worker]._copier
-        copier.equip(self._movers(copier._movers[False]))
+        self.workers[worker].let_go_of_caches()
+        self.workers[worker].take_caches_again()
 
     def check(self):
         """Nothing is under way, so nothing may be pinned (but by owners) or waited for."""

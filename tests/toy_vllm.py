@@ -217,7 +217,7 @@ class Scheduler:
             self.loaded += end - start
 
     def _cache(self, worker):
-        return self.workers[worker]._copier._movers[False].cache
+        return self.equipment[worker].cache
 
     def _seed(self, request, worker):
         return mix(mix(request.world, request.weights), 1000 + worker)

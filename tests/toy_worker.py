@@ -1,8 +1,13 @@
 """The toy engine's worker hands: they copy numpy arrays, and write real bytes into the memory tier."""
 
-import numpy as np
+from types import SimpleNamespace
 
-from ragkv.connectors.vllm.streams import Event, Ticket
+import numpy as np
+import torch
+
+from ragkv.connectors.vllm.copying import Copier
+from ragkv.connectors.vllm.sampling import WeightsObserver
+from ragkv.connectors.vllm.streams import Event, Stream, Ticket
 
 PAGE, LAYERS = 4, 2
 HALF = (1 << 31) - 1
@@ -111,3 +116,32 @@ class Compute:
 
     def since(self, start):
         return self.seconds
+
+
+class Equipment:
+    """What a toy worker works with, as the connector's. `cache`: the engine's; `rows`: this rank's of memory;
+    `device`: tokens of the device tier, in which nothing is at first; `fails`: what fails; `model`: at whose
+    weights it looks."""
+
+    segment = SimpleNamespace(identity=None, close=lambda: None)
+
+    def __init__(self, rank, cache, rows, device, step_tokens, fuse, model=None):
+        self.rank, self.cache, self.fails = rank, cache, set()
+        self.memory, self.compute = Mover(cache, rows, self.fails), Compute()
+        self.fuser = Fuser(cache, self.fails, *fuse)
+        self._device, self._step_tokens, self._model = device, step_tokens, model
+
+    def make_copier(self, faults):
+        return Copier({}, PAGE, 1, self._step_tokens, faults)
+
+    def make_observer(self, faults):
+        return WeightsObserver(self._model, torch.device("cpu"), Stream(), self.rank, faults)
+
+    def make_fusion(self):
+        return None, self.fuser
+
+    def make_movers(self, prepare, fusion_bytes):
+        return {False: self.memory, True: Mover(self.cache, np.full(self._device, -2), self.fails)}
+
+    def close(self):
+        """Nothing is mapped."""

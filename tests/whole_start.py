@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed import parallel_state
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from engine_config import caches, config, spec
@@ -44,10 +45,10 @@ class Backend:
 
 
 class Engine:
-    """A start of vLLM with one worker, as far as connectors see it, and its settings."""
+    """A start of vLLM, as far as connectors see it, and its settings."""
 
-    def __init__(self, folder, **extra):
-        self.config = config(tensor_parallel_size=1)
+    def __init__(self, folder, ranks=1, **extra):
+        self.config = config(tensor_parallel_size=ranks)
         self.config.shutdown_timeout = 20
         usual = {"memory": {"capacity": "1MiB"}, "fusion": {"enabled": True}}
         if folder is not None:
@@ -66,16 +67,34 @@ class Engine:
 
     def start(self):
         """Scheduler's and worker's connector, after the handshake."""
-        scheduler = RagKVConnector(self.config, KVConnectorRole.SCHEDULER, self.caches)
-        worker = RagKVConnector(self.config, KVConnectorRole.WORKER, self.caches)
-        worker.register_kv_caches(self.tensors)
+        scheduler, worker = self.scheduler(), self.worker()
         word = worker.get_handshake_metadata()
         scheduler.set_xfer_handshake_metadata({} if word is None else {0: word})
         return scheduler, worker
 
+    def scheduler(self):
+        """The scheduler's connector, which has heard of no worker yet."""
+        return RagKVConnector(self.config, KVConnectorRole.SCHEDULER, self.caches)
+
+    def worker(self, *, registered=True):
+        """A worker's connector, that of rank 0."""
+        made = RagKVConnector(self.config, KVConnectorRole.WORKER, self.caches)
+        if registered:
+            made.register_kv_caches(self.tensors)
+        return made
+
     @property
     def segment(self):
         return segment.FOLDER / f"{segment.PREFIX}{self.config.kv_transfer_config.engine_id}"
+
+
+def fresh_factory(monkeypatch):
+    """vLLM's factory of connectors, to which ragkv's plug-in is new. (vLLM has no way to take a name back.)"""
+    known = {name: each for name, each in KVConnectorFactory._registry.items() if name != NAME}
+    find_class = KVConnectorFactory.get_connector_class
+    monkeypatch.setattr(KVConnectorFactory, "_registry", known)
+    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", getattr(find_class, "__wrapped__", find_class))
+    return KVConnectorFactory
 
 
 def refusals(caplog):
@@ -86,11 +105,11 @@ def refusals(caplog):
 def serves(scheduler, worker):
     """Every method of both can be called; one that stands aside offers nothing and keeps nothing."""
     for connector in (scheduler, worker):
-        if connector._scheduler is None and connector is scheduler:
+        if connector.scheduler_side is None and connector is scheduler:
             assert connector.get_num_new_matched_tokens(MagicMock(), 0) == (0, False)
             assert connector.build_connector_meta(MagicMock()) == StepOrders()
             assert connector.request_finished(MagicMock(), [1]) == (False, None)
-        if connector._scheduler is None and connector._worker is None:
+        if connector.scheduler_side is None and connector.worker_side is None:
             for name, method in vars(RagKVConnector).items():
                 if not name.startswith("_") and callable(method) and name != "shutdown":
                     count = getattr(method, "__wrapped__", method).__code__.co_argcount

@@ -45,10 +45,10 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._metrics = Metrics()
         self.faults = Faults(self._metrics)
-        self._scheduler: SchedulerSide | None = None  # only once all workers have proven their part
+        self.scheduler_side: SchedulerSide | None = None  # only once all workers have proven their part
         self._proposed: SchedulerSide | None = None
         self._workers = 0
-        self._worker: WorkerSide | None = None
+        self.worker_side: WorkerSide | None = None
         self._segment: Segment | None = None
         try:
             self._open(vllm_config, role, kv_cache_config)
@@ -67,7 +67,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._stop = watch_stop(vllm_config, self._settings)
             self._proposed = self._make_scheduler_side()
         else:
-            self._worker = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
+            self.worker_side = WorkerSide(vllm_config, kv_cache_config, self._settings, self._metrics, self.faults)
 
     # --- scheduler side ---
 
@@ -95,7 +95,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def _stand_aside(self, why: str) -> None:
         logger.warning("ragkv: this engine runs without KV reuse: %s", why)
         self._refusal = why
-        sides, self._scheduler, self._proposed = (self._scheduler, self._proposed), None, None
+        sides, self.scheduler_side, self._proposed = (self.scheduler_side, self._proposed), None, None
         for side in filter(None, sides):
             with contextlib.suppress(Exception):  # what cannot be closed goes with the process
                 side.close(0.0)
@@ -125,12 +125,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if refusals:
             self._stand_aside(refusals[0])
         else:
-            self._scheduler, self._proposed = self._proposed, None
-            self._trust.begin(hands, self._vllm_config, self._scheduler.memory_tokens)
+            self.scheduler_side, self._proposed = self._proposed, None
+            self._trust.begin(hands, self._vllm_config, self.scheduler_side.memory_tokens)
             self._segment.unlink()
             refusal = next((h.no_fusion for h in hands if h.no_fusion), None)
-            if self._scheduler.fusing is not None:
-                self._scheduler.fusing.refusal = refusal
+            if self.scheduler_side.fusing is not None:
+                self.scheduler_side.fusing.refusal = refusal
             self._announce(refusal)
 
     @guarded(gives(None))
@@ -143,60 +143,60 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.set_xfer_handshake_metadata(metadata)
 
     def _not_looked_up(self, request: Any, _computed: int) -> tuple[int | None, bool]:
-        assert self._scheduler is not None
-        self._scheduler.ignore_request(request)
+        assert self.scheduler_side is not None
+        self.scheduler_side.ignore_request(request)
         return NO_TOKENS
 
     @guarded(_not_looked_up)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded while the request waits; None: ask again in the next step."""
-        if self._scheduler is None:
+        if self.scheduler_side is None:
             return NO_TOKENS
-        if not self._trust.ready(request, self._scheduler):
+        if not self._trust.ready(request, self.scheduler_side):
             return None, False
         if not self._trust.serves(request.request_id, num_computed_tokens):
-            self._scheduler.ignore_request(request)
+            self.scheduler_side.ignore_request(request)
             return NO_TOKENS
-        tokens = self._scheduler.lookup(request, num_computed_tokens)
+        tokens = self.scheduler_side.lookup(request, num_computed_tokens)
         return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request was taken up, and waits until `num_external_tokens` are loaded into its blocks."""
-        if self._scheduler is not None:
+        if self.scheduler_side is not None:
             ids = blocks.get_block_ids()[0]
-            if not self._trust.allocated(request.request_id, ids, self._scheduler.block_tokens):
-                self._scheduler.taint(request.request_id)
+            if not self._trust.allocated(request.request_id, ids, self.scheduler_side.block_tokens):
+                self.scheduler_side.taint(request.request_id)
             self._allocated(request, ids, num_external_tokens)
 
     def _not_allocated(self, request: Any, blocks: list[int], external: int) -> None:
-        assert self._scheduler is not None
-        self._scheduler.fail_allocation(request, blocks, external)
+        assert self.scheduler_side is not None
+        self.scheduler_side.fail_allocation(request, blocks, external)
 
     @guarded(_not_allocated)
     def _allocated(self, request: Any, blocks: list[int], external: int) -> None:
-        assert self._scheduler is not None
-        self._scheduler.allocated(request, blocks, external)
+        assert self.scheduler_side is not None
+        self.scheduler_side.allocated(request, blocks, external)
 
     def _orders_so_far(self, _scheduler_output: Any) -> StepOrders:
         """After a fault: the loads, which vLLM counts on; the books of the requests may be wrong now."""
-        if self._scheduler is None:
+        if self.scheduler_side is None:
             return StepOrders()
-        self._scheduler.invalidate_in_flight()
-        return self._scheduler.take_orders()
+        self.scheduler_side.invalidate_in_flight()
+        return self.scheduler_side.take_orders()
 
     @guarded(_orders_so_far)
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         """This step's orders."""
-        if self._scheduler is not None and self._stop.due():
-            return self._write_down_now(self._scheduler)
-        if self._scheduler is None:
+        if self.scheduler_side is not None and self._stop.due():
+            return self._write_down_now(self.scheduler_side)
+        if self.scheduler_side is None:
             return StepOrders()
         tokens, stopping = scheduler_output.total_num_scheduled_tokens, self._stop.asked
-        self._scheduler.ask(self._trust.question(tokens, self._scheduler, stopping=stopping))
+        self.scheduler_side.ask(self._trust.question(tokens, self.scheduler_side, stopping=stopping))
         self._trust.scheduled(scheduler_output)
         if self._announcer is not None:
             self._announcer.look()
-        return self._scheduler.orders(scheduler_output)
+        return self.scheduler_side.orders(scheduler_output)
 
     @guarded(gives(None))
     def update_connector_output(self, connector_output: Any) -> None:
@@ -204,26 +204,26 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if self._proposed is not None and isinstance(report, StepReport) and report.handshakes:
             self._begin_reuse(report.handshakes)
-        if self._scheduler is None:
+        if self.scheduler_side is None:
             return
         if self._among_others and getattr(connector_output, "invalid_block_ids", None):
-            self._scheduler.invalidate_in_flight()  # perhaps of another connector: its blocks hold no KV
+            self.scheduler_side.invalidate_in_flight()  # perhaps of another connector: its blocks hold no KV
         report = report if isinstance(report, StepReport) else None
         received = connector_output.finished_recving
         told = report, connector_output.finished_sending or (), received or ()
         try:
-            waiting = self._scheduler.report(*told)
+            waiting = self.scheduler_side.report(*told)
         except Exception as error:  # requests wait for what follows from it
             self.faults.note("report", error)
-            waiting = self._scheduler.lost(*told)
+            waiting = self.scheduler_side.lost(*told)
         if waiting:
             received -= waiting
         if report is not None:
-            self._trust.hear(report, self._scheduler)
+            self._trust.hear(report, self.scheduler_side)
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """vLLM's own blocks, which it gives newer connectors."""
-        if self._proposed is not None or self._scheduler is not None:
+        if self._proposed is not None or self.scheduler_side is not None:
             self._trust.bind(gpu_block_pool)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -232,8 +232,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         return told
 
     def _not_finished(self, request: Any, _blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
-        assert self._scheduler is not None
-        self._scheduler.forget(request.request_id)
+        assert self.scheduler_side is not None
+        self.scheduler_side.forget(request.request_id)
         return False, None
 
     @guarded(_not_finished)
@@ -241,35 +241,35 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; True keeps its blocks until its last tokens are stored; and what its answer tells."""
-        if self._scheduler is None:
+        if self.scheduler_side is None:
             return False, None
         self._trust.over(request.request_id)
-        return self._scheduler.finished(request, list(block_ids[0]))
+        return self.scheduler_side.finished(request, list(block_ids[0]))
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """How many of the tokens came from where; what was brought up for this request counts as its source's."""
-        found = self._scheduler.sources(request) if self._scheduler is not None else {}
+        found = self.scheduler_side.sources(request) if self.scheduler_side is not None else {}
         return hit_sources(found, num_external_tokens)
 
     @guarded(gives(False))
     def has_pending_push_work(self) -> bool:
         """Whether vLLM must go on stepping, though no request runs or waits: for stores that are not over, or not
         confirmed."""
-        side = self._scheduler
+        side = self.scheduler_side
         if side is not None:
             self._trust.notice(side)
         return side is not None and (side.has_pending_work or (self._trust.settled and side.unconfirmed))
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks will be free soon, so that nobody need be preempted."""
-        return self._scheduler is not None and self._scheduler.has_pending_frees
+        return self.scheduler_side is not None and self.scheduler_side.has_pending_frees
 
     @guarded(gives(False))
     def reset_cache(self) -> bool:
         """Forget all KV."""
-        if self._scheduler is not None:
-            self._trust.doubt(running=bool(self._scheduler.requests))
-            self._scheduler.reset()
+        if self.scheduler_side is not None:
+            self._trust.doubt(running=bool(self.scheduler_side.requests))
+            self.scheduler_side.reset()
         return True
 
     # --- worker side ---
@@ -277,28 +277,28 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(gives(None))
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Prove the caches' layout."""
-        if self._worker is not None:
-            self._worker.register(kv_caches)
+        if self.worker_side is not None:
+            self.worker_side.register(kv_caches)
             if self._told_late:
-                self._worker.tell_late()
+                self.worker_side.tell_late()
 
     @guarded(gives(Handshake("a worker could not give its word")))
     def get_handshake_metadata(self) -> Handshake | None:
         """Whether this worker can take part."""
-        if self._worker is None or self._told_late:
+        if self.worker_side is None or self._told_late:
             return Handshake(self._refusal) if self._refusal and not self._told_late else None
-        return self._worker.handshake()
+        return self.worker_side.handshake()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
-        if self._worker is not None and isinstance(connector_metadata, StepOrders):
-            self._worker.begin(connector_metadata)
+        if self.worker_side is not None and isinstance(connector_metadata, StepOrders):
+            self.worker_side.begin(connector_metadata)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Blocks of preempted requests are about to be overwritten."""
-        if self._worker is not None and isinstance(kv_connector_metadata, StepOrders):
-            self._worker.preempt(kv_connector_metadata)
+        if self.worker_side is not None and isinstance(kv_connector_metadata, StepOrders):
+            self.worker_side.preempt(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing yet: requests wait for their loads, so these follow the forward of others."""
@@ -311,25 +311,25 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Load, mend and store, after the forward."""
-        if self._worker is not None:
-            self._worker.carry_out()
+        if self.worker_side is not None:
+            self.worker_side.carry_out()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose stores are done, and requests whose KV has come or will not. (Some versions of vLLM call
         for saves later than for this, or not at all in a step without a forward.)"""
-        if self._worker is None:
+        if self.worker_side is None:
             return None, None
-        self._worker.carry_out()
-        sent, received = self._worker.take_finished()
+        self.worker_side.carry_out()
+        sent, received = self.worker_side.take_finished()
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM must compute itself."""
-        return set() if self._worker is None else self._worker.take_invalid_blocks()
+        return set() if self.worker_side is None else self.worker_side.take_invalid_blocks()
 
     def build_connector_worker_meta(self) -> StepReport | None:
         """Jobs that ended."""
-        return None if self._worker is None else self._worker.take_report()
+        return None if self.worker_side is None else self.worker_side.take_report()
 
     # --- both ---
 
@@ -352,12 +352,12 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Unmap shared memory; the scheduler side, or the last worker, removes it."""
-        if self._worker is not None:
-            self._worker.close()
-        for side in (self._scheduler, self._proposed):
+        if self.worker_side is not None:
+            self.worker_side.close()
+        for side in (self.scheduler_side, self._proposed):
             if side is not None:
                 self._end(side)
-        self._scheduler = self._proposed = None
+        self.scheduler_side = self._proposed = None
         self._close_segment()
 
     def _end(self, side: SchedulerSide) -> None:
@@ -372,18 +372,18 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def unregister_kv_caches(self) -> None:
         """The engine goes to sleep; nothing is under way."""
-        if self._worker is not None:
-            self._worker.let_go_of_caches()
+        if self.worker_side is not None:
+            self.worker_side.let_go_of_caches()
 
     def restore_kv_caches(self) -> None:
         """The engine's caches have memory again."""
-        if self._worker is not None:
-            self._worker.take_caches_again()
+        if self.worker_side is not None:
+            self.worker_side.take_caches_again()
 
     def _write_down_now(self, side: SchedulerSide) -> StepOrders:
         """vLLM will kill the engine soon, with answers still running: this step's loads are the last that are
         ordered, and what waits is written down before the step."""
-        self._scheduler = None
+        self.scheduler_side = None
         orders = side.take_orders()
         self._end(side)
         return orders

@@ -1,23 +1,31 @@
-"""What a worker needs to copy: the proven layout of the engine's caches, the memory tier, movers between them."""
+"""What a worker works with: the proven layout of the engine's caches, the memory tier, movers between them, and
+what looks at the model's weights and computes by them."""
 
 from typing import Any
 
 import torch
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.error_boundary import logger
+from ragkv.connectors.vllm.copying import Copier
+from ragkv.connectors.vllm.error_boundary import Faults, logger
+from ragkv.connectors.vllm.fusion_worker import Fuser, make_fuser, make_turn
 from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.layout import probe
+from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.pinning import pin
-from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape
+from ragkv.connectors.vllm.sampling import WeightsObserver
+from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape, step_bytes
+from ragkv.connectors.vllm.streams import compute_stream
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.connectors.vllm.transfer import DirectMover, Mover, PrepareRotation, Tier, make_mover
+from ragkv.errors import FusionError
 from ragkv.kvstore.segment import Segment
 
 
 class Equipment:
     """One worker's. `shape`: of the engine's KV; `caches`: in the order of the layers; `rank`: among
-    tensor-parallel workers; `device`: of the caches; `segment`: the memory tier's."""
+    tensor-parallel workers; `device`: of the caches; `segment`: the memory tier's; `compute`: where the engine's
+    forwards run."""
 
     def __init__(
         self, vllm_config: Any, kv_cache_config: Any, settings: Settings, caches: dict[str, torch.Tensor]
@@ -25,7 +33,8 @@ class Equipment:
         """Prove the layout of the engine's caches and open the memory tier. LayoutError: ragkv cannot serve it."""
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-        self._settings, self.shape = settings, examine(vllm_config, kv_cache_config)
+        self._vllm_config, self._kv_cache_config, self._settings = vllm_config, kv_cache_config, settings
+        self.shape = examine(vllm_config, kv_cache_config)
         geometry, self._raw = self.shape.geometry, RAW[self.shape.geometry.itemsize]
         ours = {name: caches[name] for name in self.shape.layers}
         layers = vllm_config.compilation_config.static_forward_context
@@ -33,10 +42,28 @@ class Equipment:
         self._page = page = page_shape(settings, self.shape)
         size = memory_pages(settings, page) * page.page_bytes
         self.rank, self.device = get_tensor_model_parallel_rank(), next(iter(ours.values())).device
+        self.compute, self._model = compute_stream(self.device), find_model(vllm_config)
         self.segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
         elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
         self._pinning = pin(elements, page.page_bytes) if self.device.type == "cuda" else None
         self._tier = Tier(elements, geometry, page.page_tokens, self.shape.ranks, self.rank)
+
+    def make_copier(self, faults: Faults) -> Copier:
+        """What carries out orders, without movers."""
+        settings, token_bytes = self._settings, self.shape.geometry.token_bytes
+        return Copier({}, settings.memory.page_tokens, token_bytes, step_bytes(settings, self.device), faults)
+
+    def make_observer(self, faults: Faults) -> WeightsObserver:
+        """What looks at the model's weights."""
+        return WeightsObserver(self._model, self.device, self.compute, self.rank, faults)
+
+    def make_fusion(self) -> tuple[PrepareRotation, Fuser]:
+        """What rotates keys that move, and what mends them. FusionError, or whatever an unknown model or backend
+        raises: this engine cannot."""
+        if self._model is None:
+            raise FusionError("the engine's model is not known")
+        turn = make_turn(self._vllm_config, self.shape, self._model)
+        return turn, make_fuser(self._vllm_config, self._kv_cache_config, self.shape, self._model, self.caches)
 
     def make_movers(self, prepare: PrepareRotation | None, fusion_bytes: int) -> dict[bool, Mover]:
         """Movers of the memory tier (False), and of a new and empty device tier (True), if there is to be one.

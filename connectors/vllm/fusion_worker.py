@@ -37,8 +37,7 @@ class Fuser:
         self, forward: EngineForward, layers: list[Any], caches: list[LayerCache], dtype: torch.dtype, tokens: int
     ) -> None:
         self._forward, self._layers, self._dtype = forward, layers, dtype
-        self._caches = Layers(caches)
-        self._block_tokens = tokens
+        self.caches, self.block_tokens = Layers(caches), tokens
 
     def fuse(self, fusion: Fusion) -> int:
         """Mend one request's moved tokens; how many of them were computed again."""
@@ -85,10 +84,10 @@ class Fuser:
         for runs in self._forward.batches(np.arange(fusion.start, fusion.end, dtype=np.int64)):
             positions = positions_of(runs)
             among = np.flatnonzero(np.isin(positions, moved, assume_unique=True))
-            every = slots_of(fusion.blocks, positions, self._block_tokens)
+            every = slots_of(fusion.blocks, positions, self.block_tokens)
             sent = Packed([every, among, every[among]], device)
             slots, here, moved_slots = sent.on_device()
-            found = self._caches.find(moved_slots)
+            found = self.caches.find(moved_slots)
             with watch([layer], compare, stop=True):
                 self._forward.forward(fusion.tokens, runs, fusion.blocks)
         return torch.cat(scores)
@@ -96,11 +95,11 @@ class Fuser:
     def _question(self, fusion: Fusion, moved: Indices) -> torch.Tensor:
         """How much the question attends to each moved token, among all before it. It is computed at the positions
         right after them; the tokens that belong there are computed later."""
-        before = slots_of(fusion.blocks, np.arange(fusion.asked, dtype=np.int64), self._block_tokens)
+        before = slots_of(fusion.blocks, np.arange(fusion.asked, dtype=np.int64), self.block_tokens)
         tokens = np.concatenate([fusion.tokens[: fusion.asked], fusion.question])
         device = self._layers[0].kv_cache.device
         slots, among = Packed([before, moved], device).on_device()
-        found = self._caches.find(slots)
+        found = self.caches.find(slots)
         scores = torch.zeros(fusion.asked, dtype=torch.float32, device=device)
 
         def look(number: int, inputs: Any) -> None:
@@ -114,7 +113,7 @@ class Fuser:
 
     def _keys(self, number: int, slots: Slots) -> torch.Tensor:
         """K of some slots as the cache has them: [tokens, kv_heads, head_dim], scaled as they are used."""
-        keys = self._caches.read(slots, 0, range(number, number + 1))[0].view(self._dtype)
+        keys = self.caches.read(slots, 0, range(number, number + 1))[0].view(self._dtype)
         return keys.float() * self._layers[number]._k_scale.float() if self._dtype.itemsize == 1 else keys
 
 

@@ -74,7 +74,7 @@ class Tier:
 
 
 class Mover(ABC):
-    """Copies between the engine's cache and one tier.
+    """Copies between the engine's cache, whose layers are `layers`, and one `tier`.
 
     `most_tokens`: that one call should move; see `job_slices`. `device_bytes`: the accelerator's memory that it
     takes at most, beside caches and tier, and beside `fusion_worker.TURN_DEVICE_BYTES` where keys are rotated.
@@ -87,7 +87,7 @@ class Mover(ABC):
         self, caches: Sequence[LayerCache], tier: Tier, device: torch.device, prepare: PrepareRotation | None
     ) -> None:
         """`prepare`: what prepares the rotation of keys that move; None where there is none."""
-        self._layers, self._tier, self._device, self._prepare = Layers(caches), tier, device, prepare
+        self.layers, self.tier, self._device, self._prepare = Layers(caches), tier, device, prepare
         self._scratch = Scratch() if device.type == "cpu" else None
         steps = torch.arange(2 * tier.geometry.layers, dtype=torch.int64) * tier.page_tokens
         self._steps = steps.view(tier.geometry.layers, 2, 1).to(device)  # from a token's first row on
@@ -117,7 +117,7 @@ class Mover(ABC):
 
     def _check(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Refuse addresses outside of tier or cache, which a device would not survive."""
-        for name, given, most in (("rows", rows, self._tier.tokens), ("slots", slots, self._layers.slots)):
+        for name, given, most in (("rows", rows, self.tier.tokens), ("slots", slots, self.layers.slots)):
             if len(given) and not 0 <= int(given.min()) <= int(given.max()) < most:
                 raise IndexError(f"{name} from {given.min()} to {given.max()}; there are {most}")
 
@@ -133,14 +133,14 @@ class Mover(ABC):
     def _scatter(self, source: torch.Tensor, packed: Packed, turn: Rotate | None) -> None:
         """Write all layers of some tokens from their first rows in `source` on to their slots."""
         first, slots = packed.on_device()
-        geometry, found = self._tier.geometry, self._layers.find(slots)
-        for layers in self._layers.groups:
+        geometry, found = self.tier.geometry, self.layers.find(slots)
+        for layers in self.layers.groups:
             steps = self._steps[layers.start : layers.stop]
-            raw = self._rows(source, (first + steps).flatten()).view(self._layers.raw)
+            raw = self._rows(source, (first + steps).flatten()).view(self.layers.raw)
             raw = raw.view(len(layers), 2, -1, geometry.heads, geometry.head_dim)
             keys = raw[:, 0] if turn is None else turn(layers, raw[:, 0])
-            self._layers.write(found, 0, keys, layers)
-            self._layers.write(found, 1, raw[:, 1], layers)
+            self.layers.write(found, 0, keys, layers)
+            self.layers.write(found, 1, raw[:, 1], layers)
 
     def _rows(self, source: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         """Some rows; until the next call."""
@@ -153,9 +153,9 @@ class Mover(ABC):
     def _gather(self, target: torch.Tensor, packed: Packed) -> None:
         """Write all layers of some tokens from their slots to `target`, from their first rows on."""
         first, slots = packed.on_device()
-        found = self._layers.find(slots)
-        for layers, kind in itertools.product(self._layers.groups, (0, 1)):
-            raw = self._layers.read(found, kind, layers)
+        found = self.layers.find(slots)
+        for layers, kind in itertools.product(self.layers.groups, (0, 1)):
+            raw = self.layers.read(found, kind, layers)
             places = (first + self._steps[layers.start : layers.stop, kind]).flatten()
             target.index_copy_(0, places, raw.flatten(2).flatten(0, 1).view(target.dtype))
 
@@ -167,7 +167,7 @@ class DirectMover(Mover):
     def __init__(self, caches: Sequence[LayerCache], tier: Tier, prepare: PrepareRotation | None = None) -> None:
         super().__init__(caches, tier, tier.rows.device, prepare)
         self._stream = compute_stream(self._device)
-        self._chunk = max(1, DIRECT_BYTES * len(self._layers.groups) // tier.geometry.token_bytes)
+        self._chunk = max(1, DIRECT_BYTES * len(self.layers.groups) // tier.geometry.token_bytes)
         self.most_tokens = sys.maxsize
         self.device_bytes = 0 if self._device.type == "cpu" else 2 * self._chunk * tier.geometry.token_bytes
 
@@ -175,13 +175,13 @@ class DirectMover(Mover):
         start = Event()
         for part, packed in self._parts(rows, slots):
             turn = self._rotate(shifts, part)
-            self._stream.submit(functools.partial(self._scatter, self._tier.rows, packed, turn))
+            self._stream.submit(functools.partial(self._scatter, self.tier.rows, packed, turn))
         return self._done(start)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
         start = Event()
         for _, packed in self._parts(rows, slots):
-            self._stream.submit(functools.partial(self._gather, self._tier.rows, packed))
+            self._stream.submit(functools.partial(self._gather, self.tier.rows, packed))
         return self._done(start)
 
     def fence_stores(self) -> None:
@@ -202,7 +202,7 @@ class DirectMover(Mover):
         self._check(rows, slots)
         for start in range(0, len(rows), self._chunk):
             part = slice(start, start + self._chunk)
-            first = self._tier.first_rows(rows[part].numpy())
+            first = self.tier.first_rows(rows[part].numpy())
             yield part, Packed([first, slots[part].numpy()], self._device)
 
 
@@ -217,7 +217,8 @@ class _Batch:
 
 class StagedMover(Mover):
     """Copies between an accelerator's cache and a pinned tier, on two streams beside the forwards, each with half
-    the staging buffer. What is ordered of one kind is carried out in that order, so a half needs no guard."""
+    the `staging` buffer [2, rows, elements]. What is ordered of one kind is carried out in that order, so a half
+    needs no guard."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class StagedMover(Mover):
         page_bytes = tier.geometry.token_bytes * tier.page_tokens
         self._batch = max(1, staging_bytes // 2 // page_bytes)
         shape = (2, self._batch * tier.page_rows, tier.rows.shape[1])
-        self._staging = torch.empty(shape, dtype=tier.rows.dtype, device=device)
+        self.staging = torch.empty(shape, dtype=tier.rows.dtype, device=device)
         self.most_tokens = self._batch * tier.page_tokens
         half = self._batch * page_bytes  # elements on their way between staging and cache are there once more
         self.device_bytes = 2 * half + half + half // 2
@@ -246,7 +247,7 @@ class StagedMover(Mover):
         for batch in batches:
             turn = self._rotate(shifts, batch.part)
             stream.submit(functools.partial(self._fetch, batch))
-            stream.submit(functools.partial(self._scatter, self._staging[0], batch.packed, turn))
+            stream.submit(functools.partial(self._scatter, self.staging[0], batch.packed, turn))
         return Ticket(stream.record(), start, batches)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
@@ -255,7 +256,7 @@ class StagedMover(Mover):
         stream.wait(self._streams.compute.record())  # forwards under way compute what is to be stored
         start = stream.record()
         for batch in batches:
-            stream.submit(functools.partial(self._gather, self._staging[1], batch.packed))
+            stream.submit(functools.partial(self._gather, self.staging[1], batch.packed))
             stream.submit(functools.partial(self._send, batch))
         return Ticket(stream.record(), start, batches)
 
@@ -274,7 +275,7 @@ class StagedMover(Mover):
     def _batches(self, rows: torch.Tensor, slots: torch.Tensor) -> list[_Batch]:
         """As many as it takes; one, where the call is one of `job_slices` whose pages are full."""
         self._check(rows, slots)
-        tier, made, where = self._tier, [], rows.numpy()
+        tier, made, where = self.tier, [], rows.numpy()
         pages, places = np.unique(where // tier.page_tokens, return_inverse=True)
         for start in range(0, len(pages), self._batch):
             part = np.flatnonzero((places >= start) & (places < start + self._batch))
@@ -284,17 +285,17 @@ class StagedMover(Mover):
         return made
 
     def _fetch(self, batch: _Batch) -> None:
-        for place, page, count in self._tier.stretches(batch.pages):
-            self._part(0, place, count).copy_(self._tier.stretch(page, count), non_blocking=True)
+        for place, page, count in self.tier.stretches(batch.pages):
+            self._part(0, place, count).copy_(self.tier.stretch(page, count), non_blocking=True)
 
     def _send(self, batch: _Batch) -> None:
-        for place, page, count in self._tier.stretches(batch.pages):
-            self._tier.stretch(page, count).copy_(self._part(1, place, count), non_blocking=True)
+        for place, page, count in self.tier.stretches(batch.pages):
+            self.tier.stretch(page, count).copy_(self._part(1, place, count), non_blocking=True)
 
     def _part(self, half: int, place: int, count: int) -> torch.Tensor:
         """Some pages of half the staging buffer."""
-        rows = self._tier.page_rows
-        return self._staging[half, place * rows : (place + count) * rows]
+        rows = self.tier.page_rows
+        return self.staging[half, place * rows : (place + count) * rows]
 
 
 def make_mover(

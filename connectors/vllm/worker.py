@@ -5,8 +5,10 @@ orders of a step are carried out once, after its forward, by the first of `wait_
 vLLM calls: which of them it calls in a step without a forward, and in which order, differs between its versions.
 """
 
+import functools
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,12 +17,10 @@ from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier, Running
 from ragkv.connectors.vllm.equipment import Equipment
 from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
-from ragkv.connectors.vllm.fusion_worker import TURN_DEVICE_BYTES, Fuser, make_fuser, make_turn
+from ragkv.connectors.vllm.fusion_worker import TURN_DEVICE_BYTES, Fuser
 from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
-from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.sampling import WeightsObserver
-from ragkv.connectors.vllm.sizes import step_bytes
-from ragkv.connectors.vllm.streams import Event, Stream, Ticket, compute_stream
+from ragkv.connectors.vllm.streams import Event, Stream, Ticket
 from ragkv.connectors.vllm.transfer import PrepareRotation
 from ragkv.errors import FusionError, RagKVError
 from ragkv.kvstore import metrics as m
@@ -41,13 +41,20 @@ class _Timed(NamedTuple):
 
 
 class WorkerSide:
-    """One worker. It is made before the caches exist; `register` proves their layout or refuses reuse."""
+    """One worker. It is made before the caches exist; `register` proves their layout or refuses reuse. `equip`:
+    what makes its equipment then."""
 
     def __init__(
-        self, vllm_config: Any, kv_cache_config: Any, settings: Settings, metrics: Metrics, faults: Faults
+        self,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        settings: Settings,
+        metrics: Metrics,
+        faults: Faults,
+        equip: Callable[[Any, Any, Settings, dict[str, torch.Tensor]], Equipment] = Equipment,
     ) -> None:
-        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
-        self._settings, self._metrics, self._faults = settings, metrics, faults
+        self._equip = functools.partial(equip, vllm_config, kv_cache_config, settings)
+        self._metrics, self._faults = metrics, faults
         self._refusal: str | None = "the engine's caches were never registered"
         self._equipment: Equipment | None = None
         self._copier = Copier({}, 1, 1, 1, faults)
@@ -71,7 +78,7 @@ class WorkerSide:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
         try:
-            self._equipment = Equipment(self._vllm_config, self._kv_cache_config, self._settings, caches)
+            self._equipment = self._equip(caches)
             self._begin_copying(self._equipment)
             self._refusal = None
         except RagKVError as error:
@@ -242,24 +249,15 @@ class WorkerSide:
             self._report.times[number] = began, ended, 1, failed
 
     def _begin_copying(self, made: Equipment) -> None:
-        self._compute, token_bytes = compute_stream(made.device), made.shape.geometry.token_bytes
-        most, page_tokens = step_bytes(self._settings, made.device), self._settings.memory.page_tokens
-        self._copier = Copier({}, page_tokens, token_bytes, most, self._faults)
-        model = find_model(self._vllm_config)
-        self._weights = WeightsObserver(model, made.device, self._compute, made.rank, self._faults)
-        if model is not None:
-            self._learn_model(model, made)
-        self._equip_copier(made)
-
-    def _equip_copier(self, made: Equipment) -> None:
-        self._copier.equip(made.make_movers(self._turn, TURN_DEVICE_BYTES if self._fuser is not None else 0))
-
-    def _learn_model(self, model: Any, made: Equipment) -> None:
-        """From now on moved tokens can be mended, if this model is of a kind that can be."""
+        self._compute, self._copier = made.compute, made.make_copier(self._faults)
+        self._weights = made.make_observer(self._faults)
         try:
-            self._turn = make_turn(self._vllm_config, made.shape, model)
-            self._fuser = make_fuser(self._vllm_config, self._kv_cache_config, made.shape, model, made.caches)
+            self._turn, self._fuser = made.make_fusion()
             self._no_fusion = None
         except Exception as error:  # an unknown model or backend may fail in any way
             self._no_fusion = in_words(error)
             logger.debug("ragkv: no fusion", exc_info=error)
+        self._equip_copier(made)
+
+    def _equip_copier(self, made: Equipment) -> None:
+        self._copier.equip(made.make_movers(self._turn, TURN_DEVICE_BYTES if self._fuser is not None else 0))

@@ -1,7 +1,7 @@
 """The connector's small parts: messages, a worker without a tier, the early look at settings, the handshake."""
 
 import pickle
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,16 +12,15 @@ from engine_config import caches, config, spec
 from ragkv import preflight
 from ragkv.config import Settings
 from ragkv.connectors.vllm import NAME, plugin
-from ragkv.connectors.vllm.connector import RagKVConnector
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.messages import Handshake, Job, StepOrders, StepReport
-from ragkv.connectors.vllm.trust import Trust
+from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.segment import Segment
 from ragkv.policies import POLICIES
+from whole_start import Engine, alone, fresh_factory
 
 # --- messages ---
 
@@ -51,6 +50,12 @@ def test_orders_and_handshakes_are_plain_data():
     assert pickle.loads(pickle.dumps(Handshake("why"))) == Handshake("why")
 
 
+@pytest.fixture
+def engine(monkeypatch):
+    with alone(monkeypatch):
+        yield Engine(None, ranks=2)
+
+
 # --- a worker without a tier ---
 
 
@@ -67,9 +72,9 @@ def test_a_worker_that_never_saw_the_caches_refuses(worker):
 def test_a_worker_says_why_it_cannot_take_part(worker):
     worker.register({})
     assert "not causal" in worker.handshake().refusal
-    worker._kv_cache_config = None
-    worker.register({})
-    assert "layout was probed: AttributeError: " in worker.handshake().refusal
+    broken = WorkerSide(config(), None, Settings(), Metrics(), Faults(Metrics()))
+    broken.register({})
+    assert "layout was probed: AttributeError: " in broken.handshake().refusal
 
 
 def test_a_worker_without_a_tier_fails_its_orders_and_frees_what_waits(worker):
@@ -84,10 +89,9 @@ def test_a_worker_without_a_tier_fails_its_orders_and_frees_what_waits(worker):
     worker.close(), worker.close()
 
 
-def test_what_was_ordered_is_carried_out_once_by_whatever_vllm_calls_first(worker):
+def test_what_was_ordered_is_carried_out_once_by_whatever_vllm_calls_first(engine):
     """0.25 to 0.30 call only for what has finished in a step without a forward; others for saves too."""
-    connector = RagKVConnector.__new__(RagKVConnector)
-    connector._worker = worker
+    connector = engine.worker(registered=False)
     store = Job(2, np.array([0]), np.array([50]), "r1")
     for calls in (("get_finished",), ("wait_for_save", "get_finished"), ("get_finished", "wait_for_save")):
         connector.bind_connector_metadata(StepOrders([], [store], finishing={"r1"}, block_tokens=16))
@@ -158,38 +162,38 @@ def test_room_is_looked_at_once_for_all_processes_of_an_engine(monkeypatch):
 
 
 def test_install_is_safe_to_repeat_and_checks_what_vllm_asks_for(monkeypatch):
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    monkeypatch.setattr(KVConnectorFactory, "_registry", dict(KVConnectorFactory._registry))
-    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", KVConnectorFactory.get_connector_class)
+    factory = fresh_factory(monkeypatch)
     plugin.install()
-    once = KVConnectorFactory.get_connector_class
+    once = factory.get_connector_class
     plugin.install()
-    assert KVConnectorFactory.get_connector_class is once
+    assert factory.get_connector_class is once
     with pytest.raises(ConfigError, match=r"memory\.policy = 'mru'"):
-        KVConnectorFactory.get_connector_class(transfer(memory={"policy": "mru"}))
-    assert KVConnectorFactory.get_connector_class(transfer(memory={"capacity": "1MiB"})).__name__ == NAME
+        factory.get_connector_class(transfer(memory={"policy": "mru"}))
+    assert factory.get_connector_class(transfer(memory={"capacity": "1MiB"})).__name__ == NAME
 
 
 @pytest.fixture
-def newborn(tmp_path):
-    """A connector's scheduler side that has not heard of its two workers yet."""
-    made = RagKVConnector.__new__(RagKVConnector)
-    side = SimpleNamespace(closed=[], fusing=None, memory_tokens=4096)
-    side.close = lambda seconds: side.closed.append(seconds) or True
-    made._scheduler, made._proposed, made._workers = None, side, 2
-    made._segment, made._trust, made._vllm_config = Segment("engine", 4096, tmp_path), Trust(b"e"), config()
+def newborn(engine):
+    """A scheduler's connector that has not heard of its two workers yet."""
+    made = engine.scheduler()
     yield made
-    made._close_segment()
+    made.shutdown()
 
 
-def test_reuse_begins_when_all_workers_map_the_same_memory(newborn):
-    segment, side = newborn._segment, newborn._proposed
-    assert newborn.get_num_new_matched_tokens(None, 0) == (0, False)
-    hands = {(0, rank): Handshake(None, segment.identity, rank=rank, weights=b"w") for rank in (0, 1)}
-    newborn.set_xfer_handshake_metadata_pp_aware(hands)
-    assert newborn._scheduler is side and newborn._segment is segment
-    assert not segment.path.exists(), "nobody needs the name any more"
+@pytest.fixture
+def hands(engine, newborn):
+    """What its workers have to say."""
+    worker = engine.worker()
+    hand = worker.get_handshake_metadata()
+    yield [replace(hand, rank=rank, weights=b"w") for rank in (0, 1)]
+    worker.shutdown()
+
+
+def test_reuse_begins_when_all_workers_map_the_same_memory(engine, newborn, hands):
+    assert newborn.get_num_new_matched_tokens(None, 0) == (0, False) and engine.segment.exists()
+    newborn.set_xfer_handshake_metadata_pp_aware({(0, hand.rank): hand for hand in hands})
+    assert newborn.scheduler_side is not None
+    assert not engine.segment.exists(), "nobody needs the name any more"
 
 
 @pytest.mark.parametrize(
@@ -202,24 +206,28 @@ def test_reuse_begins_when_all_workers_map_the_same_memory(newborn):
         ({}, {Source.HOST: 40}),
     ],
 )
-def test_vllm_is_told_where_tokens_came_from(newborn, found, sources):
+def test_vllm_is_told_where_tokens_came_from(newborn, hands, monkeypatch, found, sources):
     assert newborn.get_external_cache_hit_sources(None, 40) == {Source.HOST: 40}
-    newborn._scheduler = SimpleNamespace(sources=lambda request: found)
+    newborn.set_xfer_handshake_metadata(dict(enumerate(hands)))
+    monkeypatch.setattr(SchedulerSide, "sources", lambda side, request: found)
     assert newborn.get_external_cache_hit_sources(None, 40) == sources
     assert newborn.get_external_cache_hit_sources(None, 0) == {}
 
 
 @pytest.mark.parametrize("fault", ["one is missing", "one refuses", "one maps another", "one maps none"])
-def test_no_reuse_where_one_worker_is_in_doubt(newborn, fault):
-    path, good = newborn._segment.path, Handshake(None, newborn._segment.identity)
-    side = newborn._proposed
+def test_no_reuse_where_one_worker_is_in_doubt(engine, newborn, hands, monkeypatch, fault):
+    closed, close = [], SchedulerSide.close
+    monkeypatch.setattr(
+        SchedulerSide, "close", lambda side, seconds: closed.append(seconds) or close(side, seconds)
+    )
     other = {
-        "one refuses": {1: Handshake("its layout is unknown", newborn._segment.identity)},
-        "one maps another": {1: Handshake(None, ("elsewhere", 1, 2))},
-        "one maps none": {1: Handshake(None, None)},
+        "one refuses": {1: replace(hands[1], refusal="its layout is unknown")},
+        "one maps another": {1: replace(hands[1], segment=("elsewhere", 1, 2))},
+        "one maps none": {1: replace(hands[1], segment=None)},
     }.get(fault, {})
-    newborn.set_xfer_handshake_metadata({0: good, **other})
-    assert newborn._scheduler is None and newborn._proposed is None
-    assert side.closed == [0.0], "its tiers are let go, and nothing is waited for"
+    newborn.set_xfer_handshake_metadata({0: hands[0], **other})
+    assert closed == [0.0], "its tiers are let go, and nothing is waited for"
+    assert not engine.segment.exists()
+    newborn.set_xfer_handshake_metadata(dict(enumerate(hands)))
+    assert newborn.scheduler_side is None, "for good"
     assert newborn.get_num_new_matched_tokens(None, 0) == (0, False)
-    assert not path.exists()

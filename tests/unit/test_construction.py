@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.config import KVTransferConfig
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 import ragkv
 from ragkv.connectors.vllm import NAME, lifecycle, plugin
 from ragkv.errors import ConfigError, StoreError
 from ragkv.kvstore import io_pool
 from ragkv.kvstore.io_pool import Completions, Lane
-from whole_start import Engine, alone, refusals, serves
+from whole_start import Engine, alone, fresh_factory, refusals, serves
 
 HOME = str(Path(ragkv.__file__).parent)  # links and all: as code is named
 PACKAGES, LIBRARY = (sysconfig.get_paths()[name] for name in ("purelib", "stdlib"))
@@ -123,7 +122,7 @@ def started(folder, caplog):
 
 def checked(engine, pair, caplog):
     scheduler, worker = pair
-    if scheduler._scheduler is None:
+    if scheduler.scheduler_side is None:
         assert refusals(caplog) and all("\n" not in line for line in refusals(caplog)), caplog.text
     serves(scheduler, worker)
     assert not engine.segment.exists()
@@ -131,7 +130,7 @@ def checked(engine, pair, caplog):
 
 def test_a_start_without_faults_reuses(tmp_path):
     scheduler, worker = Engine(tmp_path).start()
-    assert scheduler._scheduler is not None and worker._worker is not None
+    assert scheduler.scheduler_side is not None and worker.worker_side is not None
     serves(scheduler, worker)
 
 
@@ -185,7 +184,7 @@ def test_no_threads_are_no_tiers_and_no_stop(tmp_path, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     scheduler, worker = Engine(tmp_path).start()
-    assert scheduler._scheduler is not None, "memory needs none"
+    assert scheduler.scheduler_side is not None, "memory needs none"
     serves(scheduler, worker)
 
 
@@ -217,7 +216,7 @@ def test_signals_that_cannot_be_set(tmp_path, monkeypatch):
     fake = SimpleNamespace(signal=refuse, getsignal=handlers.get, default_int_handler=None)
     monkeypatch.setattr(lifecycle, "signal", fake)
     scheduler, worker = Engine(tmp_path).start()
-    assert scheduler._scheduler is not None
+    assert scheduler.scheduler_side is not None
     monkeypatch.undo()
     serves(scheduler, worker)
 
@@ -227,20 +226,14 @@ def test_an_engine_built_on_another_thread(tmp_path):
     thread = threading.Thread(target=lambda: made.append(Engine(tmp_path).start()))
     thread.start(), thread.join(60)
     ((scheduler, worker),) = made
-    assert scheduler._scheduler is not None
+    assert scheduler.scheduler_side is not None
     serves(scheduler, worker)
 
 
-@pytest.fixture
-def factory(monkeypatch):
-    registry = {name: each for name, each in KVConnectorFactory._registry.items() if name != NAME}
-    monkeypatch.setattr(KVConnectorFactory, "_registry", registry)
-    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", KVConnectorFactory.get_connector_class)
-    return KVConnectorFactory
-
-
 @pytest.mark.parametrize("what", ["watch_workers", "check_settings", "read_settings", "check_room"])
-def test_a_plugin_that_fails_stops_no_engine(factory, monkeypatch, caplog, what):
+def test_a_plugin_that_fails_stops_no_engine(monkeypatch, caplog, what):
+    factory = fresh_factory(monkeypatch)
+
     def fail(*_):
         raise Unforeseen("of all things")
 
@@ -254,8 +247,8 @@ def test_a_plugin_that_fails_stops_no_engine(factory, monkeypatch, caplog, what)
     assert any("Unforeseen: of all things" in record.getMessage() for record in caplog.records)
 
 
-def test_a_registry_that_vllm_has_no_more(factory, monkeypatch, caplog):
-    monkeypatch.delattr(factory, "_registry")
+def test_a_registry_that_vllm_has_no_more(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "KVConnectorFactory", SimpleNamespace())
     with caplog.at_level(logging.WARNING, "vllm.ragkv"):
         plugin.install()
     assert "the plug-in is not at work" in caplog.text

@@ -33,7 +33,7 @@ def prompt(*numbers):
 
 
 def fusions(engine):
-    return engine.workers[0]._fuser.fused
+    return engine.fusions
 
 
 def test_passages_in_a_new_order_are_moved_and_mended(fused):
@@ -41,7 +41,7 @@ def test_passages_in_a_new_order_are_moved_and_mended(fused):
     whole = prompt(3, 1, 4)
     hit = engine.run(whole, **asks)
     (fusion,) = fusions(engine)
-    assert engine.workers[1]._fuser.fused[0].runs == fusion.runs
+    assert engine.equipment[1].fuser.fused[0].runs == fusion.runs
     moved = sum(end - start for start, end in fusion.runs)
     assert len(whole) - QUESTION - 12 <= fusion.asked <= len(whole) - QUESTION
     assert fusion.end == hit == fusion.asked + QUESTION < len(whole), (
@@ -142,7 +142,7 @@ def test_a_budget_and_a_selection_of_its_own(fused):
 )
 def test_what_cannot_be_fused_is_reused_exactly_and_said_once(change, word, caplog):
     with closing(Engine(pages=800, blocks=400, fusion=FusionSettings(enabled=True, min_tokens=16))) as engine:
-        engine.side._namespace_of = lambda request: b"the namespace, 16"[:16]
+        engine.namespace_of = lambda request: b"the namespace, 16"[:16]
         for numbers in ((0, 1), (2, 3)):
             assert engine.run(prompt(*numbers), **change) is not None
         assert not fusions(engine)
@@ -256,4 +256,4 @@ def test_what_is_kept_in_vllms_own_cache_is_known_for_what_it_is():
         engine.settle()
         assert request.answer["ragkv"]["stored_tokens"] <= exact
         engine.reset()
-        assert engine.side.fusing._kept, "vLLM's own cache need not be empty, if requests are running"
+        assert engine.knows_as_fused(names[-1]), "vLLM's own cache need not be empty, if requests are running"

@@ -8,9 +8,11 @@ import pytest
 import toy_engine
 import toy_vllm
 from ragkv.config.settings import FusionSettings
+from ragkv.connectors.vllm import fusing
 from ragkv.connectors.vllm.fusing import QUESTION
+from ragkv.kvstore.fusion.plan import make_plan
 from ragkv.kvstore.gate import BELIEF, Gate
-from toy_engine import BLOCK, BREAK, Engine, Request, closing, text
+from toy_engine import BLOCK, BREAK, Engine, closing, text
 
 NO = {"ragkv": {"fuse": False}}
 SYSTEM = [*text(900, 40), BREAK]
@@ -28,7 +30,7 @@ def engine(keep=False, device=0, gate=None, cls=Engine):
 
 
 def fusions(engine):
-    return engine.workers[0]._fuser.fused
+    return engine.fusions
 
 
 def names_of(tokens, block, names=()):
@@ -57,7 +59,7 @@ def test_a_fused_part_within_the_prompts_last_block_gets_no_exact_name_when_the_
             first = fusions(made)[0].start // 128
             names = names_of(request.all_token_ids, 128, request.block_hashes)
             exact = names_of(request.all_token_ids, 128)
-            assert names[first] != exact[first] or {names[first]} & made.side.fusing._kept
+            assert names[first] != exact[first] or made.knows_as_fused(names[first])
 
 
 class Kept(Engine):
@@ -111,26 +113,33 @@ def test_a_lookup_that_fails_leaves_nothing_fused_behind_for_the_store():
         assert made.run(longer, kv_transfer_params=NO) <= start, "the toy checks what this loads"
 
 
-def test_a_plan_is_forgotten_when_the_next_one_fails():
+def test_a_plan_is_forgotten_when_the_next_one_fails(monkeypatch):
+    plans, moved = [], []
+
+    def noted(*given):
+        plans.append(make_plan(*given))
+        return plans[-1]
+
+    def fails(*_):
+        raise OSError("no memory")
+
     with closing(engine()) as made:
-        request = Request("waits", WHOLE)
-        lookup, fusing = made.side.lookup, made.side.fusing
-        assert lookup(request, 0)
-        state, plan_it = made.side._states["waits"], fusing._plan
-        chunk = state.fusion.plan.pieces[0].chunk
-
-        def fails(*_):
-            raise OSError("no memory")
-
-        made.memory.forget([chunk], "expired")
-        fusing._plan = fails
+        prepare, free, made.free = made.cache.prepare_moved_load, made.free, []
+        monkeypatch.setattr(
+            made.cache, "prepare_moved_load", lambda pieces: moved.extend(pieces) or prepare(pieces)
+        )
+        monkeypatch.setattr(fusing, "make_plan", noted)
+        made.request(WHOLE)
+        made.step()  # it is looked up, and there are no blocks for it
+        gone = plans[0].pieces[0].chunk
+        made.memory.forget([gone], "expired")
+        monkeypatch.setattr(fusing, "make_plan", fails)
         with pytest.raises(OSError, match="no memory"):
-            lookup(request, 0)  # the connector says: nothing; and vLLM has no blocks in this step
-        fusing._plan = plan_it
-        lookup(request, 0)
-        plan = state.fusion.plan
-        made.side.finished(request, [])
-        assert plan is None or all(piece.chunk in made.memory for piece in plan.pieces)
+            made.step()  # the connector says: nothing
+        monkeypatch.setattr(fusing, "make_plan", noted)
+        made.free = free
+        assert made.step(), "it is taken up"
+        assert all(piece.chunk is not gone for piece in moved)
 
 
 def test_what_is_too_slow_to_load_is_not_loaded_to_be_fused():

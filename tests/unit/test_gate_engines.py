@@ -160,13 +160,18 @@ class Watch:
     """Finds that a forward takes what its work does, with noise, and the first far longer."""
 
     def __init__(self, worker, noise):
-        self.worker, self.noise, self.slower = worker, noise, 20.0
+        self.noise, self.slower, self.begun = noise, 20.0, None
+        self.begin, worker.begin = worker.begin, self.note
+
+    def note(self, orders):
+        """A step begins."""
+        self.begun = orders.work
+        self.begin(orders)
 
     def record(self):
-        """The beginning of a step, which knows its work; or its end, which has none."""
-        orders = self.worker._orders
-        if orders is not None:
-            self.work = orders.work
+        """The beginning of a step, or its end."""
+        if self.begun is not None:
+            self.work, self.begun = self.begun, None
             return Took(0)
         seconds, self.slower = (0.01 + 7e-4 * self.work) * self.noise() * self.slower, 1.0
         return Took(seconds)
@@ -180,10 +185,9 @@ def timed(engine, noise):
             load(rows, *more) and Ticket(Took((0.001 + 7e-5 * len(rows)) * noise()), Took(0))
         )
 
-    for worker in engine.workers:
-        worker._compute = Watch(worker, noise)
-        mover = worker._copier._movers[False]
-        mover.load = slowed(mover.load)
+    for worker, equipment in zip(engine.workers, engine.equipment, strict=True):
+        equipment.compute.record = Watch(worker, noise).record
+        equipment.memory.load = slowed(equipment.memory.load)
     return engine
 
 

@@ -2,24 +2,22 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from engine_config import config
 from ragkv import preflight
 from ragkv.connectors.vllm import NAME, model, plugin
-from ragkv.connectors.vllm.connector import RagKVConnector
-from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.messages import Handshake, StepReport
 from ragkv.connectors.vllm.multi import MULTI, ROOM_CHECKED, TOLD_LATE, told_late
-from ragkv.connectors.vllm.trust import Trust
+from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.errors import ConfigError
-from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.segment import Segment
+from whole_start import Engine, alone, fresh_factory
 
 QUIET, LOUD = "QuietConnector", "LoudConnector"
 
@@ -37,11 +35,9 @@ class LoudConnector(KVConnectorBase_V1):
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
-    registry = {**KVConnectorFactory._registry, QUIET: lambda: QuietConnector, LOUD: lambda: LoudConnector}
-    registry.pop(NAME, None)
-    monkeypatch.setattr(KVConnectorFactory, "_registry", registry)
-    found = KVConnectorFactory.get_connector_class
-    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", getattr(found, "__wrapped__", found))
+    factory = fresh_factory(monkeypatch)
+    for name in (QUIET, LOUD):
+        factory.register_connector(name, __name__, name)
     plugin.install()
 
 
@@ -106,7 +102,10 @@ def test_the_model_is_found_from_a_copy_of_the_configuration(monkeypatch):
     runner = SimpleNamespace(get_model=lambda: "the model")
     worker = type("Worker", (), {})()
     worker.vllm_config, worker.model_runner = config, runner
-    monkeypatch.setattr(model, "_workers", {worker})
+    for name in ("init_device", "initialize_from_config"):
+        monkeypatch.setattr(WorkerWrapperBase, name, lambda wrapper: None)
+    model.watch_workers()
+    WorkerWrapperBase.initialize_from_config(SimpleNamespace(worker=worker))
     assert model.find_model(config) == model.find_model(copy.copy(config)) == "the model"
     assert model.find_model(other) is None
 
@@ -128,19 +127,32 @@ def test_handshakes_that_vllm_would_mix_up_are_told_later(children, late):
 
 
 @pytest.fixture
-def late(tmp_path):
-    made = RagKVConnector.__new__(RagKVConnector)
-    made._told_late, made._worker, made._workers, made._among_others = True, None, 2, True
-    made.faults = Faults(Metrics())
-    made.distrusted, made.reports = [], []
-    made._trust, made._vllm_config = Trust(b""), config()
-    side = SimpleNamespace(fusing=None, memory_tokens=4096, close=lambda seconds: True, requests=set())
-    side.invalidate_in_flight = lambda: made.distrusted.append(True)
-    side.report = lambda report, sent, received: made.reports.append(report)
-    made._scheduler, made._proposed = None, side
-    made._segment = Segment("engine", 4096, tmp_path)
+def engine(monkeypatch, request):
+    """A start of vLLM with two ranks; `marks`: in our entry."""
+    with alone(monkeypatch):
+        yield Engine(None, ranks=2, **getattr(request, "param", {TOLD_LATE: True}))
+
+
+@pytest.fixture
+def late(engine):
+    """The scheduler's connector, to which the workers' word comes late."""
+    made = engine.scheduler()
     yield made
-    made._close_segment()
+    made.shutdown()
+
+
+@pytest.fixture
+def worker(engine, late):
+    made = engine.worker()
+    yield made
+    made.shutdown()
+
+
+def first_report(worker):
+    """Of both workers, which are alike."""
+    first, second = worker.build_connector_worker_meta(), StepReport()
+    second.handshakes = [replace(first.handshakes[0], rank=1)]
+    return pickle.loads(pickle.dumps(first.aggregate(second)))
 
 
 def output(report=None, invalid=()):
@@ -152,45 +164,46 @@ def output(report=None, invalid=()):
     )
 
 
-def test_reuse_begins_with_the_workers_first_report(late):
-    side, hand = late._proposed, Handshake(None, late._segment.identity)
+def test_reuse_begins_with_the_workers_first_report(late, worker):
     late.set_xfer_handshake_metadata({0: object(), 1: object()})  # another child's
-    assert late._proposed is side, "it waits for ours"
-    first, second = StepReport(handshakes=[hand]), StepReport(handshakes=[hand])
-    late.update_connector_output(output(pickle.loads(pickle.dumps(first.aggregate(second)))))
-    assert late._scheduler is side and late._proposed is None
+    assert late.scheduler_side is None, "it waits for ours"
+    late.update_connector_output(output(first_report(worker)))
+    assert late.scheduler_side is not None
 
 
-def test_a_refusal_that_comes_late_stands_aside(late):
+def test_a_refusal_that_comes_late_stands_aside(late, worker):
     late.update_connector_output(output(StepReport(handshakes=[Handshake("no"), Handshake("no")])))
-    assert late._scheduler is None and late._proposed is None
+    late.update_connector_output(output(first_report(worker)))
+    assert late.scheduler_side is None
     late.update_connector_output(output(StepReport(done={1: 1}), [3]))
 
 
-def test_a_worker_tells_late_only_there(late):
-    told = []
-    worker = SimpleNamespace(
-        register=lambda caches: None, tell_late=lambda: told.append(1), handshake=lambda: "word"
-    )
-    late._worker = worker
-    late.register_kv_caches({})
-    assert late.get_handshake_metadata() is None and told == [1]
-    late._told_late = False
-    late.register_kv_caches({})
-    assert late.get_handshake_metadata() == "word" and told == [1]
+@pytest.mark.parametrize("engine", [{TOLD_LATE: True}, {TOLD_LATE: False}, {}], indirect=True)
+def test_a_worker_tells_late_only_there(engine, worker):
+    late = engine.config.kv_transfer_config.kv_connector_extra_config.get(TOLD_LATE, False)
+    hand, report = worker.get_handshake_metadata(), worker.build_connector_worker_meta()
+    if late:
+        assert hand is None and len(report.handshakes) == 1
+    else:
+        assert hand.refusal is None and report is None
+    assert worker.build_connector_worker_meta() is None, "it tells once"
 
 
-def test_after_anothers_failed_load_nothing_under_way_is_kept(late):
-    """Its blocks hold no KV, and what was computed on them must not be stored."""
-    late._scheduler, late._proposed = late._proposed, None
+@pytest.mark.parametrize("engine", [{TOLD_LATE: False}, {}], ids=["among others", "alone"], indirect=True)
+def test_after_anothers_failed_load_nothing_under_way_is_kept(engine, late, worker, monkeypatch):
+    """Its blocks hold no KV, and what was computed on them must not be stored. ragkv's own failed loads never
+    reach a forward."""
+    distrusted, reports = [], []
+    monkeypatch.setattr(SchedulerSide, "invalidate_in_flight", lambda side: distrusted.append(True))
+    monkeypatch.setattr(SchedulerSide, "report", lambda side, report, sent, received: reports.append(report))
+    hand = worker.get_handshake_metadata()
+    late.set_xfer_handshake_metadata({rank: replace(hand, rank=rank) for rank in (0, 1)})
     late.update_connector_output(output(StepReport(done={1: 1})))
-    assert not late.distrusted and len(late.reports) == 1
+    assert not distrusted and len(reports) == 1
     late.update_connector_output(output(StepReport(done={2: 1}), [7]))
     late.update_connector_output(output(None, [7]))
-    assert len(late.distrusted) == 2 and len(late.reports) == 3
-    late._among_others = False
-    late.update_connector_output(output(StepReport(done={3: 1}), [7]))
-    assert len(late.distrusted) == 2, "ragkv's own failed loads never reach a forward"
+    among_others = TOLD_LATE in engine.config.kv_transfer_config.kv_connector_extra_config
+    assert len(distrusted) == (2 if among_others else 0) and len(reports) == 3
 
 
 def test_our_marks_are_no_settings():

@@ -5,6 +5,8 @@ import pytest
 from hand_lanes import Lower, redis
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.keys import as_tokens
 from toy_engine import Engine, Request, closing, text
 
 PROMPT = text(1, 100)
@@ -101,10 +103,8 @@ def first_keys(engine, prompts):
 
 
 def chain(engine, prompt):
-    request = Request("probe", prompt)
-    engine.side.lookup(request, 0)
-    found = engine.side._states["probe"].prompt.chain
-    engine.side.finished(request, [])
+    found = TokenChain(b"the toy engine's", engine.chunker)
+    found.extend(as_tokens(prompt))
     return found
 
 

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from ragkv.config import Settings
-from ragkv.connectors.vllm.connector import RagKVConnector
-from ragkv.connectors.vllm.copying import Copier
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.messages import Job, StepOrders
 from ragkv.connectors.vllm.streams import Event, Ticket
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.metrics import Metrics
+from toy_worker import Equipment
+from whole_start import Engine, alone, serves
+
+JOB = Job(1, np.arange(3), np.arange(3), "r")
 
 
 class Mover:
@@ -33,11 +35,15 @@ class Mover:
         self.closed = True
 
 
-class Equipment:
+class Kept(Equipment):
     """Makes movers, and keeps those that it made."""
 
     def __init__(self):
+        super().__init__(0, None, None, 0, 1000, (8, None))
         self.made = []
+
+    def make_fusion(self):
+        return turn, self.fuser
 
     def make_movers(self, prepare, fusion_bytes):
         self.made.append({False: Mover(prepare), True: Mover(prepare)})
@@ -45,13 +51,20 @@ class Equipment:
 
 
 @pytest.fixture
-def worker():
+def equipment():
+    return Kept()
+
+
+@pytest.fixture
+def unequipped(equipment):
     metrics = Metrics()
-    made = WorkerSide(None, None, Settings(), metrics, Faults(metrics))
-    made._equipment, made._turn = Equipment(), turn
-    made._copier = Copier({}, 16, 1, 1000, made._faults)
-    made.take_caches_again()
-    return made
+    return WorkerSide(None, None, Settings(), metrics, Faults(metrics), lambda *_: equipment)
+
+
+@pytest.fixture
+def worker(unequipped):
+    unequipped.register({})
+    return unequipped
 
 
 def turn(shifts):
@@ -65,15 +78,15 @@ def step(worker, device=False, **kinds):
     return worker.take_report()
 
 
-def test_after_waking_copies_go_by_new_movers(worker):
+def test_after_waking_copies_go_by_new_movers(worker, equipment):
     worker.take_caches_again()
-    (before,) = worker._equipment.made
+    (before,) = equipment.made
     worker.let_go_of_caches()
     worker.let_go_of_caches()
     assert all(mover.closed for mover in before.values()), "nothing of it runs any more"
     worker.take_caches_again()
     worker.take_caches_again()
-    _, after = worker._equipment.made
+    _, after = equipment.made
     assert all(mover.turn is turn for mover in after.values())
     assert step(worker, stores=True).failed == set()
     assert after[False].moved == [3] and not before[False].moved
@@ -93,20 +106,28 @@ def test_after_waking_nothing_is_read_from_the_device_tier_but_what_was_copied_t
     assert step(worker, device=True, stores=True).failed == step(worker, device=True, loads=True).failed == set()
 
 
-def test_a_worker_that_has_ended_or_never_began_does_not_wake(worker):
-    worker._equipment = None
+@pytest.mark.parametrize("began", [False, True])
+def test_a_worker_that_has_ended_or_never_began_does_not_wake(unequipped, began):
+    worker = unequipped
+    if began:
+        worker.register({})
+        worker.close()
     worker.let_go_of_caches()
     worker.take_caches_again()
     assert step(worker, loads=True).failed == {1}
 
 
-def test_the_connector_passes_it_on(worker):
-    connector = RagKVConnector.__new__(RagKVConnector)
-    connector._worker = worker
-    connector.unregister_kv_caches()
-    assert step(worker, stores=True).failed == {1}
-    connector.restore_kv_caches()
-    assert step(worker, stores=True).failed == set()
-    connector._worker = None
-    connector.unregister_kv_caches()
-    connector.restore_kv_caches()
+def test_the_connector_passes_it_on(monkeypatch):
+    with alone(monkeypatch):
+        scheduler, connector = Engine(None).start()
+
+        def failed():
+            connector.bind_connector_metadata(StepOrders(stores=[JOB], block_tokens=8))
+            connector.wait_for_save()
+            return connector.build_connector_worker_meta().failed
+
+        connector.unregister_kv_caches()
+        assert failed() == {1}
+        connector.restore_kv_caches()
+        assert failed() == set()
+        serves(scheduler, connector)

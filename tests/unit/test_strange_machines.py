@@ -62,7 +62,7 @@ def shared_memory(monkeypatch):
 def serves_aside(engine, caplog, *words):
     """The engine starts without reuse, one line says why, and it serves."""
     scheduler, worker = engine.start()
-    assert scheduler._scheduler is None
+    assert scheduler.scheduler_side is None
     (line,) = set(refusals(caplog))
     assert "\n" not in line and all(word in line for word in words), line
     serves(scheduler, worker)
@@ -70,7 +70,7 @@ def serves_aside(engine, caplog, *words):
 
 def serves_with_reuse(engine):
     scheduler, worker = engine.start()
-    assert scheduler._scheduler is not None
+    assert scheduler.scheduler_side is not None
     serves(scheduler, worker)
     return scheduler
 

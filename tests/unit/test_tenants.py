@@ -126,9 +126,9 @@ def test_of_a_secret_nothing_is_kept_in_any_tier(below):
         secret, answer = text(5, 60), text(6, 80)
         engine.run(secret, answer, **asked(store=False, **PIN, ttl=100))
         assert len(engine.memory) == 0 and pinned(engine) == 0 and not recorded
-        assert not len(engine.side._turns._conversations)
         assert all(not list(lower.values.scan()) for lower in engine.lowers)
         assert engine.run(secret + answer) == 0 and recorded == [140]
+        assert not engine.metrics.get(m.TURN_REQUESTS, "2"), "it continues nothing that is known"
         assert engine.run(secret + answer, **asked(store=False)) == 139, "what is kept already is used"
         known = len(engine.memory)
         assert engine.run(secret + answer + text(7, 90), **asked(store=False)) == 140
@@ -157,11 +157,11 @@ def test_fusion_that_is_forbidden_leaves_no_trace():
         engine.run(text(1, 60) + text(2, 90))
         engine.run(text(3, 60) + text(2, 90) + text(4, 60), **asked(fuse=True))
         assert engine.memory.tree.contents is None and engine.cache.tiering.aliases is None
-        assert not engine.workers[0]._fuser.fused and engine.metrics.get(m.ERRORS, "hints") == 1
+        assert not engine.fusions and engine.metrics.get(m.ERRORS, "hints") == 1
     with closing(fusing({"fuse"})) as engine:
         engine.run(text(1, 60) + text(2, 90))
         engine.run(text(3, 60) + text(2, 90) + text(4, 60), **asked(fuse=True))
-        assert engine.workers[0]._fuser.fused, "what is there is known when it is asked for"
+        assert engine.fusions, "what is there is known when it is asked for"
 
 
 def test_what_is_wrong_and_what_is_forbidden_is_told():

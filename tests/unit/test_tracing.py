@@ -165,7 +165,7 @@ def test_fusion(spans):
         assert seen(spans.made()[0])["fusion"] == "missing"
         engine.run([*system, *passages[2], *passages[0], *passages[1], *question], trace_headers=HEADERS)
         found = {span.name: span for span in spans.made() if span.name != LOAD or seen(span)["moved"]}
-        (fusion,) = engine.workers[0]._fuser.fused
+        (fusion,) = engine.fusions
         moved = sum(end - start for start, end in fusion.runs)
     assert seen(found[LOOKUP])["fusion"] == "moved" and seen(found[LOAD])["tokens"] == moved
     assert {
@@ -261,10 +261,10 @@ def test_loads_and_fusions_last_as_long_as_the_device_says(spans, monkeypatch):
             engine.run(system + passage)
         spans.made()
         request = engine.request([*system, *passages[1], *passages[0], *question])
-        monkeypatch.setattr(toy_engine.Compute, "seconds", None)
+        monkeypatch.setattr(engine.equipment[0].compute, "seconds", None)
         engine.step(), engine.step()
         assert FUSE not in names(spans.made()), "the device is not there yet"
-        monkeypatch.setattr(toy_engine.Compute, "seconds", 2.5)
+        monkeypatch.setattr(engine.equipment[0].compute, "seconds", 2.5)
         engine.step()
         (fuse,) = [span for span in spans.made() if span.name == FUSE]
         engine.finish(request)
@@ -359,7 +359,7 @@ def test_a_fault_at_the_end_leaves_nothing(spans, monkeypatch):
     with closing(Engine()) as engine:
         request = engine.request(PROMPT)
         engine.step()
-        monkeypatch.setattr(engine.side, "_store", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(engine.cache, "prepare_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # noted at the connector's border
             engine.side.finished(request, [])
         assert not spans.tracing.requests

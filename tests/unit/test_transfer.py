@@ -228,7 +228,7 @@ def test_staging_is_as_large_as_it_says():
     world = World(strided, 2, 2, 0)
     mover = world.mover("staged3")
     assert mover.most_tokens == 3 * PAGE
-    staging = mover._staging.numel() * mover._staging.element_size()
+    staging = mover.staging.nbytes
     assert staging == 2 * 3 * PAGE * world.geometry.token_bytes < mover.device_bytes
 
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hand_lanes import Lower
-from ragkv.connectors.vllm import calls
+from ragkv.connectors.vllm import calls, sampling
 from ragkv.connectors.vllm.messages import Handshake, Question, StepOrders, StepReport, WeightsLook, WeightsSample
 from ragkv.connectors.vllm.sampling import PARTS
 from ragkv.connectors.vllm.trust import OwnBlocks, Trust
@@ -34,8 +34,23 @@ class Sampler:
         return None if self._due else True
 
 
+@pytest.fixture(autouse=True, scope="module")
+def looks():
+    """A toy engine is its own model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "fingerprint_model", lambda engine: engine.fingerprint())
+        patch.setattr(sampling, "Sampler", lambda engine, *_: Sampler(engine))
+        yield
+
+
 class Watched(Engine):
     """A toy engine with a connector's trust, whose workers see which weights it has."""
+
+    memory_tokens = float("inf")
+
+    @property
+    def model(self):
+        return self
 
     def start(self):
         weights = getattr(self, "weights", 0)
@@ -43,14 +58,7 @@ class Watched(Engine):
         self.weights = self.trusted = weights
         self.stopping = False
         self.trust = Trust(b"engine")
-        self.side._namespace_of, self.side._confirmed_by = self.trust.namespaces.of, self.trust.round
-        for rank, worker in enumerate(self.workers):
-            worker._weights._rank = rank
-            worker._weights.look = lambda weights=worker._weights: self._look(weights)
-        hands = [
-            Handshake(None, rank=rank, weights=worker._weights.look()) for rank, worker in enumerate(self.workers)
-        ]
-        self.trust.begin(hands, None)
+        self.trust.begin([worker.handshake() for worker in self.workers], None, self.memory_tokens)
         self.trust.bind(SimpleNamespace(blocks=[], evict_blocks=lambda blocks: None))
         side = self.side
         orders, report, lookup, allocated = side.orders, side.report, side.lookup, side.allocated
@@ -82,8 +90,13 @@ class Watched(Engine):
         side.orders, side.report = watched_orders, watched_report
         side.lookup, side.allocated = watched_lookup, watched_allocated
 
-    def _look(self, weights):
-        weights._sampler, weights._round = Sampler(self), 0
+    def namespace_of(self, request):
+        return self.trust.namespaces.of(request)
+
+    def confirmed_by(self):
+        return self.trust.round()
+
+    def fingerprint(self):
         self.trusted = self.weights
         return bytes([self.weights]) * 16
 
@@ -144,8 +157,11 @@ def test_a_running_engine_confirms_now_and_then(engine, disk):
 
 def test_a_round_for_which_kv_waits_is_over_in_one_step(disk):
     """Else a small memory would have lost it by then, and an engine that is stopped would have ended."""
-    with closing(Watched(lowers=[disk])) as engine:
-        engine.trust._rounds = Rounds(1, Rounds.SHARE * len(PROMPTS[0]))
+
+    class Small(Watched):
+        memory_tokens = Rounds.SHARE * len(PROMPTS[0])
+
+    with closing(Small(lowers=[disk])) as engine:
         engine.request(PROMPTS[0])
         engine.step()
         engine.work()
@@ -421,14 +437,15 @@ def test_a_call_while_the_engine_sleeps_is_followed_by_no_look_before_a_request_
     assert not trust.ready(NEW, side) and trust.question(0, side).look
 
 
-def test_a_worker_gives_up_a_round_when_it_is_told_so(engine):
+@pytest.mark.parametrize("told", [False, True])
+def test_a_worker_gives_up_a_round_when_it_is_told_so(engine, told):
     worker = engine.workers[0]
-    worker._weights._sampler.begin()
-    worker._weights._round = 1
-    worker.begin(StepOrders(tokens=1))
-    assert worker._weights._round == 1
-    worker.begin(StepOrders(asked=Question(give_up=True)))
-    assert worker._weights._round == 0
+    worker.begin(StepOrders(asked=Question(sample=1), tokens=1))
+    worker.begin(StepOrders(asked=Question(give_up=told), tokens=1))
+    for _ in range(PARTS):
+        worker.begin(StepOrders(tokens=1))
+    report = worker.take_report()
+    assert report is None if told else report.samples == [WeightsSample(1, 0, True)]
 
 
 def test_a_request_that_vllm_does_not_let_wait_is_not_forgotten(trust):
@@ -457,7 +474,7 @@ class OwnCache(Watched):
 
     def evict_blocks(self, blocks):
         for number in blocks:
-            self.pool._forget(number)
+            self.pool.unname(number)
 
     def _name(self, request):
         names = request.block_hashes

@@ -42,7 +42,8 @@ class Clock:
         return self.now
 
 
-def make_worker(monkeypatch, device_capacity):
+def make_worker(monkeypatch, device_capacity, compute):
+    """A worker, and its equipment."""
     shape = Shape(GEOMETRY, tuple(f"layer.{n}" for n in range(LAYERS)), torch.bfloat16, 1)
     monkeypatch.setattr(equipment, "examine", lambda vllm, cache: shape)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
@@ -54,15 +55,21 @@ def make_worker(monkeypatch, device_capacity):
         kv_transfer_config=SimpleNamespace(engine_id=f"test-worker-{id(shape)}"),
     )
     settings = Settings(memory={"capacity": "1MiB"}, device={"capacity": device_capacity})
-    metrics = Metrics()
-    side = WorkerSide(config, SimpleNamespace(num_blocks=BLOCKS), settings, metrics, Faults(metrics))
+    metrics, kept = Metrics(), []
+
+    def equip(*given):
+        kept.append(equipment.Equipment(*given))
+        kept[0].compute = compute or kept[0].compute
+        return kept[0]
+
+    side = WorkerSide(config, SimpleNamespace(num_blocks=BLOCKS), settings, metrics, Faults(metrics), equip)
     caches = {
         name: torch.randn(BLOCKS, 2, BLOCK, HEADS, DIM, generator=torch.Generator().manual_seed(n)).bfloat16()
         for n, name in enumerate(shape.layers)
     }
     side.register(caches)
     assert side.handshake().refusal is None
-    return side, caches, metrics
+    return side, caches, metrics, kept[0]
 
 
 @pytest.fixture
@@ -70,14 +77,14 @@ def made(monkeypatch):
     """Makes workers; what they mapped is removed."""
     sides = []
 
-    def make(device_capacity=DEVICE_PAGES * PAGE * GEOMETRY.token_bytes):
-        side, caches, metrics = make_worker(monkeypatch, device_capacity)
-        sides.append(side)
+    def make(device_capacity=DEVICE_PAGES * PAGE * GEOMETRY.token_bytes, compute=None):
+        side, caches, metrics, kept = make_worker(monkeypatch, device_capacity, compute)
+        sides.append((side, kept))
         return side, caches, metrics
 
     yield make
-    for side in sides:
-        side._equipment and side._equipment.segment.unlink()
+    for side, kept in sides:
+        kept.segment.unlink()
         side.close()
 
 
@@ -124,19 +131,18 @@ def test_device_rows_and_memory_rows_are_two_pools(made):
     assert side.take_report().done == {1: 1, 2: 1, 3: 1, 4: 1}
 
 
-def test_on_a_cpu_the_pool_is_an_ordinary_tensor_of_the_given_size(made):
-    side, _, _ = made()
-    pool = side._copier._movers[True]._tier.rows
-    assert pool.device.type == "cpu" and pool.is_contiguous()
-    assert pool.numel() * pool.element_size() == DEVICE_PAGES * PAGE * GEOMETRY.token_bytes
-    rows = made(DEVICE_PAGES * PAGE * GEOMETRY.token_bytes + 7)[0]._copier._movers[True]._tier.rows
-    assert rows.shape == pool.shape, "whole pages only"
+@pytest.mark.parametrize("more", [0, 7])
+def test_on_a_cpu_the_pool_is_an_ordinary_tensor_of_whole_pages(monkeypatch, more):
+    size = DEVICE_PAGES * PAGE * GEOMETRY.token_bytes
+    side, _, _, kept = make_worker(monkeypatch, size + more, None)
+    pool = kept.make_movers(None, 0)[True].tier.rows
+    assert pool.device.type == "cpu" and pool.is_contiguous() and pool.nbytes == size
+    side.close()
 
 
 @pytest.mark.parametrize("capacity", [0, PAGE * GEOMETRY.token_bytes - 1])
 def test_without_a_page_there_is_no_pool_and_its_jobs_fail_alone(made, capacity):
     side, _, metrics = made(capacity)
-    assert True not in side._copier._movers
     rows, slots = list(range(PAGE)), list(range(PAGE))
     step(
         side,
@@ -218,11 +224,10 @@ def test_of_small_steps_one_in_so_many_is_timed(made):
     assert [work for work, _ in side.take_report().prefills] == [2 * LEAST_TOKENS]
 
 
-def test_times_that_are_not_known_yet_come_with_a_later_report(made, monkeypatch):
-    side, _, _ = made()
+def test_times_that_are_not_known_yet_come_with_a_later_report(made):
     late = Compute()
     late.seconds = None
-    monkeypatch.setattr(side, "_compute", late)
+    side, _, _ = made(compute=late)
     step(side, tokens=100)
     assert side.take_report() is None
     late.seconds = 0.5
