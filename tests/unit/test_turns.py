@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from memory_growth import grown
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.turns import SHORTEST, Conversations
 from ragkv.kvstore import metrics as m
@@ -223,8 +224,18 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self):
         assert len(self.real) == len(self.naive)
-        tails = self.real._tails.values()
-        assert all(tails) and sum(sum(lengths.values()) for lengths in tails) == len(self.real)
+
+
+def test_of_what_is_forgotten_nothing_is_left():
+    conversations = Conversations(limit=6)
+    worlds = [number.to_bytes(16, "big") for number in range(3000)]
+    chains = [chain_of(world, text(number, 16 + number % MAX)) for number, world in enumerate(worlds)]
+
+    def remember():
+        for world, chain in zip(worlds, chains, strict=True):
+            conversations.remember(world, chain, 1)
+
+    assert grown(remember) < 20_000 and len(conversations) == 6
 
 
 def test_against_a_list():
