@@ -210,7 +210,7 @@ class _Play:
         system.wake()
         try:
             before = system.tokens()
-            with _Scale(system) as scale:
+            with Scale(system, threading.Event()) as scale:
                 began = time.perf_counter()
                 samples = asyncio.run(play(system.url, system.model, sessions, shape, number))
                 seconds = time.perf_counter() - began
@@ -229,12 +229,12 @@ class _Play:
         return Played(self._system.name, self._samples, self._seconds, hits, self._tokens[""], self._peak)
 
 
-class _Scale:
-    """Weighs a system's processes now and then, in a thread. `peak`: bytes, the most that was seen."""
+class Scale:
+    """Weighs a system's processes now and then, in a thread, until `done`. `peak`: bytes, the most that was
+    seen."""
 
-    def __init__(self, system: System) -> None:
-        self._system = system
-        self._done = threading.Event()
+    def __init__(self, system: System, done: threading.Event) -> None:
+        self._system, self._done = system, done
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.peak: int | None = None
 

@@ -50,7 +50,7 @@ def interval(old: Mapping[Key, float], new: Mapping[Key, float], paired: bool) -
     drawn, middle = (draws[0], middles[0]) if paired else (draws[1] - draws[0], middles[1] - middles[0])
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, (tail, 1 - tail))
-    wider = _widening(fewest)
+    wider = widening(fewest)
     below, above = max(0.0, middle - float(low)), max(0.0, float(high) - middle)
     return Interval(middle - wider * below, middle, middle + wider * above)
 
@@ -73,7 +73,7 @@ def _draw(blocks: Blocks, random: np.random.Generator) -> NDArray[np.float64]:
     return medians
 
 
-def _widening(count: int) -> float:
+def widening(count: int) -> float:
     """How much wider than the bootstrap's the interval of a few values is: Student's quantile over the normal
     one (Cornish and Fisher's series, within 2% here), and the bootstrap's n for n - 1."""
     z, n = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), count - 1

@@ -103,7 +103,7 @@ def quality(engine: Engine, trial: Trial, selection: str, ratio: float, full: Fu
     else:
         engine.evict()
         ask(engine, trial.prompt, positions, hints(trial, selection, ratio), force)
-    found = engine.call(_compare, FULL, OTHER, list(full.continuation))
+    found = engine.call(compare, FULL, OTHER, list(full.continuation))
     return {name: sum(getattr(found, name)) / positions for name in ("kl", "top1", "delta_nll")}
 
 
@@ -199,7 +199,7 @@ def _ask(llm: Any, prompt: list[int], max_tokens: int, arguments: dict[str, Any]
     )
 
 
-def _compare(llm: Any, full: str, other: str, tokens: list[int]) -> Any:
+def compare(llm: Any, full: str, other: str, tokens: list[int]) -> Any:
     from ragkv.benchmarks.internal.fusion_quality import compare
 
     return next(found for found in llm.collective_rpc(compare, args=(full, other, tokens)) if found is not None)

@@ -113,7 +113,7 @@ def play(
     """The readings, by server, and the report."""
     turns = max(6, round(minutes * 60 / turn_s))
     with terminated_kindly(), ExitStack() as stack:
-        players = _start(stack, model, console)
+        players = start_both(stack, model, console)
         console.print(f"{turns} turns of {turn_s:g} s for each of {', '.join(players)}, {USERS} users")
         for number in range(turns):
             for player in players.values():
@@ -190,7 +190,7 @@ def table(readings: Mapping[str, Sequence[Reading]]) -> Table:
     return shown
 
 
-def _start(stack: ExitStack, model: Path, console: Console) -> dict[str, Player]:
+def start_both(stack: ExitStack, model: Path, console: Console) -> dict[str, Player]:
     """Start both and wait for them, one after the other; they rest."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ragkv-soak-")))
     redis = stack.enter_context(Redis(maxmemory=REDIS, policy="allkeys-lru")) if find_server() else None

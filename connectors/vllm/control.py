@@ -75,7 +75,7 @@ class Control:
     def serve(self, listen: str, token: str) -> None:
         """Answer on a thread, until `close`. OSError: the address cannot be had."""
         host, _, port = listen.rpartition(":")
-        self._server = _Server((host.strip("[]") or LOOPBACK, int(port)), _Handler)
+        self._server = _Server((host.strip("[]") or LOOPBACK, int(port)), Handler)
         self._server.control, self._server.token = self, token
         threading.Thread(target=self._server.serve_forever, name="ragkv-control", daemon=True).start()
 
@@ -116,7 +116,9 @@ class _Server(HTTPServer):
         """A client that went away, or was too slow: not worth a line."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """One request of the operator's."""
+
     server: _Server
     timeout = SECONDS
 

@@ -151,7 +151,7 @@ def test_what_is_unknown_is_told(control, method, path):
 
 
 def test_a_client_that_hangs_or_talks_nonsense_holds_nobody_up(control, monkeypatch):
-    monkeypatch.setattr(module._Handler, "timeout", 0.05)
+    monkeypatch.setattr(module.Handler, "timeout", 0.05)
     with socket.create_connection(("127.0.0.1", control.port)) as silent:
         assert ask(control, "GET", "/stats")[0] == 200
         silent.sendall(b"")

@@ -48,7 +48,7 @@ class FakeEngine:
         self.log.append(("evict", ragkv_too))
 
     def call(self, function, *args):
-        if function is fusion_measure._compare:
+        if function is fusion_measure.compare:
             self.log.append(("compare", args))
             return Divergence([0.25, 0.75], [True, False], [0.5, 0.25])
         prompt, max_tokens, arguments, salt = args

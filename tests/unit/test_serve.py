@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,7 +125,7 @@ def test_weighing_takes_little_of_the_time(fakes, monkeypatch):
     systems, _ = fakes
     clock, pauses = [0.0], []
 
-    class Done:
+    class Done(threading.Event):
         def wait(self, pause):
             pauses.append(pause)
             return len(pauses) == 3
@@ -135,9 +136,8 @@ def test_weighing_takes_little_of_the_time(fakes, monkeypatch):
 
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     systems[0].memory_bytes = heavy
-    scale = module._Scale(systems[0])
-    scale._done = Done()
-    scale._watch()
+    with module.Scale(systems[0], Done()) as scale:
+        pass
     assert pauses == [1.0, 50.0, 50.0] and scale.peak == 7
 
 

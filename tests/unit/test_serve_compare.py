@@ -8,7 +8,7 @@ import pytest
 
 from ragkv import cli
 from ragkv.benchmarks.serve_compare import compare, read_run, run
-from ragkv.benchmarks.serve_noise import _widening, interval
+from ragkv.benchmarks.serve_noise import interval, widening
 from ragkv.errors import ConfigError, RagKVError
 from serve_tools import as_report, played, sample
 
@@ -238,4 +238,4 @@ def test_a_fifth_more_time_is_found(rounds, at_least):
 def test_few_blocks_widen_the_interval_as_students_distribution_does():
     expected = {5: 4.604, 6: 4.032, 8: 3.499, 12: 3.106, 30: 2.756}  # its 99.5% quantiles of n - 1
     for count, student in expected.items():
-        assert _widening(count) == pytest.approx(student / 2.576 * math.sqrt(count / (count - 1)), rel=0.02)
+        assert widening(count) == pytest.approx(student / 2.576 * math.sqrt(count / (count - 1)), rel=0.02)

@@ -111,7 +111,7 @@ def test_the_users_variables_do_not_change_what_is_compared(faked, tmp_path, mon
             return self
 
     monkeypatch.setattr(module, "Server", Started)
-    monkeypatch.setattr(module, "_lmcache_python", lambda setup: PYTHON)
+    monkeypatch.setattr(module, "lmcache_versions", lambda python: {})
     start(name, given)
     if not name.startswith("ragkv"):
         assert not any(variable.startswith("RAGKV") for each in started for variable in each)
@@ -212,7 +212,7 @@ def test_those_that_start_rest_and_those_that_do_not_are_skipped(faked, tmp_path
 @pytest.mark.parametrize("dies", [None, "OSError: no shared memory"])
 def test_lmcaches_server_is_up_before_its_engine(faked, tmp_path, monkeypatch, dies):
     ports = []
-    monkeypatch.setattr(module, "_lmcache_python", lambda setup: PYTHON)
+    monkeypatch.setattr(module, "lmcache_versions", lambda python: {})
     vllm = module.vllm_command
 
     def server(python, setup, port, http_port, shared):
@@ -277,10 +277,10 @@ def test_lmcaches_server_does_not_outlive_a_failure_to_start_its_engine(monkeypa
         return started[-1]
 
     monkeypatch.setattr(module, "Server", begin)
-    monkeypatch.setattr(module, "_lmcache_python", lambda setup: Path("/no/python"))
+    monkeypatch.setattr(module, "lmcache_versions", lambda python: {})
     monkeypatch.setattr(module, "lmcache_command", lambda p, s, port, http, name: fake_server.command(http))
     with pytest.raises(ServerError, match="/no/python cannot be run"):
-        start(LMCACHE, setup(tmp_path))
+        start(LMCACHE, setup(tmp_path, lmcache_python=Path("/no/python")))
     assert len(started) == 1 and not started[0].alive
 
 

@@ -123,16 +123,17 @@ def test_nothing_of_it_is_left_when_it_is_closed(started, monkeypatch, deaf, res
     server.close()
     become("Z", everyone)
     server.close()
-    assert server._process.returncode == (-signal.SIGKILL if deaf else -signal.SIGTERM)
+    with pytest.raises(ServerError, match=f"status {-signal.SIGKILL if deaf else -signal.SIGTERM}\n"):
+        server.ready()
 
 
 def test_one_that_cannot_be_killed_is_left(started, monkeypatch):
     server = started(child=True).wait(30)
-    everyone = [server.pid, *descendants(server.pid)]
+    everyone, kill = [server.pid, *descendants(server.pid)], os.kill
     with monkeypatch.context() as patch:
         patch.setattr(module, "KILL_SECONDS", 0.05)
         patch.setattr(module, "STOP_SECONDS", 0.05)
-        patch.setattr(module, "_signal", lambda pids, number: None)
+        patch.setattr(module.os, "kill", lambda pid, number: pid in everyone or kill(pid, number))
         server.close()
         assert state(everyone[1]) != "Z"
     for pid in everyone:

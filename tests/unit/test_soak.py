@@ -72,15 +72,15 @@ class Standing:
     complaints = ()
 
     def __init__(self, *later):
-        self.readings, self._left = [], [*FLAT, *later]
+        self.readings, self.left = [], [*FLAT, *later]
 
     def play(self, seconds):
-        self.readings.append(self._left.pop(0))
+        self.readings.append(self.left.pop(0))
 
 
 def test_bench_soak(monkeypatch, tmp_path):
     players = {PLAIN: Standing(), RAGKV: Standing()}
-    monkeypatch.setattr(soak, "_start", lambda *_: players)
+    monkeypatch.setattr(soak, "start_both", lambda *_: players)
     file = tmp_path / "soak.json"
     arguments = ["soak", "--minutes", "12", "--model", str(tmp_path), "--output", str(file)]
     said = CliRunner().invoke(internal, arguments)
@@ -88,7 +88,7 @@ def test_bench_soak(monkeypatch, tmp_path):
     report = json.loads(file.read_text())
     assert [len(each) for each in report["readings"].values()] == [12, 12] and report["findings"] == []
     players.update({name: Standing() for name in players})
-    players[RAGKV]._left[-1] = replace(FLAT[-1], failed=1)
+    players[RAGKV].left[-1] = replace(FLAT[-1], failed=1)
     said = CliRunner().invoke(internal, arguments)
     assert said.exit_code == 1 and "ragkv: 1 requests failed" in said.output
 
