@@ -35,11 +35,20 @@ class HandClock:
 
 
 class HandCompletions(Completions):
-    """Where one would wait, `meanwhile` happens, if given; if nothing comes of it, the time is over at once."""
+    """Where one would wait, `meanwhile` happens, if given; if nothing comes of it, the time is over at once.
+    `waiting`: outcomes that came to nobody yet."""
 
     def __init__(self, clock):
         super().__init__()
-        self.clock, self.meanwhile = clock, None
+        self.clock, self.meanwhile, self.waiting = clock, None, 0
+
+    def post(self, done, outcome):
+        def counted(outcome):
+            self.waiting -= 1
+            done(outcome)
+
+        self.waiting += 1
+        super().post(counted, outcome)
 
     def drain(self, seconds=0.0):
         if super().drain():

@@ -207,7 +207,7 @@ class Machine(RuleBasedStateMachine):
     def keep(self, space, parts):
         """A prompt that is computed and stored without trouble is found, where nothing else is in use."""
         prompt, tokens = self.prompt(space, parts)
-        busy = self.loads or self.stores or self.waiting or self.engine.completions._queue.qsize()
+        busy = self.loads or self.stores or self.waiting or self.engine.completions.waiting
         busy = busy or any(lane.jobs for lower in self.engine.lowers for lane in (lower.reads, lower.writes))
         store = self.cache.prepare_store(prompt, len(tokens))
         if store is not None:
@@ -302,7 +302,7 @@ class Machine(RuleBasedStateMachine):
                 assert (
                     fetch is None
                     or fetch.over
-                    or self.engine.completions._queue.qsize()
+                    or self.engine.completions.waiting
                     or any(lower.reads.jobs for lower in self.engine.lowers)
                 )
 

@@ -12,6 +12,7 @@ from ragkv.benchmarks.server import HOST
 from ragkv.errors import StoreError
 from ragkv.kvstore.stores import redis as module
 from ragkv.kvstore.stores.redis import RedisStore
+from ragkv.kvstore.stores.redis_url import parse_location
 from redis_server import fails, key, name, needs_server
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "redis.md"
@@ -198,7 +199,13 @@ def test_refusals_and_no_word_of_the_password(make, caplog):
         mute = make(f"redis://mute:{QUOTED}@{address}")
         with fails("refused") as caught:
             mute.get(key(1))
-        shown = [repr(mute), str(caught.value), repr(caught.value), repr(mute._location), caplog.text]
+        shown = [
+            repr(mute),
+            str(caught.value),
+            repr(caught.value),
+            repr(parse_location(f"redis://mute:{QUOTED}@{address}")),
+            caplog.text,
+        ]
         assert all(secret not in text for text in shown for secret in (SECRET, QUOTED))
         assert address in repr(mute)
 

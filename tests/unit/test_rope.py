@@ -197,7 +197,8 @@ def test_blocks_whose_keys_do_not_turn_so_are_refused(cls, text, dtype):
     rotations(whole, NAMES[:1])
     with pytest.raises(FusionError, match=f"layer {NAMES[1]}: .*{text}"):
         rotations(whole, NAMES[:2])
-    assert not whole.model.layers[1].self_attn.attn._forward_pre_hooks
+    with pytest.raises(AssertionError, match="does not run"):  # and no hook is left that would come before
+        whole.model.layers[1].self_attn.attn(None, None, None)
 
 
 @pytest.mark.parametrize("name", REFUSED)
