@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_config import spec
+from ragkv.connectors.vllm import forward as module
 from ragkv.connectors.vllm.forward import EngineForward, batches, contiguous, watch
 from simulated_device import SimulatedStreams
 
@@ -37,44 +38,55 @@ def test_batches_keep_all_in_order_within_the_engines_bounds(given_positions, mo
         assert all(start < end for start, end in batch)
 
 
-class Builder:
-    """Keeps what it is to build from."""
+class World:
+    """What a forward runs in. Keeps what builders are made of and build from, and what models are called with."""
 
-    def __init__(self, spec, names, config, device):
-        self.block_size = spec.block_size
+    def __init__(self):
+        self.seen, self.calls, self.specs, self.built = [], [], [], []
 
-    def build(self, common_prefix_len, common):
-        self.common = common
+    def forward(self, names=("a", "b"), **scheduler):
+        world = self
+
+        class Builder:
+            def __init__(self, spec, names, config, device):
+                world.specs.append(spec)
+
+            def build(self, common_prefix_len, common):
+                return world.build(common)
+
+        backend = SimpleNamespace(get_builder_cls=lambda: Builder)
+        layer = SimpleNamespace(get_attn_backend=lambda: backend)
+        bounds = {"max_num_seqs": 4, "max_num_batched_tokens": 64} | scheduler
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(**bounds))
+        model = lambda **inputs: self.model(**inputs)  # noqa: E731
+        layers = dict.fromkeys(names, layer)
+        return EngineForward(config, spec(block_size=16), layers, model, 16, 4, torch.device("cpu"))
+
+    def build(self, common):
+        self.built.append(common)
         return common
+
+    def model(self, input_ids, positions):
+        self.calls.append((input_ids, positions))
 
 
 @pytest.fixture
-def forward(monkeypatch):
-    from ragkv.connectors.vllm import forward as module
+def world(monkeypatch):
+    made = World()
 
-    seen = []
-
-    def context(metadata, config, **more):
-        seen.append((metadata, more))
+    def context(metadata, config, slot_mapping):
+        made.seen.append((metadata, slot_mapping))
         return torch.inference_mode()
 
     monkeypatch.setattr("vllm.forward_context.set_forward_context", context)
-    monkeypatch.setattr(module.inspect, "signature", lambda _: SimpleNamespace(parameters={"slot_mapping": 0}))
-    backend = SimpleNamespace(get_builder_cls=lambda: Builder)
-    layer = SimpleNamespace(get_attn_backend=lambda: backend)
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64))
-    calls = []
-    model = lambda input_ids, positions: calls.append((input_ids, positions))  # noqa: E731
-    made = EngineForward(config, spec(block_size=16), {"a": layer, "b": layer}, model, 16, 4, torch.device("cpu"))
-    made.calls, made.seen = calls, seen
     return made
 
 
-def test_what_a_backend_is_told_of_runs(forward):
+def test_what_a_backend_is_told_of_runs(world):
     tokens, blocks = np.arange(100, 200, dtype=np.int32), np.array([7, 3, 9, 5], dtype=np.int64)
-    forward.compute(tokens, np.array([2, 3, 4, 20, 33, 34]), blocks)
-    assert forward._builder.block_size == 4, "the kernel's blocks, four to one of the scheduler's"
-    common = forward._builder.common
+    world.forward().compute(tokens, np.array([2, 3, 4, 20, 33, 34]), blocks)
+    assert [each.block_size for each in world.specs] == [4], "the kernel's blocks, four to one of the scheduler's"
+    (common,) = world.built
     assert common.query_start_loc.tolist() == [0, 1, 3, 6], "short runs first"
     assert common.seq_lens.tolist() == [21, 35, 5] and common.num_reqs == 3 and common.num_actual_tokens == 6
     assert common.max_query_len == 3 and common.max_seq_len == 35 and common.causal is True
@@ -82,56 +94,49 @@ def test_what_a_backend_is_told_of_runs(forward):
     assert common.slot_mapping.tolist() == slots and common.slot_mapping.dtype == torch.int64
     table = [28, 29, 30, 31, 12, 13, 14, 15, 36, 37, 38, 39]
     assert common.block_table_tensor.tolist() == [table] * 3 and common.block_table_tensor.dtype == torch.int32
-    ((ids, at),) = forward.calls
+    ((ids, at),) = world.calls
     assert (ids.tolist(), ids.dtype) == ([120, 133, 134, 102, 103, 104], torch.int32)
     assert (at.tolist(), at.dtype) == ([20, 33, 34, 2, 3, 4], torch.int64)
-    ((metadata, more),) = forward.seen
-    assert metadata == {"a": common, "b": common} and more["slot_mapping"]["b"].tolist() == slots
+    ((metadata, slot_mapping),) = world.seen
+    assert metadata == {"a": common, "b": common} and slot_mapping["b"].tolist() == slots
 
 
-def test_what_is_too_much_for_one_forward_goes_in_several(forward):
-    forward.compute(np.arange(99, dtype=np.int32), np.arange(0, 40, 4), np.arange(8, dtype=np.int64))
-    assert [at.tolist() for _, at in forward.calls] == [[0, 4, 8, 12], [16, 20, 24, 28], [32, 36]]
+def test_what_is_too_much_for_one_forward_goes_in_several(world):
+    world.forward().compute(np.arange(99, dtype=np.int32), np.arange(0, 40, 4), np.arange(8, dtype=np.int64))
+    assert [at.tolist() for _, at in world.calls] == [[0, 4, 8, 12], [16, 20, 24, 28], [32, 36]]
 
 
-def test_a_forward_is_no_wider_than_profiling_would_forgive(forward):
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=16384))
-    layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_builder_cls=lambda: Builder))
-    wide = EngineForward(config, spec(block_size=16), {"a": layer}, forward._model, 16, 4, torch.device("cpu"))
+def test_a_forward_is_no_wider_than_profiling_would_forgive(world):
+    wide = world.forward(max_num_batched_tokens=16384)
     wide.compute(np.arange(5000, dtype=np.int32), np.arange(5000), np.arange(400, dtype=np.int64))
-    assert [len(at) for _, at in forward.calls] == [2048, 2048, 904]
+    assert [len(at) for _, at in world.calls] == [2048, 2048, 904]
 
 
-def check_waits(forward, ended):
-    """The host waits once between two builds, and never else."""
+@pytest.mark.parametrize("ended", [False, True], ids=["by itself", "by a watch"])
+def test_a_build_waits_for_the_forward_before_it_however_that_ended(world, monkeypatch, ended):
+    """Builders write into host buffers that copies of that forward may still read: the host waits once between two
+    builds, and never else."""
     device, seen = SimulatedStreams(lambda ready: 0), []
-    forward._compute, build, model = device.compute, forward._builder.build, forward._model
+    build, model = world.build, world.model
 
-    def noted(*given_to):
+    def noted(common):
         seen.append(["build", not device.compute.queue])
-        return build(*given_to)
+        return build(common)
 
     def queued(**inputs):
         device.compute.submit(lambda: model(**inputs))
         if ended:
             raise OSError("enough")
 
-    forward._builder.build, forward._model = noted, queued
+    world.build, world.model = noted, queued
+    monkeypatch.setattr(module, "compute_stream", lambda of: device.compute)
+    forward = world.forward()
     for _ in range(3):
         with pytest.raises(OSError) if ended else contextlib.nullcontext():
             forward.forward(np.arange(99, dtype=np.int32), [(0, 9)], np.arange(8, dtype=np.int64))
         seen.append(["left under way", len(device.compute.queue)])
     assert seen == [["build", True], ["left under way", 2]] * 3
-    assert len(forward.calls) == 2, "the last one is still to come"
-
-
-def test_a_build_waits_for_the_forward_before_it(forward):
-    """Builders write into host buffers that copies of that forward may still read."""
-    check_waits(forward, False)
-
-
-def test_a_build_waits_for_a_forward_that_a_watch_has_ended(forward):
-    check_waits(forward, True)
+    assert len(world.calls) == 2, "the last one is still to come"
 
 
 class Attention(torch.nn.Module):
@@ -161,4 +166,5 @@ def test_a_watch_sees_inputs_however_they_are_given_stops_and_goes():
         watch(layers, lambda *_: (_ for _ in ()).throw(OSError("x")), stop=True),
     ):
         model()
-    assert not layers[0]._forward_pre_hooks
+    model()
+    assert seen[5:] == ["behind"], "nor any is left here"
