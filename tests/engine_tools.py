@@ -2,13 +2,17 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ragkv.benchmarks.engine import descendants
 from ragkv.benchmarks.tenk import generate_filing, load_filings
+from ragkv.connectors.vllm.forward import EngineForward
+from ragkv.connectors.vllm.fusion_worker import Fuser
 from ragkv.connectors.vllm.tiles import RAW
+from ragkv.connectors.vllm.transfer import DirectMover
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_FILINGS = ROOT.parent / "shared" / "data" / "filings"
@@ -105,12 +109,6 @@ def ask_with_params(llm, prompt, max_tokens, params):
 # --- run inside a worker: function(worker, ...) ---
 
 
-def _mover():
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    return get_kv_transfer_group()._worker._copier._movers[False]
-
-
 def cpu_kv(cache, slots):
     """K and V of some slots, read by hand: on the CPU's `vec` kernels K stands transposed in each block's
     first half of a head, V row-major in the second."""
@@ -125,16 +123,14 @@ def cpu_kv(cache, slots):
 
 def watch_copies(worker):
     """From now on compare every copy, layer by layer and bit by bit, with what the tier and the cache hold."""
-    mover = _mover()
     caches = worker.model_runner.kv_caches
     log = worker.ragkv_log = {"load": [], "store": [], "layers": len(caches), "isa": None}
-    tier = mover._tier
-    raw = tier.rows.view(RAW[tier.geometry.itemsize])
-    pages = raw.view(-1, len(caches), 2, tier.page_tokens, tier.geometry.heads, tier.geometry.head_dim)
 
     def watch(kind, move):
-        def moved(rows, slots):
-            ticket = move(rows, slots)
+        def moved(mover, rows, slots):
+            ticket, tier = move(mover, rows, slots), mover.tier
+            raw = tier.rows.view(RAW[tier.geometry.itemsize])
+            pages = raw.view(-1, len(caches), 2, tier.page_tokens, tier.geometry.heads, tier.geometry.head_dim)
             page, offset = rows // tier.page_tokens, rows % tier.page_tokens
             equal = 0
             for layer, cache in enumerate(caches):
@@ -146,64 +142,56 @@ def watch_copies(worker):
 
         return moved
 
-    mover.load, mover.store = watch("load", mover.load), watch("store", mover.store)
+    worker.ragkv_moves = DirectMover.load, DirectMover.store
+    DirectMover.load, DirectMover.store = watch("load", DirectMover.load), watch("store", DirectMover.store)
 
 
 def copies_seen(worker):
     """What `watch_copies` has seen; ends the watch."""
-    mover = _mover()
-    del mover.load, mover.store
+    DirectMover.load, DirectMover.store = worker.ragkv_moves
     return worker.ragkv_log
 
 
 def break_copies(worker, kind, times):
     """Let the next `times` loads or stores fail."""
-    mover = _mover()
-    left = [times]
+    left, move = [times], getattr(DirectMover, kind)
 
-    def broken(rows, slots):
+    def broken(*_):
         left[0] -= 1
         if not left[0]:
-            delattr(mover, kind)
+            setattr(DirectMover, kind, move)
         raise OSError("injected")
 
-    setattr(mover, kind, broken)
+    setattr(DirectMover, kind, broken)
 
 
 # --- fusion, inside a worker ---
 
 
-def _fuser():
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    return get_kv_transfer_group()._worker._fuser
-
-
 def watch_fusion(worker):
     """Keep what the next fusion leaves in the caches."""
-    fuser = _fuser()
-    fuse, choose = fuser.fuse, fuser._choose
-    chosen = []
+    fuse, compute = Fuser.fuse, EngineForward.compute
+    computed = []
 
-    def chose(*args):
-        positions = choose(*args)
-        chosen.extend(positions.tolist())
-        return positions
+    def compute_noted(forward, tokens, positions, blocks):
+        computed[:] = positions.tolist()
+        compute(forward, tokens, positions, blocks)
 
-    def fused(fusion):
-        fuser._choose = chose
-        count = fuse(fusion)
-        del fuser._choose, fuser.fuse
-        everything = [position for start, end in fusion.runs for position in range(start, end)]
+    def fused(fuser, fusion):
+        Fuser.fuse, EngineForward.compute = fuse, compute_noted
+        count = fuser.fuse(fusion)
+        EngineForward.compute = compute
+        moved = {position for start, end in fusion.runs for position in range(start, end)}
+        again = [position for position in computed if position in moved]
+        assert len(again) == count
         positions = torch.arange(fusion.start, fusion.end)
         slots = torch.from_numpy(fusion.blocks)[positions // BLOCK] * BLOCK + positions % BLOCK
         kv = [cpu_kv(cache, slots) for cache in worker.model_runner.kv_caches]
         keys, values = (torch.stack(side) for side in zip(*kv, strict=True))
-        again = everything if count == len(everything) else chosen
         worker.ragkv_fused = keys, values, again, fusion
         return count
 
-    fuser.fuse = fused
+    Fuser.fuse = fused
 
 
 def fused_kv(worker, path):
@@ -220,23 +208,23 @@ def chosen_tokens(worker):
 
 def break_fusion(worker):
     """Let the next fusion fail, half done."""
-    fuser = _fuser()
+    fuse = Fuser.fuse
 
-    def broken(fusion):
-        del fuser.fuse
-        fuser._forward.forward(fusion.tokens, [(fusion.start, fusion.start + 7)], fusion.blocks)
+    def broken(fuser, fusion):
+        Fuser.fuse, end = fuse, fusion.start + 7
+        fuser.fuse(replace(fusion, end=end, runs=((end - 1, end),), budget=1))  # computes all of these
         raise OSError("injected")
 
-    fuser.fuse = broken
+    Fuser.fuse = broken
 
 
 def set_turning(worker, on):
     """Whether moved keys are rotated."""
-    mover = _mover()
     if on:
-        mover._prepare = worker.ragkv_turn
+        DirectMover.load = worker.ragkv_load
     else:
-        worker.ragkv_turn, mover._prepare = mover._prepare, lambda shifts: lambda layers, raw: raw
+        load = worker.ragkv_load = DirectMover.load
+        DirectMover.load = lambda mover, rows, slots, shifts=None: load(mover, rows, slots)
 
 
 # --- run in a worker ---

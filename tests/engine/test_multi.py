@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from engine_tools import in_workers
+from engine_tools import break_copies, in_workers
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.internal.fusion_measure import ask as ask_hinted
 from ragkv.benchmarks.model import random_llama
@@ -84,24 +84,9 @@ def test_moved_documents_are_fused(engine):
 def test_a_load_that_fails_is_computed(engine):
     prompt = tokens(4, 500)
     _, answer = ask(engine, prompt)
-    engine.call(in_workers, break_our_loads)
+    engine.call(in_workers, break_copies, "load", 1)
     (again,) = engine.ask([prompt], 6)
     assert again.tokens == answer == right(engine, prompt)
     engine.evict()
     assert total(engine, "ragkv_errors_total") > 0
     assert ask(engine, prompt) == (499, answer), "and the next load is good"
-
-
-def break_our_loads(worker):
-    """Let the next load fail."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    group = get_kv_transfer_group()
-    ours = next(each for each in group._connectors if type(each).__name__ == "RagKVConnector")
-    mover = ours._worker._copier._movers[False]
-
-    def broken(*_):
-        del mover.load
-        raise OSError("injected")
-
-    mover.load = broken

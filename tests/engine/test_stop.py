@@ -1,6 +1,8 @@
 """A server that is asked to stop: what only its memory held lies in the disk tier's folder afterwards."""
 
 import json
+import os
+import signal
 import sys
 import threading
 import urllib.request
@@ -48,7 +50,7 @@ def stop(server):
     """SIGTERM to the first process alone, as a supervisor does; until its engine has ended. (Python's resource
     tracker ends with the first process.)"""
     engine = [pid for pid in descendants(server.pid) if b"resource_tracker" not in command_of(pid)]
-    server._process.terminate()
+    os.kill(server.pid, signal.SIGTERM)
     wait_until_gone(engine, END_SECONDS)
 
 

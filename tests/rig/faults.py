@@ -7,14 +7,18 @@ the fault, so that a test sees whoever uses it.
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ragkv.benchmarks.internal.faulty_stores import Fault as StoreFault
-from ragkv.benchmarks.internal.faulty_stores import FaultyStore
+from ragkv.benchmarks.internal.faulty_stores import FaultyStore, Plan
+from ragkv.connectors.vllm import fusing
+from ragkv.kvstore.stores.disk import DiskStore
 
 CONNECTOR = "ragkv.connectors.vllm"
 POINTS = {
@@ -29,6 +33,7 @@ POINTS = {
     "wait": (f"{CONNECTOR}.scheduler", "SchedulerSide", "lookup"),  # no fault: it answers "ask again"
 }
 STORE_POINTS = {"read": "get", "write": "put"}  # of the lower tiers, all of whose faults come in turn
+PLANS: list[Plan] = [lambda method, number: None]  # the last one says which calls of stores break
 
 
 class Injected(Exception):
@@ -60,7 +65,7 @@ def injected(llm: Any, fault: Fault | None) -> Iterator[Struck]:
     if fault is None:
         yield struck
     elif fault.point in STORE_POINTS:
-        with _store_fails(llm, fault, struck):
+        with _store_fails(fault, struck):
             yield struck
     else:
         undo = _install(fault, struck)
@@ -92,32 +97,27 @@ def _install(fault: Fault, struck: Struck) -> Callable[[], None]:
     return lambda: setattr(kind, method, original)
 
 
-def wrap_stores(llm: Any) -> None:
+def wrap_stores(_llm: Any) -> None:
     """Let the lower tiers be able to fail, once an engine has started."""
-    for tier in _tiers(llm):
-        tier._store = FaultyStore(tier._store, _never)
+    calls = {method: getattr(DiskStore, method) for method in STORE_POINTS.values()}
+
+    @functools.cache
+    def faulty(store: DiskStore) -> FaultyStore:
+        inner: Any = SimpleNamespace(name=store.name, capabilities=store.capabilities)
+        vars(inner).update({method: functools.partial(call, store) for method, call in calls.items()})
+        return FaultyStore(inner, lambda method, number: PLANS[-1](method, number))
+
+    DiskStore.get = lambda store, key: faulty(store).get(key)  # type: ignore[method-assign]
+    DiskStore.put = lambda store, key, parts: faulty(store).put(key, parts)  # type: ignore[method-assign]
 
 
-def forget_failures(llm: Any) -> None:
+def forget_failures(_llm: Any) -> None:
     """An engine in which fusion has failed some times is not asked for it again; here it is."""
-    fusing = _side(llm).fusing
-    fusing._failures, fusing.refusal = 0, None
-
-
-def _side(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
-
-
-def _tiers(llm: Any) -> Any:
-    return _side(llm)._cache.tiers
-
-
-def _never(_method: str, _number: int) -> None:
-    return None
+    fusing.MOST_FAILURES = sys.maxsize
 
 
 @contextlib.contextmanager
-def _store_fails(llm: Any, fault: Fault, struck: Struck) -> Iterator[None]:
+def _store_fails(fault: Fault, struck: Struck) -> Iterator[None]:
     """The next calls of a lower tier fail, each in another way."""
     kinds = tuple(StoreFault)
 
@@ -127,13 +127,11 @@ def _store_fails(llm: Any, fault: Fault, struck: Struck) -> Iterator[None]:
         struck.times += 1
         return kinds[number % len(kinds)]
 
-    for tier in _tiers(llm):
-        tier._store.plan = plan
+    PLANS.append(plan)
     try:
         yield
     finally:
-        for tier in _tiers(llm):
-            tier._store.plan = _never
+        PLANS.remove(plan)
 
 
 def _failing(fault: Fault, original: Callable[..., Any], struck: Struck) -> Callable[..., Any]:
@@ -152,7 +150,7 @@ def _failing(fault: Fault, original: Callable[..., Any], struck: Struck) -> Call
         if fault.point == "load":
             half_load(self, original, *args, **kwargs)
         elif fault.point == "fuse":
-            half_fuse(self, *args)
+            half_fuse(self, original, *args)
         elif fault.done and fault.point != "orders":
             original(self, *args, **kwargs)
         raise Injected(f"{fault.point}, call {calls}")
@@ -164,16 +162,15 @@ def half_load(mover: Any, load: Callable[..., Any], rows: Any, slots: Any, shift
     """Load the first half of the tokens, and put noise where the others belong."""
     half = len(rows) // 2
     load(mover, rows[:half], slots[:half], *(() if shifts is None else (shifts[:half],)))
-    put_noise(mover._layers, slots[half:])
+    put_noise(mover.layers, slots[half:])
 
 
-def half_fuse(fuser: Any, fusion: Any) -> None:
+def half_fuse(fuser: Any, fuse: Callable[..., Any], fusion: Any) -> None:
     """Compute the first few tokens as a fusion does, and put noise where the others belong."""
-    few = min(7, fusion.end - fusion.start)
-    fuser._forward.forward(fusion.tokens, [(fusion.start, fusion.start + few)], fusion.blocks)
-    size = fuser._block_tokens
-    positions = torch.arange(fusion.start + few, fusion.end)
-    put_noise(fuser._caches, torch.from_numpy(fusion.blocks)[positions // size] * size + positions % size)
+    end, size = min(fusion.start + 7, fusion.end), fuser.block_tokens
+    fuse(fuser, replace(fusion, end=end, runs=((end - 1, end),), budget=1))  # computes all of these
+    positions = torch.arange(end, fusion.end)
+    put_noise(fuser.caches, torch.from_numpy(fusion.blocks)[positions // size] * size + positions % size)
 
 
 def put_noise(layers: Any, slots: torch.Tensor) -> None:

@@ -211,7 +211,7 @@ def test_those_that_start_rest_and_those_that_do_not_are_skipped(faked, tmp_path
 
 @pytest.mark.parametrize("dies", [None, "OSError: no shared memory"])
 def test_lmcaches_server_is_up_before_its_engine(faked, tmp_path, monkeypatch, dies):
-    ports = []
+    given, ports = setup(tmp_path, lmcache_python=PYTHON), []
     monkeypatch.setattr(module, "lmcache_versions", lambda python: {})
     vllm = module.vllm_command
 
@@ -227,11 +227,11 @@ def test_lmcaches_server_is_up_before_its_engine(faked, tmp_path, monkeypatch, d
     monkeypatch.setattr(module, "lmcache_command", server)
     monkeypatch.setattr(module, "vllm_command", engine)
     if dies:
-        with pytest.raises(RagKVError, match=dies), standing(["lmcache"], setup(tmp_path), print, 30):
+        with pytest.raises(RagKVError, match=dies), standing(["lmcache"], given, print, 30):
             pytest.fail("nothing stands")
         assert len(ports) == 1
         return
-    with standing(["lmcache"], setup(tmp_path), print, 30) as ((system,), _):
+    with standing(["lmcache"], given, print, 30) as ((system,), _):
         assert system.url.endswith(f":{ports[1]}") and len(system.servers) == 2
         assert [path.parent for path in system.leftovers] == [module.SHARED_MEMORY]
     assert not system.alive and not list(tmp_path.iterdir())
