@@ -1,6 +1,5 @@
 """The tree of chunks: what it finds, against a model that looks at everything, and what it weighs."""
 
-import tracemalloc
 from itertools import accumulate, pairwise
 
 import hypothesis.strategies as st
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from memory_growth import grown
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore import prefix_tree
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
@@ -303,20 +303,17 @@ def lineage(chunk):
 def test_what_a_chunk_weighs(policy):
     """With its policy node, keys and pages, beside its tokens; at a count where dicts have just grown. Half is the
     policy's: a node, a rank, a dict entry, and what some remember of keys that are gone."""
-    count, length, size = 5_500, 100, 83
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
+    count, length, size, kept = 5_500, 100, 83, []
+
+    def fill():
         memory = MemoryTier(6 * count, make_policy(policy), 16, 1, Metrics())
+        kept.append(memory)
         for number in range(count // length):
             tokens = np.arange(number, number + length * size, dtype=np.int32)
             chain = cut_chain(tokens.tolist(), [size] * length)
             for chunk in memory.reserve(SPACE, chain, len(tokens)):
                 memory.commit(chunk)
-        del chain, tokens, chunk
-        used = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-    assert len(memory) == count
-    each = used / count - TOKEN_BYTES * size
+
+    each = grown(fill) / count - TOKEN_BYTES * size
+    assert len(kept[0]) == count
     assert 0 < each < (575 if policy == "lru" else 725), f"{each:.0f} bytes a chunk"

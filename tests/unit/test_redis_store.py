@@ -199,13 +199,8 @@ def test_refusals_and_no_word_of_the_password(make, caplog):
         mute = make(f"redis://mute:{QUOTED}@{address}")
         with fails("refused") as caught:
             mute.get(key(1))
-        shown = [
-            repr(mute),
-            str(caught.value),
-            repr(caught.value),
-            repr(parse_location(f"redis://mute:{QUOTED}@{address}")),
-            caplog.text,
-        ]
+        location = parse_location(f"redis://mute:{QUOTED}@{address}")
+        shown = [repr(mute), str(caught.value), repr(caught.value), repr(location), caplog.text]
         assert all(secret not in text for text in shown for secret in (SECRET, QUOTED))
         assert address in repr(mute)
 
