@@ -1,5 +1,6 @@
 """What the engine tests share: prompts, and functions that run beside an engine or inside its workers."""
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -28,6 +29,21 @@ def filing_tokens(tokenizer, seed, words=3000):
     else:
         text = generate_filing(seed, words).text
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def layers(model):
+    return json.loads((model / "config.json").read_text())["num_hidden_layers"]
+
+
+def token_bytes(model):
+    """Of one token's K and V in float32, in all layers."""
+    config = json.loads((model / "config.json").read_text())
+    return 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+
+
+def room(model, tokens):
+    """Bytes of a tier that holds so many tokens."""
+    return tokens * token_bytes(model)
 
 
 def segments():

@@ -1,7 +1,11 @@
-"""Engines that the tests share: plain vLLM, and vLLM with ragkv, on SmolLM2 in float32.
+"""Engines that the tests share: plain vLLM, and vLLM with ragkv, in float32.
 
 In float32 greedy answers do not depend on how a prompt is split into steps, so that plain vLLM's answers are
 the same with and without a hit. In bfloat16 they do, with or without ragkv.
+
+Most engines run a Llama of random weights, `model`, which computes a token in a fortieth of the time of SmolLM2:
+whether answers are equal says as much there, since every token of a prompt changes them (test_model.py). SmolLM2
+runs where language matters, and once in each of a hit, a restart and a server.
 """
 
 import sys
@@ -10,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine_tools import BLOCK, filing_tokens
+from engine_tools import BLOCK, filing_tokens, room
 from otlp_collector import collecting
 from ragkv.benchmarks.engine import EngineOptions, Resting
 from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT, PROCESSOR
 from ragkv.benchmarks.internal.redis_server import Server as Redis
 from ragkv.benchmarks.internal.redis_server import find_server
-from ragkv.benchmarks.model import ensure_model
+from ragkv.benchmarks.model import ensure_model, random_llama
 from ragkv.benchmarks.server import Server, free_port
 
 UNGATED = {"placement": {"gate": False}}  # so that what tests ask for is done, whether or not it pays
@@ -30,8 +34,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def model():
+def smollm2():
     return ensure_model()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A Llama of random weights, with the tokenizer of SmolLM2."""
+    return random_llama(tmp_path_factory.mktemp("model") / "llama", heads=8, kv_heads=4, head_dim=32, layers=6)
 
 
 @pytest.fixture(scope="session")
@@ -46,25 +56,40 @@ def filings(tokenizer):
     return [filing_tokens(tokenizer, seed) for seed in range(6)]
 
 
-@pytest.fixture(scope="session")
-def plain(model):
-    options = EngineOptions(model, dtype="float32", max_model_len=4096, one_process=True)
-    with Resting(options) as engine:
-        yield engine.wait()
+def plain_engine(model):
+    """Plain vLLM."""
+    return Resting(EngineOptions(model, dtype="float32", max_model_len=4096, one_process=True))
 
 
-@pytest.fixture(scope="session")
-def shared_ragkv(model):
+def ragkv_engine(model):
+    """An engine with ragkv, with room for all that tests ask for."""
     options = EngineOptions(
         model,
-        {"memory": {"capacity": "1GiB"}, **UNGATED},
+        {"memory": {"capacity": room(model, 23_000)}, **UNGATED},
         "float32",
         max_model_len=4096,
         environment=ENVIRONMENT,
         one_process=True,
         llm={"logits_processors": [PROCESSOR]},  # idle but for requests that ask to be measured
     )
-    with Resting(options) as engine:
+    return Resting(options)
+
+
+@pytest.fixture(scope="session")
+def plain(model):
+    with plain_engine(model) as engine:
+        yield engine.wait()
+
+
+@pytest.fixture(scope="module")
+def plain_smollm2(smollm2):
+    with plain_engine(smollm2) as engine:
+        yield engine.wait()
+
+
+@pytest.fixture(scope="session")
+def shared_ragkv(model):
+    with ragkv_engine(model) as engine:
         yield engine.wait()
 
 
@@ -76,11 +101,18 @@ def ragkv(shared_ragkv):
 
 
 @pytest.fixture(scope="session")
+def shared_smollm2(smollm2):
+    """An engine with ragkv on SmolLM2."""
+    with ragkv_engine(smollm2) as engine:
+        yield engine.wait()
+
+
+@pytest.fixture(scope="session")
 def small(model):
     """Room for 12 blocks in the engine and for about 1,400 tokens in ragkv, prompts in steps of 256 tokens."""
     options = EngineOptions(
         model,
-        {"memory": {"capacity": "64MiB", "policy": "lfu"}, **UNGATED},
+        {"memory": {"capacity": room(model, 1456), "policy": "lfu"}, **UNGATED},
         "float32",
         max_model_len=10 * BLOCK,
         one_process=True,
@@ -112,8 +144,8 @@ def resting_server(model, collector, disk_folder):
     folder = disk_folder.parent
     redis = Redis() if find_server() else None
     settings = {
-        "memory": {"capacity": "48MiB"},
-        "device": {"capacity": "16MiB"},
+        "memory": {"capacity": room(model, 2176)},
+        "device": {"capacity": room(model, 720)},
         "disk": {"path": str(disk_folder)},
         **({"redis": {"url": redis.url}} if redis else {}),
         **UNGATED,
@@ -129,8 +161,9 @@ def resting_server(model, collector, disk_folder):
             "--config",
             str(folder / "ragkv.yaml"),
         ),
-        *("--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
+        *("--served-model-name", "llama", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
         *("--num-gpu-blocks-override", "20", "--otlp-traces-endpoint", collector.endpoint),
+        *("--dtype", "float32"),
     ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     try:

@@ -15,8 +15,8 @@ HOME = "The following is taken from a licence.\n\n"
 
 
 @pytest.fixture(scope="module")
-def llama(model):
-    return Llama.load(model)
+def llama(smollm2):
+    return Llama.load(smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +72,27 @@ def reference_kv(llama, made, selected):
 
 
 @pytest.mark.parametrize(
-    ("selection", "ratio"), [("first_tokens", 1.0), ("first_tokens", 0.0), ("first_tokens", 0.15), ("query", 0.15)]
+    ("engine", "weights", "selection", "ratio"),
+    [
+        ("shared_ragkv", "model", "first_tokens", 1.0),
+        ("shared_ragkv", "model", "first_tokens", 0.0),
+        ("shared_ragkv", "model", "first_tokens", 0.15),
+        ("shared_ragkv", "model", "query", 0.15),
+        ("shared_smollm2", "smollm2", "query", 0.15),
+    ],
 )
-def test_mended_kv_is_that_of_an_independent_model(ragkv, llama, prose, system, selection, ratio, tmp_path):
+def test_mended_kv_is_that_of_an_independent_model(
+    engine, weights, prose, system, selection, ratio, tmp_path, request
+):
+    engine, llama = request.getfixturevalue(engine), Llama.load(request.getfixturevalue(weights))
     made = trial(prose, system, 1)
-    store(ragkv, made)
-    ragkv.evict()
-    in_workers_of(ragkv, watch_fusion)
+    store(engine, made)
+    engine.evict()
+    in_workers_of(engine, watch_fusion)
     reply = ask(
-        ragkv, made.prompt, 1, fuse(made.prompt, made.documents(), selection=selection, recompute_ratio=ratio)
+        engine, made.prompt, 1, fuse(made.prompt, made.documents(), selection=selection, recompute_ratio=ratio)
     )
-    in_workers_of(ragkv, fused_kv, str(tmp_path / "kv"))
+    in_workers_of(engine, fused_kv, str(tmp_path / "kv"))
     keys, values, chosen, start, end = torch.load(tmp_path / "kv", weights_only=False)
     assert end == len(made.prompt) - 1 and moved(reply) == COUNT * SIZE
     assert len(chosen) == round(ratio * COUNT * SIZE + 0.4)
@@ -126,17 +136,17 @@ def test_rotating_is_worth_it(llama, prose, system):
 
 
 @pytest.fixture(scope="module")
-def divergences(shared_ragkv, prose, system):
+def divergences(shared_smollm2, prose, system):
     """Sum of the KL of each (selection, ratio) over two trials."""
     wanted = [("none", 0.0), ("random", 0.15), ("first_tokens", 0.15), ("deviation", 0.15), ("query", 0.15)]
     wanted += [("query_deviation", 0.15), ("deviation", 0.4), ("deviation", 1.0)]
     found = dict.fromkeys(wanted, 0.0)
     for number in (1, 5):
         made = trial(prose, system, number)
-        store(shared_ragkv, made)
-        full = prefill(shared_ragkv, made, MORE)
+        store(shared_smollm2, made)
+        full = prefill(shared_smollm2, made, MORE)
         for selection, ratio in wanted:
-            found[selection, ratio] += quality(shared_ragkv, made, selection, ratio, full)["kl"]
+            found[selection, ratio] += quality(shared_smollm2, made, selection, ratio, full)["kl"]
     return found
 
 
@@ -257,15 +267,15 @@ def test_a_fusion_that_fails_is_computed_by_the_engine(plain, ragkv, filings, sy
     assert again.tokens == reply.tokens
 
 
-def test_keys_that_are_not_turned_are_seen(ragkv, prose, system):
+def test_keys_that_are_not_turned_are_seen(shared_smollm2, prose, system):
     """The quality measure is no constant: without rotation the same request is worse."""
     made = trial(prose, system, 0)
-    store(ragkv, made)
-    full = prefill(ragkv, made, MORE)
-    turned = quality(ragkv, made, "none", 0.0, full)["kl"]
-    in_workers_of(ragkv, set_turning, False)
+    store(shared_smollm2, made)
+    full = prefill(shared_smollm2, made, MORE)
+    turned = quality(shared_smollm2, made, "none", 0.0, full)["kl"]
+    in_workers_of(shared_smollm2, set_turning, False)
     try:
-        raw = quality(ragkv, made, "none", 0.0, full)["kl"]
+        raw = quality(shared_smollm2, made, "none", 0.0, full)["kl"]
     finally:
-        in_workers_of(ragkv, set_turning, True)
+        in_workers_of(shared_smollm2, set_turning, True)
     assert raw > 1.2 * turned > 0.01

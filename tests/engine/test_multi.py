@@ -8,7 +8,6 @@ import pytest
 from engine_tools import break_copies, in_workers
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.internal.fusion_measure import ask as ask_hinted
-from ragkv.benchmarks.model import random_llama
 
 OURS = {
     "kv_connector": "RagKVConnector",
@@ -30,18 +29,13 @@ def tokens(seed, length):
     return [pick.randrange(1000, 40000) for _ in range(length)]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return random_llama(tmp_path_factory.mktemp("llama") / "model")
-
-
 @pytest.fixture(scope="module", params=[[OURS], [QUIET, OURS], [OURS, QUIET]], ids=["alone", "second", "first"])
-def engine(request, llama):
+def engine(request, model):
     extra = {"connectors": request.param}
     transfer = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     options = {"kv_transfer_config": transfer, "num_gpu_blocks_override": 64}
     options |= COMPILED if request.param == [OURS] else {}
-    with Engine(EngineOptions(llama, None, "float32", 2048, options, one_process=True)) as engine:
+    with Engine(EngineOptions(model, None, "float32", 2048, options, one_process=True)) as engine:
         engine.ask([tokens(0, 20)])  # beside another's handshake reuse begins with the first step
         yield engine
 

@@ -5,16 +5,9 @@ import pytest
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.internal.redis_server import Server as Redis
 from ragkv.benchmarks.internal.redis_server import find_server
-from ragkv.benchmarks.model import random_llama
 
 UNGATED = {"memory": {"capacity": "64MiB"}, "placement": {"gate": False}}
 TRIES = 50
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    return random_llama(folder / "model")
 
 
 def engine(model, role, ragkv):
@@ -53,10 +46,10 @@ def shared(request, tmp_path):
         server.close()
 
 
-def test_a_consumer_uses_what_a_producer_stores_while_both_live(llama, shared):
+def test_a_consumer_uses_what_a_producer_stores_while_both_live(model, shared):
     settings, kept = shared
     first, later = tokens(1), tokens(2)
-    with engine(llama, "kv_producer", settings) as producer, engine(llama, "kv_consumer", settings) as consumer:
+    with engine(model, "kv_producer", settings) as producer, engine(model, "kv_consumer", settings) as consumer:
         right = hits(producer, first)[1]
         assert hits(producer, first) == (0, right), "a producer loads nothing"
         hit_at_last(consumer, first, right)

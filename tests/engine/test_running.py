@@ -9,19 +9,20 @@ from engine_tools import (
     chosen_tokens,
     in_workers,
     mapped_segments,
+    room,
     segments,
+    token_bytes,
     wait_until_gone,
     watch_fusion,
 )
 from ragkv.benchmarks.engine import Engine, EngineOptions, descendants
 from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT, ask
-from ragkv.benchmarks.model import random_llama
 
 SHM = Path("/dev/shm")
 TRANSFER = {"kv_connector": "RagKVConnector", "kv_role": "kv_both"}
 
 
-def test_metrics_tell_what_happened(ragkv, filings):
+def test_metrics_tell_what_happened(ragkv, model, filings):
     def reading():
         return ragkv.metrics()
 
@@ -42,7 +43,7 @@ def test_metrics_tell_what_happened(ragkv, filings):
     assert grown("ragkv_load_seconds_count") == 1 and grown("ragkv_load_seconds_sum") > 0
     assert grown("ragkv_store_seconds_count") >= 1
     assert ragkv.dtype() == "float32"
-    assert after['ragkv_used_bytes{tier="memory"}'] >= 500 * 46080  # 30 layers, K and V, 3 heads of 64
+    assert after['ragkv_used_bytes{tier="memory"}'] >= 500 * token_bytes(model)
     assert after['ragkv_used_pages{tier="memory"}'] >= 500 / 16
 
 
@@ -72,21 +73,20 @@ def test_memory_is_flat_over_many_short_requests(small, filings):
 
 
 def test_two_workers_share_one_segment_and_a_kill_leaves_what_lies_on_disk(
-    shared_ragkv, tmp_path_factory, filings
+    shared_ragkv, plain, model, tmp_path_factory, filings
 ):
-    """Tensor parallel 2, on a random-weight model whose heads divide."""
-    llama = random_llama(tmp_path_factory.mktemp("llama") / "model")
+    """Tensor parallel 2."""
     folder = tmp_path_factory.mktemp("tier") / "disk"
     prompts = [filings[n][: 400 + 50 * n] for n in range(4)]
     moved = [*filings[4][:60], *prompts[1], *prompts[2], *filings[5][:50]]
-    with Engine(EngineOptions(llama, None, "float32", 2048, one_process=True)) as alone:
-        *wanted, by_itself = [answer.tokens for answer in alone.ask([*prompts, moved], 12)]
+    plain.evict()
+    *wanted, by_itself = [answer.tokens for answer in plain.ask([*prompts, moved], 12)]
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     parallel = EngineOptions(
-        llama,
+        model,
         {
-            "memory": {"capacity": "64MiB"},
-            "device": {"capacity": "8MiB", "after": 1},
+            "memory": {"capacity": room(model, 32_000)},
+            "device": {"capacity": room(model, 4000), "after": 1},
             "disk": {"path": str(folder)},
             "placement": {"gate": False},
         },

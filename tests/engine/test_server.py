@@ -27,7 +27,7 @@ def invoke(*arguments):
 
 def complete(server, prompt, tokens=4):
     """The text of a greedy answer."""
-    body = {"model": "smollm2", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    body = {"model": "llama", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     request = urllib.request.Request(
         f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -10,7 +10,7 @@ from ragkv.benchmarks.serve_systems import PLAIN, RAGKV
 def test_a_server_with_all_tiers_stays_as_it_is(server, disk_folder, model, monkeypatch):
     monkeypatch.setattr(soak, "DISK", 64 << 30)  # what this server may keep
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    player = soak.Player(server, "smollm2", vocabulary, functools.partial(soak.read_tiers, disk_folder, None))
+    player = soak.Player(server, "llama", vocabulary, functools.partial(soak.read_tiers, disk_folder, None))
     for _ in range(6):
         player.play(5)
     server.wake()

@@ -11,35 +11,38 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 
-from engine_tools import segments, wait_until_gone
+from engine_tools import room, segments, wait_until_gone
 from ragkv.benchmarks.engine import Engine, EngineOptions, descendants
 from ragkv.benchmarks.server import Server, free_port
 from ragkv.cli import app
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
-SETTINGS = {"memory": {"capacity": "256MiB"}, "placement": {"gate": False, "flush": 5}}
 END_SECONDS = 90
 LOST = "all that only memory holds is lost; to have it written, start vLLM with"  # said at start
 
 
-def settings(folder):
+def settings(model, folder):
     """A disk tier that is given nothing before the end."""
-    return SETTINGS | {"disk": {"path": str(folder / "kv"), "write": "back"}}
+    return {
+        "memory": {"capacity": room(model, 5800)},
+        "disk": {"path": str(folder / "kv"), "write": "back"},
+        "placement": {"gate": False, "flush": 5},
+    }
 
 
 def serve(model, folder, *options):
     file, port = folder / "ragkv.yaml", free_port()
-    file.write_text(yaml.safe_dump(settings(folder)))
+    file.write_text(yaml.safe_dump(settings(model, folder)))
     command = [
         *(str(Path(sys.executable).with_name("ragkv")), "serve", str(model), "--config", str(file)),
-        *("--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "4096", "--enforce-eager"),
+        *("--served-model-name", "llama", "--port", str(port), "--max-model-len", "8192", "--enforce-eager"),
         *("--dtype", "float32", *options),
     ]
     return Server(command, port, folder / "log", ENVIRONMENT)
 
 
 def complete(server, tokens, answer_tokens, **more):
-    body = {"model": "smollm2", "prompt": tokens, "max_tokens": answer_tokens, "temperature": 0, **more}
+    body = {"model": "llama", "prompt": tokens, "max_tokens": answer_tokens, "temperature": 0, **more}
     request = urllib.request.Request(
         f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -67,9 +70,10 @@ def kept(folder):
     return sum(each["tokens"] for each in json.loads(listed.output))
 
 
-def test_what_waits_is_written_down_and_the_next_engine_hits_it(model, filings, tmp_path):
+def test_what_waits_is_written_down_and_the_next_engine_hits_it(smollm2, filings, tmp_path):
+    """On SmolLM2."""
     prompt = filings[0][:1500]
-    with serve(model, tmp_path) as server:
+    with serve(smollm2, tmp_path) as server:
         server.wait()
         with complete(server, prompt, 2) as answer:
             json.load(answer)
@@ -79,7 +83,7 @@ def test_what_waits_is_written_down_and_the_next_engine_hits_it(model, filings, 
     log = (tmp_path / "log").read_text()
     assert LOST not in log and "kills the engine" not in log and "not all was written" not in log
     assert kept(tmp_path / "kv") >= 1500 and not segments()
-    options = EngineOptions(model, settings(tmp_path), "float32", 4096, one_process=True)
+    options = EngineOptions(smollm2, settings(smollm2, tmp_path), "float32", 4096, one_process=True)
     with Engine(options) as engine:
         (answer,) = engine.ask([prompt])
         assert sum(answer.hit_tokens.values()) == 1499
@@ -91,7 +95,7 @@ def test_a_running_answer_does_not_use_up_the_time(model, filings, tmp_path):
     prompt = filings[1][:1500]
     with serve(model, tmp_path, "--shutdown-timeout", "12") as server:
         server.wait()
-        stream = complete(server, prompt, 2500, stream=True, ignore_eos=True)
+        stream = complete(server, prompt, 6500, stream=True, ignore_eos=True)
         assert stream.readline()
         reader = threading.Thread(target=drain, args=(stream,))  # it goes away only after the engine has
         reader.start()

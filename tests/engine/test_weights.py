@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from engine_tools import in_workers, scale_weights
+from engine_tools import in_workers, room, scale_weights
 from ragkv.benchmarks.engine import Engine, EngineOptions
 from ragkv.benchmarks.internal.fusion_measure import ENVIRONMENT
 
@@ -37,7 +37,11 @@ def copied(model, tmp_path_factory):
 
 
 def options(model, folder, **llm):
-    settings = {"memory": {"capacity": "256MiB"}, "disk": {"path": str(folder)}, "placement": {"gate": False}}
+    settings = {
+        "memory": {"capacity": room(model, 5600)},
+        "disk": {"path": str(folder)},
+        "placement": {"gate": False},
+    }
     return EngineOptions(model, settings, "float32", 2048, llm, ENVIRONMENT, one_process=True)
 
 
