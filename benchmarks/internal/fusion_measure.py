@@ -200,6 +200,7 @@ def _ask(llm: Any, prompt: list[int], max_tokens: int, arguments: dict[str, Any]
 
 
 def compare(llm: Any, full: str, other: str, tokens: list[int]) -> Any:
-    from ragkv.benchmarks.internal.fusion_quality import compare
+    from ragkv.benchmarks.internal import fusion_quality
 
-    return next(found for found in llm.collective_rpc(compare, args=(full, other, tokens)) if found is not None)
+    found = llm.collective_rpc(fusion_quality.compare, args=(full, other, tokens))
+    return next(each for each in found if each is not None)

@@ -58,8 +58,8 @@ class Equipment:
         return WeightsObserver(self._model, self.device, self.compute, self.rank, faults)
 
     def make_fusion(self) -> tuple[PrepareRotation, Fuser]:
-        """What rotates keys that move, and what mends them. FusionError, or whatever an unknown model or backend
-        raises: this engine cannot."""
+        """The rotation of moved keys, and the fuser. FusionError, or whatever an unknown model or backend raises:
+        this engine cannot fuse."""
         if self._model is None:
             raise FusionError("the engine's model is not known")
         turn = make_turn(self._vllm_config, self.shape, self._model)

@@ -251,7 +251,7 @@ class Jobs:
             self._fail(job)
 
     def _drop(self, load: PendingLoad) -> None:
-        """What was to follow a load that is not used will not be done."""
+        """Withdraw the stores and the fusion that were to follow a load that is not used."""
         for job in load.after:
             self._fail(job)
         if load.fusion is not None:

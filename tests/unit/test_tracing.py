@@ -5,7 +5,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-from itertools import count
+from contextlib import contextmanager
+from itertools import chain, count
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,17 @@ def engine(spans):
     with closing(Engine()) as made:
         yield made
     assert not spans.tracing.open and not spans.tracing.reports and not spans.tracing.requests
+
+
+@contextmanager
+def about_to_fuse(passages=2, **more):
+    """An engine that holds some passages, and a prompt in which the last of them comes first."""
+    settings = FusionSettings(enabled=True, min_tokens=16)
+    with closing(Engine(pages=800, blocks=400, fusion=settings, **more)) as engine:
+        system, stored = text(9, 40), [[*text(n, 90), BREAK] for n in range(passages)]
+        for passage in stored:
+            engine.run(system + passage)
+        yield engine, [*system, *stored[-1], *chain.from_iterable(stored[:-1]), *text(8, 40)]
 
 
 def names(spans):
@@ -157,13 +169,9 @@ def test_copies_to_the_device_tier_and_loads_from_there(spans):
 
 
 def test_fusion(spans):
-    settings = FusionSettings(enabled=True, min_tokens=16)
-    with closing(Engine(pages=800, blocks=400, fusion=settings)) as engine:
-        system, passages, question = text(9, 40), [[*text(n, 90), BREAK] for n in range(3)], text(8, 40)
-        for passage in passages:
-            engine.run(system + passage)
+    with about_to_fuse(passages=3) as (engine, prompt):
         assert seen(spans.made()[0])["fusion"] == "missing"
-        engine.run([*system, *passages[2], *passages[0], *passages[1], *question], trace_headers=HEADERS)
+        engine.run(prompt, trace_headers=HEADERS)
         found = {span.name: span for span in spans.made() if span.name != LOAD or seen(span)["moved"]}
         (fusion,) = engine.fusions
         moved = sum(end - start for start, end in fusion.runs)
@@ -254,13 +262,9 @@ def test_a_job_lasts_from_the_first_worker_to_the_last(engine, spans):
 
 
 def test_loads_and_fusions_last_as_long_as_the_device_says(spans, monkeypatch):
-    settings = FusionSettings(enabled=True, min_tokens=16)
-    with closing(Engine(pages=800, blocks=400, workers=1, fusion=settings)) as engine:
-        system, passages, question = text(9, 40), [[*text(n, 90), BREAK] for n in range(2)], text(8, 40)
-        for passage in passages:
-            engine.run(system + passage)
+    with about_to_fuse(workers=1) as (engine, prompt):
         spans.made()
-        request = engine.request([*system, *passages[1], *passages[0], *question])
+        request = engine.request(prompt)
         monkeypatch.setattr(engine.equipment[0].compute, "seconds", None)
         engine.step(), engine.step()
         assert FUSE not in names(spans.made()), "the device is not there yet"
@@ -297,12 +301,8 @@ def test_what_fails_in_a_worker_is_an_error_of_its_span(engine, spans, kind, nam
 
 
 def test_a_fusion_that_fails_is_an_error_of_its_span(spans):
-    settings = FusionSettings(enabled=True, min_tokens=16)
-    with closing(Engine(pages=800, blocks=400, fusion=settings)) as engine:
-        system, passages, question = text(9, 40), [[*text(n, 90), BREAK] for n in range(2)], text(8, 40)
-        for passage in passages:
-            engine.run(system + passage)
-        engine.request([*system, *passages[1], *passages[0], *question])
+    with about_to_fuse() as (engine, prompt):
+        engine.request(prompt)
         engine.fail("fuse")
         engine.step(), engine.step()
         engine.fail()
@@ -312,13 +312,9 @@ def test_a_fusion_that_fails_is_an_error_of_its_span(spans):
 
 
 def test_a_fusion_whose_load_fails_is_not_awaited(spans):
-    settings = FusionSettings(enabled=True, min_tokens=16)
-    with closing(Engine(pages=800, blocks=400, fusion=settings)) as engine:
-        system, passages, question = text(9, 40), [[*text(n, 90), BREAK] for n in range(2)], text(8, 40)
-        for passage in passages:
-            engine.run(system + passage)
+    with about_to_fuse() as (engine, prompt):
         spans.made()
-        engine.request([*system, *passages[1], *passages[0], *question])
+        engine.request(prompt)
         engine.fail("load")
         engine.step(), engine.step()
         engine.fail()
