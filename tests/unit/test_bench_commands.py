@@ -97,11 +97,13 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def shown(module, report):
-    """What a program prints of its report."""
+def names_what_it_computed_in(module, report):
+    """As those of `bench serve` do: a time in float32 is none of a time in bfloat16."""
+    assert report["environment"]["dtype"] == "float32"
+    assert report["environment"].keys() >= {"ragkv", "vllm", "torch", "cpu", "cores", "gpu", "model"}
     console = Console(file=io.StringIO(), width=300)
     module.show(report, console)
-    return console.file.getvalue()
+    assert "The model computed in float32." in console.file.getvalue()
 
 
 def test_demo(run, tmp_path):
@@ -124,22 +126,14 @@ def test_bench_prefix(run):
     assert report["warm_over_floor"] == pytest.approx(1)
     assert report["hit_fraction"] == 1
     assert min(report["seconds"]["cold"]) > 10 * max(report["seconds"]["warm"])
+    names_what_it_computed_in(prefix, report)
 
 
 def test_bench_restart(run):
     report = run("restart", "--tier", "disk", "--tokens", "200", "--rounds", "2", app=internal)
     assert report["hit_fraction"] == 1 and report["below_over_memory"] == pytest.approx(1)
     assert min(report["seconds"]["cold"]) > 100 * max(report["seconds"]["below"])
-
-
-def test_figures_name_what_the_model_computed_in(run):
-    """As those of `bench serve` do: a time in float32 is none of a time in bfloat16."""
-    report = run("bench", "prefix", "--tokens", "200", "--rounds", "1", "--starts", "1")
-    other = run("restart", "--tier", "disk", "--tokens", "200", "--rounds", "1", app=internal)
-    for module, found in ((prefix, report), (restart, other)):
-        assert found["environment"]["dtype"] == "float32"
-        assert found["environment"].keys() >= {"ragkv", "vllm", "torch", "cpu", "cores", "gpu", "model"}
-        assert "The model computed in float32." in shown(module, found)
+    names_what_it_computed_in(restart, report)
 
 
 def test_bench_fingerprint(run, tmp_path):

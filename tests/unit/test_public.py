@@ -48,17 +48,3 @@ def test_no_test_reaches_into_a_private_member():
                 found.append(f"{file.relative_to(TESTS)}:{line}: {name}")
     assert not found
     assert used == set(ALLOWED), "what is not needed any more is not allowed any more"
-
-
-def test_the_search_finds_every_kind_of_use():
-    text = """
-from a._b import c
-from a import _d
-x._e.f
-x._g = y()._h()
-m.setattr(x, "_i", 1)
-m.setattr("a.b._j", 1)
-patch.multiple(x, _k=1)
-self._own, super()._own, cls._own, x.__dict__, x.y
-"""
-    assert sorted(name for _, name in private_members(ast.parse(text))) == [f"_{each}" for each in "bdeghijk"]

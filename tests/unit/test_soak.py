@@ -2,13 +2,12 @@
 
 import json
 import random
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from typer.testing import CliRunner
 
+from fake_vllm import serving
 from ragkv.benchmarks.internal import soak, soak_load
 from ragkv.benchmarks.internal.commands import app as internal
 from ragkv.benchmarks.internal.soak import DISK, PLAIN, RAGKV, Reading, growth, judge
@@ -26,6 +25,10 @@ def test_what_stays_is_flat():
     assert judge({PLAIN: FLAT, RAGKV: FLAT}) == []
     warm = [*(replace(each, memory=500 << 20, threads=10, descriptors=9) for each in FLAT[:4]), *FLAT[4:]]
     assert judge({PLAIN: FLAT, RAGKV: warm}) == [], "it may warm up"
+    higher = [*FLAT[:-1], replace(FLAT[-1], memory=1200 << 20)]
+    assert judge({PLAIN: FLAT, RAGKV: higher}) == [], "one turn is no growth"
+    both = changed(8, memory=1100 << 20)
+    assert growth(both) == pytest.approx(0.1) and judge({PLAIN: both, RAGKV: both}) == [], "as plain vLLM's does"
 
 
 @pytest.mark.parametrize(
@@ -42,15 +45,6 @@ def test_what_grows_is_found(values, said):
     assert judge({PLAIN: FLAT, RAGKV: changed(8, **values)}) == [said]
     if "failed" not in values:
         assert judge({PLAIN: changed(8, **values), RAGKV: FLAT}) == [], "plain vLLM's growth is not ragkv's"
-
-
-def test_memory_may_grow_as_plain_vllms_does():
-    both = changed(8, memory=1100 << 20)
-    assert growth(both) == pytest.approx(0.1) and judge({PLAIN: both, RAGKV: both}) == []
-
-
-def test_one_turn_that_is_higher_is_no_growth():
-    assert judge({PLAIN: FLAT, RAGKV: [*FLAT[:-1], replace(FLAT[-1], memory=1200 << 20)]}) == []
 
 
 def test_the_load_is_of_all_kinds_and_fits():
@@ -93,37 +87,19 @@ def test_bench_soak(monkeypatch, tmp_path):
     assert said.exit_code == 1 and "ragkv: 1 requests failed" in said.output
 
 
-@pytest.fixture
-def vllm():
-    """Answers, but every seventh request with an error."""
-
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(500 if len(asked) % 7 == 0 else 200)
-            self.end_headers()
-            self.wfile.write(b'{"choices": []}')
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_every_request_is_counted(vllm, monkeypatch):
-    url, asked = vllm
-    ticks = iter(range(10_000))
+def test_every_request_is_counted(monkeypatch):
+    """Every seventh request fails."""
+    ticks, asked = iter(range(10_000)), []
     monkeypatch.setattr(soak_load.time, "monotonic", lambda: next(ticks))
-    users = Users(url, "m", 500, 3)
-    users.ask_for(200)
+
+    def answer(body):
+        asked.append(body)
+        return (500 if len(asked) % 7 == 0 else 200), {"choices": []}
+
+    with serving() as server:
+        server.answers["/v1/completions"] = answer
+        users = Users(server.url, "m", 500, 3)
+        users.ask_for(200)
     tally = users.tally
     left = sum(body.get("stream", False) for body in asked)
     assert tally.answered + tally.left + tally.failed.total() == len(asked) > 100
