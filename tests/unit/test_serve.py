@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -82,12 +81,8 @@ def test_all_play_the_same_and_another_begins_each_round(fakes):
     played = play_rounds(systems, work, SMALL, print)
     order = [(name, number) for name, number, _ in events]
     assert order[:3] == [("a", -1), ("b", -1), ("c", -1)], "the warm-up"
-    assert ["".join(name for name, number in order if number == each) for each in range(4)] == [
-        "abc",
-        "bca",
-        "cab",
-        "abc",
-    ]
+    rounds = ["".join(name for name, number in order if number == each) for each in range(4)]
+    assert rounds == ["abc", "bca", "cab", "abc"]
     for number in range(-1, 4):
         asked = [turns for _, played_in, turns in events if played_in == number]
         assert len(asked) == 3 and asked[0] == asked[1] == asked[2]
@@ -104,13 +99,6 @@ def test_the_warm_up_is_not_counted(fakes):
     assert first.prompt_tokens == 10 * requests and first.hit_tokens == {"host": 4 * requests}
     assert first.peak_memory_bytes == next(systems[0].weights) - 1, "the last of a growing weight"
     assert first.wall_s > 0
-
-
-def test_a_system_without_metrics_has_no_hits(fakes):
-    systems, _ = fakes
-    systems[0].tokens = Counter
-    (first, *_) = play_rounds(systems, make_work(SMALL, 1, None, cut), SMALL, print)
-    assert first.prompt_tokens == 0 and first.hit_tokens == {}
 
 
 def test_metrics_that_cannot_be_had_once_do_not_count(fakes):
@@ -181,19 +169,8 @@ def remote(tmp_path):
 
 def test_servers_that_run_already_are_played_and_left_alone(remote, tmp_path):
     file, picture = tmp_path / "a.json", tmp_path / "a.png"
-    words = ["--url", f"old={remote[0]}", "--url", remote[1], "--documents", "2", "--turns", "3"]
-    words += [
-        "--tokens",
-        "300",
-        "--rounds",
-        "2",
-        "--answer-tokens",
-        "4",
-        "--json",
-        str(file),
-        "--plot",
-        str(picture),
-    ]
+    words = ["--url", f"old={remote[0]}", "--url", remote[1], "--json", str(file), "--plot", str(picture)]
+    words += ["--documents", "2", "--turns", "3", "--tokens", "300", "--rounds", "2", "--answer-tokens", "4"]
     ended = CliRunner().invoke(app, ["bench", "serve", *words], catch_exceptions=False)
     assert ended.exit_code == 0, ended.output
     report = json.loads(file.read_text())
@@ -253,13 +230,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(serve_systems, "vllm_command", command)
     monkeypatch.setattr(module, "Model", Words)
     monkeypatch.setattr(module, "on_cpu", lambda: True)
-    monkeypatch.setattr(module.tempfile, "mkdtemp", lambda prefix: str(_made(tmp_path / "logs")))
+    logs = tmp_path / "logs"
+    monkeypatch.setattr(module.tempfile, "mkdtemp", lambda prefix: logs.mkdir() or str(logs))
     return setups
-
-
-def _made(folder):
-    folder.mkdir()
-    return folder
 
 
 def test_systems_side_by_side(machine, tmp_path, monkeypatch):
@@ -277,10 +250,8 @@ def test_systems_side_by_side(machine, tmp_path, monkeypatch):
     assert [each["hit_fraction"] for each in report["systems"]] == [0, 0.9]
     assert all(each["peak_memory_bytes"] > 2**20 and each["errors"] == 0 for each in report["systems"])
     assert [each["system"] for each in report["skipped"]] == ["vllm-offload"]
-    assert (
-        "not here" in report["skipped"][0]["why"]
-        and "vllm-offload is skipped: Exception: not here" in ended.output
-    )
+    assert "not here" in report["skipped"][0]["why"]
+    assert "vllm-offload is skipped: Exception: not here" in ended.output
     assert report["environment"]["model"] == "m" and report["environment"]["cores"] == len(os.sched_getaffinity(0))
     assert report["config"]["kv_cache_tokens"] == 2 * 10 * 128 and report["config"]["block_size"] == 128
     assert report["config"]["memory_bytes"] == 2**26
@@ -298,63 +269,37 @@ def test_nothing_is_left_where_all_went_well(machine, tmp_path, capsys, concurre
     assert ("vLLM's own cache holds them all" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_end_that_was_wanted_leaves_nothing(machine, monkeypatch, tmp_path, error):
-    stood = []
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, signal.SIGTERM])
+def test_an_end_that_was_wanted_leaves_nothing(machine, monkeypatch, tmp_path, ending):
+    stood, before = [], signal.getsignal(signal.SIGTERM)
 
     def stopped(systems, *_):
         stood.extend(systems)
-        raise error
+        if ending is signal.SIGTERM:
+            os.kill(os.getpid(), ending)
+        raise ending
 
     monkeypatch.setattr(module, "play_rounds", stopped)
-    with pytest.raises(error):
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
         run(Options(SMALL, systems=("plain", "vllm-offload", "ragkv")))
+    assert ending is not signal.SIGTERM or caught.value.code == 143
     assert len(stood) == 2 and not any(system.alive for system in stood)
     assert not (tmp_path / "logs").exists(), "nor the log of what could not start"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_system_that_ends_while_it_plays_is_told_and_its_log_kept(machine, monkeypatch, tmp_path, capsys):
-    play = module.play
+    play_rounds = module.play_rounds
 
-    async def fatal(url, model, sessions, shape, number):
-        if number == 0:
-            os.kill(next(s.servers[0].pid for s in standing if s.url == url), signal.SIGKILL)
-            await anyone_gone(next(s for s in standing if s.url == url))
-        return await play(url, model, sessions, shape, number)
+    def ended(systems, *more):
+        systems[0].servers[0].close()
+        return play_rounds(systems, *more)
 
-    async def anyone_gone(system):
-        while system.alive:
-            os.sched_yield()
-
-    standing = []
-
-    @contextmanager
-    def watched(*arguments):
-        with serve_systems.standing(*arguments) as found:
-            standing.extend(found[0])
-            yield found
-
-    monkeypatch.setattr(module, "standing", watched)
-    monkeypatch.setattr(module, "play", fatal)
+    monkeypatch.setattr(module, "play_rounds", ended)
     report = run(Options(SMALL, systems=("plain",), rounds=1))
     assert report["systems"][0]["errors"] == report["systems"][0]["requests"] == 4
     log = tmp_path / "logs" / "plain.log"
     assert f"plain has ended; see {log}" in capsys.readouterr().out and log.exists()
-
-
-def test_an_end_from_outside_stops_what_was_started(machine, monkeypatch):
-    stood = []
-
-    def told(systems, *_):
-        stood.extend(systems)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(module, "play_rounds", told)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught:
-        run(Options(SMALL))
-    assert caught.value.code == 143 and not any(system.alive for system in stood)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_what_would_contradict_is_refused(argument):
 
 def test_like_options_go_through():
     arguments = ["--kv-cache-dtype", "fp8", "--kv-cache-memory-bytes=1", "-tp", "2", "--kv"]
-    assert prepare("m", arguments, None, {"RAGKV_MEMORY_CAPACITY": "4MiB"}).command[-6:] == tuple(arguments)
+    environ = {"RAGKV_MEMORY_CAPACITY": "4MiB", "VLLM_PLUGINS": "other,ragkv"}
+    assert prepare("m", arguments, None, environ).command[-6:] == tuple(arguments)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,6 @@ def test_what_cannot_be_is_refused(environ, words):
     with pytest.raises(RagKVError) as caught:
         prepare("m", [], None, environ)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_an_option_is_no_model(tmp_path):
-    done = run(tmp_path, "serve", "--port", "8001", "m", "--dry-run")
-    assert done.returncode == 1 and "MODEL = '--port'; allowed: the model first" in done.stderr
-
-
-def test_plugins_with_ours_among_them_are_fine():
-    assert prepare("m", [], None, {"RAGKV_MEMORY_CAPACITY": "4MiB", "VLLM_PLUGINS": "other,ragkv"}).command
 
 
 def test_without_vllm(monkeypatch):
@@ -200,13 +192,8 @@ def details(*arguments):
 
 def test_answers_tell_what_was_hit_unless_the_user_says_otherwise(tmp_path):
     assert details() and details("--enable-prompt-embeds", "--port", "1")
-    for said in (
-        DETAILS,
-        "--no-enable-prompt-tokens-details",
-        "--enable_prompt_tokens_details",
-        "--enable-prompt-t",
-    ):
-        assert not details(said)
+    others = ("--no-enable-prompt-tokens-details", "--enable_prompt_tokens_details", "--enable-prompt-t")
+    assert not any(details(said) for said in (DETAILS, *others))
     file = tmp_path / "vllm.yaml"
     for key in ("enable-prompt-tokens-details", "enable_prompt_tokens_details", "no-enable-prompt-tokens-details"):
         file.write_text(f"{key}: false\n")
@@ -239,15 +226,16 @@ def test_a_dry_run_prints_what_a_shell_takes(file, tmp_path):
     assert "a model" in words and words[-2:] == ["--served-model-name", "it's"]
 
 
-def test_after_two_dashes_even_our_options_are_vllms(tmp_path):
-    done = run(tmp_path, "serve", "m", "--dry-run", "--", "--config", "vllm.yaml")
-    assert shlex.split(done.stdout)[-2:] == ["--config", "vllm.yaml"], done
-
-
 def test_exit_statuses(file, tmp_path):
     assert run(tmp_path, "serve").returncode == 2
-    refused = run(tmp_path, "serve", "m", "--kv-transfer-config", "{}")
-    assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
+    for words, said in (
+        (("m", "--kv-transfer-config", "{}"), "--kv-transfer-config"),
+        (("--port", "8001", "m", "--dry-run"), "MODEL = '--port'; allowed: the model first"),
+    ):
+        refused = run(tmp_path, "serve", *words)
+        assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1 and said in refused.stderr
+    done = run(tmp_path, "serve", "m", "--dry-run", "--", "--config", "vllm.yaml")
+    assert shlex.split(done.stdout)[-2:] == ["--config", "vllm.yaml"], "after two dashes all is vLLM's"
 
 
 SERVER = """

@@ -61,6 +61,8 @@ def test_ratios_are_medians_of_the_same_requests_against_the_baseline():
     ours = [sample(session=n, turn=2, ttft=10 ** (n + 1) * factor) for n, factor in enumerate((0.5, 0.1, 0.2))]
     ours += [sample(session=3, turn=2, ttft=5.0), sample(session=4, turn=2, error="gone")]
     plain += [sample(session=4, turn=2, ttft=5.0), sample(turn=1, ttft=5.0)]
+    plain += [replace(sample(session=5, turn=2, ttft=9.0), error="late")]
+    ours += [sample(session=5, turn=2, ttft=1.0)]
     systems = played("plain", plain), played("ragkv", reversed(ours))
     first, second = report({}, {}, systems)["systems"]
     assert second["ratios"]["followup_ttft"] == pytest.approx(0.2)
@@ -69,14 +71,6 @@ def test_ratios_are_medians_of_the_same_requests_against_the_baseline():
     turned = report({}, {}, systems, "ragkv")
     assert turned["baseline"] == "ragkv"
     assert turned["systems"][0]["ratios"]["followup_ttft"] == pytest.approx(5.0)
-
-
-def test_a_failed_request_of_the_baseline_is_no_pair():
-    plain = [replace(sample(turn=2, ttft=9.0), error="late"), sample(turn=3, ttft=2.0)]
-    ours = [sample(turn=2, ttft=1.0), sample(turn=3, ttft=1.0)]
-    assert report({}, {}, [played("plain", plain), played("x", ours)])["systems"][1]["ratios"][
-        "followup_ttft"
-    ] == pytest.approx(0.5)
 
 
 def test_the_report_is_strict_json():
@@ -144,10 +138,3 @@ def test_the_lines_are_the_medians_and_the_whiskers_end_at_p95(monkeypatch, tmp_
     assert len(left.containers) == 2
     assert [text.get_text() for text in left.texts] == ["plain", "ragkv"]
     assert [bar.get_width() for bar in right.patches] == [0.6, 0.6]
-
-
-def test_labels_stand_apart_in_the_order_of_their_lines():
-    placed = serve_picture.spread({"a": 0.1, "b": 5.0, "c": 0.1001}, 0.05, 10)
-    assert list(placed) == ["a", "c", "b"] and placed["b"] == pytest.approx(5.0)
-    gap = math.log(placed["c"] / placed["a"]) / math.log(10 / 0.05)
-    assert gap == pytest.approx(serve_picture.LABEL_GAP)

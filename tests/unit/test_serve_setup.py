@@ -4,15 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.benchmarks.serve_setup import (
-    OURS,
-    Model,
-    cache_blocks,
-    check_arguments,
-    make_work,
-    passed,
-    size,
-)
+from ragkv.benchmarks.serve_setup import OURS, Model, cache_blocks, check_arguments, make_work, passed, size
 from ragkv.benchmarks.serve_workload import Shape
 from ragkv.errors import ConfigError
 
@@ -29,16 +21,18 @@ def tokenizer_of(model):
     return AutoTokenizer.from_pretrained(model.path)
 
 
+def lengths_of(model, sessions):
+    """Tokens of every chat, as the model's template has it."""
+    template = tokenizer_of(model).apply_chat_template
+    chats = [list(turn.messages) for session in sessions for turn in session.turns]
+    return [len(template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
+
+
 @pytest.mark.parametrize(("passages", "second"), [(1.0, "passages"), (0.0, "follow-up")])
 def test_the_warm_up_has_a_text_of_its_own_and_does_what_is_timed_later(passages, second):
     shape = Shape(filings=2, turns=3, tokens=400, passages=passages, switch=0.5, think=2.0)
     work = make_work(shape, 3, None, cut)
-    texts = [
-        session.turns[0].messages[1]["content"]
-        for sessions in (work.warm_up, *work.rounds)
-        for session in sessions
-    ]
-    assert len(set(texts)) == 1 + 3 * 2
+    assert len({session.turns[0].messages[1]["content"] for session in work}) == 1 + 3 * 2
     (warm_up,) = work.warm_up
     assert [turn.kind for turn in warm_up.turns] == ["open", second] and warm_up.think == (0.0,)
     assert len(list(work)) == 7
@@ -71,19 +65,14 @@ def test_sizes_say_what_they_are_of():
 def test_a_model_cuts_and_counts():
     model = Model(None, print)
     work = make_work(SMALL, 1, None, model.cut)
-    text = work.rounds[0][0].turns[0].messages[1]["content"]
     assert model.name == "SmolLM2-135M-Instruct" and Path(model.path).is_dir()
-    tokenizer = tokenizer_of(model)
-    tokens = len(tokenizer.encode(text))
-    assert 200 < tokens < 240
-    longest = model.longest(work, 32)
-    chats = [list(turn.messages) for session in work for turn in session.turns]
-    lengths = [len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
-    assert longest == max(lengths) + 32 + 16
+    lengths = lengths_of(model, work)
+    text = work.rounds[0][0].turns[0].messages[1]["content"]
+    assert 200 < len(tokenizer_of(model).encode(text)) < 240
+    assert model.longest(work, 32) == max(lengths) + 32 + 16
     assert model.longest(work, 8192 - max(lengths)) == 8192, "no more than the model takes"
-    with pytest.raises(
-        ConfigError, match=rf"{max(lengths)} tokens and {8193 - max(lengths)} of an answer; .* 8192"
-    ):
+    told = rf"{max(lengths)} tokens and {8193 - max(lengths)} of an answer; .* 8192"
+    with pytest.raises(ConfigError, match=told):
         model.longest(work, 8193 - max(lengths))
 
 
@@ -91,15 +80,9 @@ def test_the_longest_chat_may_be_the_one_before_a_switch():
     model = Model(None, print)
     shape = Shape(filings=2, sessions=1, turns=6, tokens=200, switch=1.0, passages=0.3, seed=4)
     work = make_work(shape, 1, None, model.cut)
-    tokenizer = tokenizer_of(model)
-    lengths = {
-        turn.number: len(
-            tokenizer.apply_chat_template(list(turn.messages), add_generation_prompt=True)["input_ids"]
-        )
-        for turn in work.rounds[0][0].turns
-    }
-    assert max(lengths, key=lengths.get) == 3 and lengths[3] > lengths[2] + 16
-    assert model.longest(work, 8) == lengths[3] + 8 + 16
+    lengths = lengths_of(model, work.rounds[0])
+    assert lengths.index(max(lengths)) == 2 and lengths[2] > lengths[1] + 16
+    assert model.longest(work, 8) == lengths[2] + 8 + 16
 
 
 @pytest.mark.parametrize("option", OURS)

@@ -91,13 +91,6 @@ def test_on_a_gpu_vllm_keeps_its_defaults_and_shares_the_memory(tmp_path):
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm_environment(given)
 
 
-@pytest.mark.parametrize("name", ["ragkv", "ragkv+fusion"])
-def test_settings_of_ragkv_hold(name):
-    settings = load(transfer(name, 3 * 2**30)["kv_connector_extra_config"], {}).settings
-    assert settings.memory.capacity == 3 * 2**30
-    assert settings.fusion.enabled == (name == "ragkv+fusion")
-
-
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_users_variables_do_not_change_what_is_compared(faked, tmp_path, monkeypatch, name):
     given = setup(tmp_path, memory=3 * 2**30, lmcache_python=PYTHON)
@@ -121,20 +114,12 @@ def test_the_users_variables_do_not_change_what_is_compared(faked, tmp_path, mon
     assert settings.memory.capacity == 3 * 2**30 and settings.fusion.enabled == (name == "ragkv+fusion")
 
 
-def test_other_caches_get_as_much_memory(tmp_path):
-    assert transfer("vllm-offload", 2**30)["kv_connector_extra_config"] == {"cpu_bytes_to_use": 2**30}
-    command = lmcache_command(PYTHON, setup(tmp_path, memory=3 * 2**29), 1, 2, "shared")
-    assert option(command, "--l1-size-gb") == "1.5"
-
-
 @pytest.mark.parametrize(("block", "chunk"), [(128, 128), (16, 128), (48, 144), (256, 256)])
-def test_lmcaches_chunks_are_whole_blocks(tmp_path, block, chunk):
-    command = lmcache_command(PYTHON, setup(tmp_path, block_size=block), 1, 2, "shared")
-    assert option(command, "--chunk-size") == str(chunk)
-
-
-def test_lmcache_copies_through_shared_memory_on_cpus_only(tmp_path):
-    command = lmcache_command(PYTHON, setup(tmp_path), 1, 2, "shared")
+def test_other_caches_get_as_much_memory_and_lmcaches_chunks_are_whole_blocks(tmp_path, block, chunk):
+    assert transfer("vllm-offload", 2**30)["kv_connector_extra_config"] == {"cpu_bytes_to_use": 2**30}
+    given = setup(tmp_path, memory=3 * 2**29, block_size=block)
+    command = lmcache_command(PYTHON, given, 1, 2, "shared")
+    assert option(command, "--l1-size-gb") == "1.5" and option(command, "--chunk-size") == str(chunk)
     assert option(command, "--supported-transfer-mode") == "engine_driven"
     assert option(command, "--shm-name") == "shared"
     assert "--shm-name" not in lmcache_command(PYTHON, setup(tmp_path, cpu=False), 1, 2, "shared")
@@ -237,21 +222,16 @@ def test_lmcaches_server_is_up_before_its_engine(faked, tmp_path, monkeypatch, d
     assert not system.alive and not list(tmp_path.iterdir())
 
 
-def test_it_is_an_error_if_none_starts(faked, tmp_path):
-    faked["plain"] = {"dies": "ValueError: no room"}
-    with (
-        pytest.raises(RagKVError, match=r"none of the systems could be started: ValueError: no room \(/"),
-        standing(["plain"], setup(tmp_path), print, 30),
-    ):
-        pytest.fail("nothing stands")
-
-
-def test_one_that_never_answers_is_skipped(faked, tmp_path):
-    faked["RagKVConnector"] = {"unwell": 10**9}
-    with (
-        pytest.raises(RagKVError, match="did not answer within 0 s"),
-        standing(["ragkv"], setup(tmp_path), print, 0),
-    ):
+@pytest.mark.parametrize(
+    ("told", "seconds", "why"),
+    [
+        ({"dies": "ValueError: no room"}, 30, r"none of the systems could be started: ValueError: no room \(/"),
+        ({"unwell": 10**9}, 0, "did not answer within 0 s"),
+    ],
+)
+def test_it_is_an_error_if_none_starts(faked, tmp_path, told, seconds, why):
+    faked["plain"] = told
+    with pytest.raises(RagKVError, match=why), standing(["plain"], setup(tmp_path), print, seconds):
         pytest.fail("nothing stands")
 
 

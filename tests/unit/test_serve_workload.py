@@ -151,13 +151,8 @@ def test_sessions_arrive_and_think_as_often_as_asked():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("filings", 0),
-        ("turns", 0),
-        ("sessions", 0),
-        ("tokens", 0),
-        ("concurrency", 0),
+        *((name, 0) for name in ("filings", "turns", "sessions", "tokens", "concurrency", "rate")),
         ("answer_tokens", -1),
-        ("rate", 0),
         ("rate", math.nan),
         ("think", -1),
         ("think", math.inf),

@@ -127,21 +127,6 @@ def test_nothing_of_it_is_left_when_it_is_closed(started, monkeypatch, deaf, res
         server.ready()
 
 
-def test_one_that_cannot_be_killed_is_left(started, monkeypatch):
-    server = started(child=True).wait(30)
-    everyone, kill = [server.pid, *descendants(server.pid)], os.kill
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "KILL_SECONDS", 0.05)
-        patch.setattr(module, "STOP_SECONDS", 0.05)
-        patch.setattr(module.os, "kill", lambda pid, number: pid in everyone or kill(pid, number))
-        server.close()
-        assert state(everyone[1]) != "Z"
-    for pid in everyone:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    become("Z", everyone)
-
-
 def test_it_ends_with_the_process_that_started_it_however_that_ends(tmp_path):
     program = f"""
 import os, signal, sys
