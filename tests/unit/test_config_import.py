@@ -71,10 +71,6 @@ colour: blue
     ]
 
 
-def test_the_defaults_of_chunks_are_left_alone(given):
-    assert read(given(chunk_size=256)).settings == {"chunks.max_tokens": 256}
-
-
 @pytest.mark.parametrize("size", [1, 16, 17, 64, 100_000])
 def test_every_chunk_size_becomes_settings_that_hold(given, size):
     loaded = load(read(given(chunk_size=size)).sections(), {})
@@ -158,13 +154,10 @@ def test_flags_of_the_server(given):
     assert found.left == ["port"]
 
 
-def test_of_two_keys_that_mean_the_same_the_first_is_taken(given):
+def test_of_two_keys_that_mean_the_same_the_first_is_taken_and_no_policy_that_is_not_here(given):
     found = read(given("max_local_cpu_size: 1\nl1_size_gb: 3\nchunk_size: 256\nchunk-size: 128\n"))
     assert found.settings == {"memory.capacity": "1GiB", "chunks.max_tokens": 256}
     assert found.left == ["l1_size_gb", "chunk-size"]
-
-
-def test_a_policy_that_is_not_here(given):
     found = read(given(cache_policy="MRU", chunk_size=256))
     assert "memory.policy" not in found.settings and found.left == ["cache_policy"]
 
@@ -271,24 +264,22 @@ def test_awkward_texts_survive_the_file(given, tmp_path):
 
 def test_check_and_show_as_json(tmp_path):
     file = tmp_path / "ours.yaml"
-    file.write_text("memory: {capacity: 2MiB}\n")
-    good = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
-    told = json.loads(good.stdout)
+
+    def ask(text, *words):
+        file.write_text(f"memory: {{capacity: {text}}}\n")
+        done = CliRunner().invoke(app, ["config", *words, str(file), "--json"])
+        assert "hunter2" not in done.stdout
+        return done.exit_code, json.loads(done.stdout)
+
+    status, told = ask("2MiB", "check")
     assert [each["check"] for each in told.pop("findings")] == ["settings", "shared memory", "disk", "redis"]
-    wanted = {"file": str(file), "good": True, "error": None, "variables": []}
-    assert (good.exit_code, told) == (0, wanted)
-    file.write_text("memory: {capacity: 2MiB}\nredis: {url: 'redis://:hunter2@127.0.0.1:1'}\n")
-    gone = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
-    assert gone.exit_code == 1 and json.loads(gone.stdout)["error"].startswith("redis: ")
-    assert "hunter2" not in gone.stdout
-    shown = CliRunner().invoke(app, ["config", "show", "--file", str(file), "--json"])
-    report = json.loads(shown.stdout)
-    assert list(report) == list(keys()) and "hunter2" not in shown.stdout
+    assert (status, told) == (0, {"file": str(file), "good": True, "error": None, "variables": []})
+    redis = "2MiB}\nredis: {url: 'redis://:hunter2@127.0.0.1:1'"
+    status, told = ask(redis, "check")
+    assert status == 1 and told["error"].startswith("redis: ")
+    _, report = ask(redis, "show", "--file")
+    assert list(report) == list(keys())
     assert report["memory.capacity"] == {"value": 2 * 2**20, "from": str(file)}
     assert report["disk.path"] == {"value": None, "from": "default"}
-    file.write_text("memory: {capacity: much}")
-    bad = CliRunner().invoke(app, ["config", "check", str(file), "--json"])
-    assert bad.exit_code == 1
-    assert (
-        json.loads(bad.stdout)["good"] is False and "memory.capacity = 'much'" in json.loads(bad.stdout)["error"]
-    )
+    status, told = ask("much", "check")
+    assert (status, told["good"]) == (1, False) and "memory.capacity = 'much'" in told["error"]

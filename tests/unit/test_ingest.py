@@ -131,13 +131,8 @@ def test_a_file_that_fails_is_reported_and_the_others_go_on(fake, run, files, tm
     assert status == 1
     errors = [each["error"] for each in figures["files"]]
     assert errors[0].endswith("500: no [bold]") and errors[0].startswith("two.txt#1: ")
-    assert errors[1:] == [
-        "No such file or directory",
-        "Is a directory",
-        "it is not UTF-8: byte 5",
-        "it holds no text",
-        None,
-    ]
+    missed = ["No such file or directory", "Is a directory"]
+    assert errors[1:] == [*missed, "it is not UTF-8: byte 5", "it holds no text", None]
     assert f"{missing}: No such file or directory\n" in shown
     assert f"{files[1]}: {errors[0]}\n" in shown and f"{files[0]}: " not in shown
     assert ids(fake.prompts()) == ["one.txt#0", "one.txt#1", "two.txt#0", "two.txt#1"]  # and not two.txt#2
@@ -210,9 +205,8 @@ def test_a_server_that_does_not_know_yet_is_asked_again(fake, run, files):
     fake.late = True
     status, _, figures = run(*files, "--passage-tokens", 40, "--concurrency", 1)
     assert status == 0 and len(fake.prompts()) == 2 * 5
-    assert sum(each["hit_tokens"] for each in figures["files"]) < sum(
-        each["stored_tokens"] for each in figures["files"]
-    )
+    hit, stored = (sum(each[name] for each in figures["files"]) for name in ("hit_tokens", "stored_tokens"))
+    assert hit < stored
     run(*files, "--passage-tokens", 40)
     assert len(fake.prompts()) == 2 * 5, "all are known now"
 
@@ -339,12 +333,9 @@ def test_counting_does_not_grow_with_the_square_of_a_text():
 @pytest.mark.parametrize(
     ("name", "found"), [(None, ("base", 100)), ("base", ("base", 100)), ("adapter", ("adapter", 100))]
 )
-def test_the_model_is_the_first_unless_named(name, found):
+def test_the_model_is_the_first_unless_named(fake, name, found):
     cards = [{"id": "base", "max_model_len": 100}, {"id": "adapter", "max_model_len": None}]
     assert served(cards, name) == found
     assert served([{"id": "base"}], None) == ("base", None)
-
-
-def test_a_model_that_is_not_served_is_named(fake):
     with pytest.raises(RagKVError, match="--model = 'big'; allowed: toy, toy-lora"):
         Ingest(rag.Server(fake.url, "big"), "", 512, lambda key: False)

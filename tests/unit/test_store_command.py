@@ -79,13 +79,8 @@ def kept(store):
 def test_ls_lists_the_last_used_first(store, run):
     status, out, _ = run("ls", store.folder)
     rows = re.findall(r"(a\d)(?:a\d){7} │ (\d+) +│ (\d+)B +│ [\d-]+ [\d:]+ │ (\d{8})", out)
-    assert status == 0
-    assert [row[:2] + row[3:] for row in rows] == [
-        ("a0", "3", "11111111"),
-        ("a1", "4", "11111111"),
-        ("a2", "5", "11111111"),
-        ("a3", "6", "22222222"),
-    ]
+    assert status == 0 and [row[:2] for row in rows] == [("a0", "3"), ("a1", "4"), ("a2", "5"), ("a3", "6")]
+    assert [row[3] for row in rows] == [*["1" * 8] * 3, "2" * 8]
     assert int(rows[0][2]) == (store.folder / value_name(key(0))).stat().st_size
     assert "text" not in out and "more" not in out
 
@@ -109,15 +104,8 @@ def test_ls_shows_what_is_wrong_with_a_header(store, run):
 def test_show_gives_the_fields_and_no_text(store, run):
     status, out, _ = run("show", store.folder, "a1")
     assert status == 0
-    for field, value in {
-        "key": key(1).hex(),
-        "namespace": ONE.hex(),
-        "tokens": "4 ",
-        "position": "7 ",
-        "shape": "2 x 4 x 5",
-        "dtype": "bfloat16",
-        "open": "no",
-    }.items():
+    fields = {"key": key(1).hex(), "namespace": ONE.hex(), "tokens": "4 ", "position": "7 "}
+    for field, value in (fields | {"shape": "2 x 4 x 5", "dtype": "bfloat16", "open": "no"}).items():
         assert re.search(rf"│ {field} +│ {value}", out)
     assert "text" not in out and b"text".hex() not in out
 
@@ -134,10 +122,7 @@ def test_show_wants_a_key_that_is_one(store, run, text, complaint):
 
 def test_verify_passes_what_is_good(store, run):
     status, out, _ = run("verify", store.folder)
-    assert (
-        status == 0 and re.fullmatch(r"4 values, \d+B|[\d.]+KiB: 0 bad\n", out.split("values, ")[0] + "") is None
-    )
-    assert re.fullmatch(r"4 values, [\d.]+(B|KiB): 0 bad\n", out)
+    assert status == 0 and re.fullmatch(r"4 values, [\d.]+(B|KiB): 0 bad\n", out)
 
 
 def test_an_open_tail_lies_where_its_parent_says(store, run):
@@ -159,13 +144,7 @@ def test_verify_finds_and_moves_what_is_bad(store, run):
     assert status == 1 and ": 2 bad, moved into quarantine\n" in out
     assert kept(store) == [2, 3] and len(list((store.folder / QUARANTINE).iterdir())) == 2
     assert run("verify", store.folder)[0] == 0
-
-
-def test_rm_of_all_leaves_no_quarantine(store, run):
-    harm(store, 0)
-    run("verify", store.folder, "--quarantine")
-    status, out, _ = run("rm", store.folder, "--all", "--yes")
-    assert status == 0 and out == "4 values removed\n"
+    assert run("rm", store.folder, "--all", "--yes")[:2] == (0, "4 values removed\n"), "those in quarantine too"
     assert kept(store) == [] and not list((store.folder / QUARANTINE).iterdir())
 
 
@@ -220,17 +199,10 @@ def test_stats_sum_up(store, run):
     totals = Inventory(store.folder).totals()
     os.close(descriptor)
     files = [store.folder / value_name(key(number)) for number in range(4)]
-    assert totals == Totals(
-        files=4,
-        bytes=sum(file.stat().st_size for file in files),
-        tokens=3 + 4 + 6,
-        namespaces=2,
-        bad=1,
-        oldest=files[3].stat().st_mtime,
-        newest=files[0].stat().st_mtime,
-        quarantined=1,
-        temporary=1,
-    )
+    size, oldest, newest = sum(file.stat().st_size for file in files), files[3].stat(), files[0].stat()
+    counts = {"files": 4, "bytes": size, "tokens": 3 + 4 + 6, "namespaces": 2, "bad": 1}
+    times = {"oldest": oldest.st_mtime, "newest": newest.st_mtime}
+    assert totals == Totals(**counts, **times, quarantined=1, temporary=1)
     _, out, _ = run("stats", store.folder)
     assert re.search(r"│ files +│ 4 ", out) and re.search(r"│ quarantined +│ 1 ", out)
 

@@ -14,7 +14,7 @@ from metrics_server import serving_metrics
 from ragkv import cli
 from ragkv.cli import top
 from ragkv.cli.top import Keys, Watch
-from ragkv.cli.top_figures import NotRagKV, make_frame
+from ragkv.cli.top_figures import make_frame
 from ragkv.cli.top_view import render
 from ragkv.fetch import AnswerError
 from ragkv.kvstore import metrics as m
@@ -128,27 +128,19 @@ def test_between_two_looks():
     assert frame.turns["1"].requests == 4 and frame.running == 2
 
 
-def test_a_server_that_began_anew():
+def test_counts_that_do_not_fit_the_ones_before():
     frame = make_frame(URL, FakeMetrics().add("vllm:prompt_tokens_total", 100).at(9.0), busy().at(5.0))
     assert frame.sources["computed"] == 100 and frame.requests_per_s == 0.0
-
-
-def test_hits_that_are_counted_before_their_prompts():
     fake = busy()
     earlier = fake.at(5.0)
     frame = make_frame(URL, fake.add(m.HIT_TOKENS, 900, tier="memory").at(9.0), earlier)
-    assert frame.sources["computed"] == 0 and frame.hit_rate == 1.0
+    assert (frame.sources["computed"], frame.hit_rate) == (0, 1.0), "hits that are counted before their prompts"
 
 
 def test_an_idle_server():
     frame = make_frame(URL, FakeMetrics().at(1.0), None)
     assert frame.hit_rate is None and frame.ttft_s == {"p50": None, "p95": None} and not frame.tiers
     assert "No tiers yet" in shown(frame, 80)
-
-
-def test_a_server_without_ragkv():
-    with pytest.raises(NotRagKV, match="without ragkv"):
-        make_frame(URL, FakeMetrics(ragkv=False).at(1.0), None)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +284,3 @@ def test_the_live_view_tries_a_silent_server_again_until_q(run, monkeypatch):
     os.close(master)
     assert status == 0 and looks == [3.0, 3.0, 3.0]
     assert "Trying again; q ends." in out
-
-
-def test_no_key_is_no_end():
-    assert not Keys(False).within(0.0)
