@@ -267,7 +267,7 @@ class Steps:
         self.clock, self.seconds, self.running, self.steps = clock, seconds, {}, 0
 
     def add_request(self, name, prompt, sampling):
-        self.running[name] = [0, sampling.max_tokens]
+        self.running[name] = self.steps, sampling.max_tokens
 
     def has_unfinished_requests(self):
         return bool(self.running)
@@ -275,15 +275,11 @@ class Steps:
     def step(self):
         self.clock.now += self.seconds(self.steps, "arrives" in self.running)
         self.steps += 1
-        outputs = []
-        for name, counts in list(self.running.items()):
-            counts[0] += 1
-            done = counts[0] == counts[1]
-            if done:
-                del self.running[name]
-            answer = SimpleNamespace(token_ids=list(range(counts[0])))
-            outputs.append(SimpleNamespace(request_id=f"{name}-x", outputs=[answer], finished=done))
-        return outputs
+        answers = {
+            name: SimpleNamespace(token_ids=range(self.steps - at)) for name, (at, _) in self.running.items()
+        }
+        self.running = {name: (at, most) for name, (at, most) in self.running.items() if self.steps - at < most}
+        return [SimpleNamespace(request_id=f"{name}-x", outputs=[answer]) for name, answer in answers.items()]
 
 
 def test_the_longest_gap_is_that_between_steps_with_tokens(monkeypatch):

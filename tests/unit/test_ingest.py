@@ -256,23 +256,6 @@ def test_a_journal_survives_lines_that_a_crash_left(journal, harm):
     assert all(f"key {number}" in third for number in (1, 2, 3))
 
 
-def test_an_interrupted_run_keeps_what_was_done(fake, run, files, journal):
-    seen = []
-
-    def interrupt(body):
-        seen.append(body)
-        return (500, {}) if len(seen) > 2 else None
-
-    fake.answers["/v1/completions"] = interrupt
-    run(files[1], "--passage-tokens", 40, "--concurrency", 1)
-    text = journal.read_bytes()
-    assert text.count(b"\n") == 2
-    journal.write_bytes(text[:-10])  # the last line did not get through
-    fake.answers.clear()
-    assert run(files[1], "--passage-tokens", 40)[2]["files"][0]["known"] == 1
-    assert run(files[1], "--passage-tokens", 40)[2]["files"][0]["known"] == 3
-
-
 def counter(tokenizer):
     return lambda text: len(tokenizer.encode(rag.closed(text)))
 

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,6 @@ from ragkv.benchmarks.tenk import Filing, Question
 from ragkv.errors import ConfigError
 from serve_tools import cut, filing
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "filings"
 SHAPE = Shape(filings=3, turns=5, tokens=200, sessions=6)
 FILINGS = [filing(number) for number in range(6)]
 
@@ -114,18 +112,6 @@ def test_rounds_have_filings_of_their_own_then_later_parts():
     words = [word for text in opened for word in text.split()]
     assert len(words) == len(set(words)) == 600
     assert all(int(text.split()[0].split("w")[1]) % 20 == 0 for text in opened)  # from a paragraph on
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} has no real filings")
-def test_real_filings_serve_many_rounds():
-    shape = Shape(filings=4, tokens=500, passages=0.5)
-    chosen = choose_filings(REAL, shape, 12)
-    opened = set()
-    for round_number in range(12):
-        sessions = make_sessions(shape, chosen, cut, round_number)
-        opened |= {session.turns[0].messages[1]["content"] for session in sessions}
-        assert kinds(sessions) == Counter({"open": 4, "follow-up": 8, "passages": 8})
-    assert len(opened) == 48
 
 
 def test_text_that_runs_out_is_one_clear_error():
