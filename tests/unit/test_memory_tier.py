@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from hand_lanes import Recorded
 from memory_tier_tools import PAGE_BYTES, PAGE_TOKENS, SPACES, chain_of
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.memory_tier import MemoryTier
-from ragkv.kvstore.metrics import Metrics
 from ragkv.policies import POLICIES, make_policy
 from ragkv.policies.admission import AdmissionPolicy
 
@@ -17,7 +17,7 @@ def make_tier(request):
     """Makes a tier of 8 pages; `metrics`: its own."""
 
     def make(*more, **named):
-        metrics = Metrics()
+        metrics = Recorded()
         made = MemoryTier(8, make_policy(request.param), PAGE_TOKENS, PAGE_BYTES, metrics, *more, **named)
         made.metrics = metrics
         return made
@@ -42,19 +42,6 @@ def stored(tier, tokens, upto=None):
     return chain
 
 
-def counted(tier):
-    counters = tier.metrics.drain().get("counters", {})
-    return {tuple(key.split(m.SEPARATOR)): value for key, value in counters.items()}
-
-
-def test_a_namespace_outlives_the_eviction_of_its_last_chunk(tier):
-    stored(tier, [1] * 32)
-    chain = stored(tier, [2] * 32)
-    assert tier.match(SPACE, chain, 32).length == 32
-    assert not tier.match(SPACE, chain_of(SPACE, [1] * 32), 32)
-    assert counted(tier)[m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY] == 1
-
-
 def test_of_a_chain_as_much_is_reserved_as_there_is_room_for(tier):
     parent = stored(tier, [1] * 20)  # a chunk, which the new ones must not push out
     held = tier.match(SPACE, parent, 20).chunks
@@ -63,17 +50,10 @@ def test_of_a_chain_as_much_is_reserved_as_there_is_room_for(tier):
     new = tier.reserve_chain(held[0], [(b"key %d" % number, each) for number, each in enumerate(tokens)])
     assert [chunk.tokens for chunk in new] == tokens[: 8 - pages] and tier.used == 8
     assert [chunk.parent for chunk in new] == [*held, *new[:-1]]
-    assert counted(tier)[m.REFUSED_CHUNKS, m.NO_ROOM] == 1
+    assert tier.metrics.get(m.REFUSED_CHUNKS, m.NO_ROOM) == 1
     tier.commit(*new)
     assert tier.match(SPACE, parent, 20).chunks == held
     assert tier.reserve_chain(new[-1], []) == []
-
-
-def test_looking_up_keeps_nothing(tier):
-    spaces = [number.to_bytes(16, "big") for number in range(100)]
-    for space in spaces:
-        tier.match(space, chain_of(SPACE, [1] * 32), 32)
-    assert all(tier.tree.root(space) is not tier.tree.root(space) for space in spaces), "made for who asks"
 
 
 def test_a_tail_that_is_being_written_is_no_collision(tier):
@@ -81,29 +61,13 @@ def test_a_tail_that_is_being_written_is_no_collision(tier):
     (first,) = tier.reserve(SPACE, chain, 10)
     assert tier.reserve(SPACE, chain, 10) == []
     tier.commit(first)
-    assert (m.REFUSED_CHUNKS, m.COLLISION) not in counted(tier)
+    assert not tier.metrics.get(m.REFUSED_CHUNKS, m.COLLISION)
 
 
 def test_a_tail_within_a_stored_one_is_not_stored_again(tier):
     stored(tier, [1] * 12)
     assert tier.reserve(SPACE, chain_of(SPACE, [1] * 10), 10) == []
     assert tier.used == 3
-
-
-def test_what_is_too_large_evicts_nothing_and_is_counted(tier):
-    chain = stored(tier, [1] * 10)
-    tier.pin(tier.match(SPACE, chain, 10).chunks)
-    assert tier.reserve(SPACE, chain_of(SPACE, [2] * 26), 26) == []
-    assert counted(tier)[m.REFUSED_CHUNKS, m.NO_ROOM] == 1
-    assert tier.used == 3 and len(tier) == 1
-
-
-def test_the_rest_is_left_out_where_room_ends(tier):
-    chain = chain_of(SPACE, [1] * 20 + [0] + [2] * 20)
-    (chunk,) = tier.reserve(SPACE, chain, 41)
-    assert (chunk.position, len(chunk), tier.used) == (0, 21, 6)
-    tier.commit(chunk)
-    assert tier.match(SPACE, chain, 41).length == 21
 
 
 def test_an_abandoned_chunk_with_others_behind_it_is_written_anew(tier):
@@ -116,14 +80,6 @@ def test_an_abandoned_chunk_with_others_behind_it_is_written_anew(tier):
     assert again.position == 0 and again is first
     tier.commit(again)
     assert tier.match(SPACE, chain, 25).chunks == (first, second)
-
-
-def test_an_abandoned_leaf_is_gone(tier):
-    chain = chain_of(SPACE, [1] * 16 + [0] + [2] * 8)
-    for chunk in reversed(tier.reserve(SPACE, chain, 25)):
-        tier.abandon(chunk)
-    assert tier.used == 0 and len(tier) == 0
-    assert counted(tier)[m.EVICTED_CHUNKS, m.MEMORY, m.ABANDONED] == 2
 
 
 def test_what_a_reset_leaves_goes_when_its_own_pin_goes(tier):
@@ -142,7 +98,7 @@ def test_what_a_reset_leaves_goes_when_its_own_pin_goes(tier):
     assert tier.used == 3
     tier.unpin(second)
     assert tier.used == 0
-    assert counted(tier)[m.EVICTED_CHUNKS, m.MEMORY, m.RESET] == 3
+    assert tier.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, m.RESET) == 3
 
 
 def test_what_is_written_while_a_reset_comes_never_matches(tier):
@@ -157,34 +113,12 @@ def test_what_is_written_while_a_reset_comes_never_matches(tier):
     assert tier.match(SPACE, chain, 12).chunks == (new,) and tier.used == 3
 
 
-def test_pages_come_back_and_more_than_all_are_refused(tier):
-    stored(tier, [1] * 12), tier.reset()
-    (chunk,) = tier.reserve(SPACE, chain_of(SPACE, [2] * 32), 32)
-    assert np.frombuffer(chunk.pages, np.int32).tolist() == list(range(8))
-    assert tier.reserve(SPACE, chain_of(SPACE, [3]), 1) == [] and tier.used == 8
-    tier.abandon(chunk)
-
-
 # --- pins with owners, and chunks whose time is over ---
 
 
-def gauge(tier, name, label=None):
+def gauge(tier, *name):
     tier.report()
-    return tier.metrics.drain()["gauges"][name if label is None else name + m.SEPARATOR + label]
-
-
-def test_what_an_owner_pins_stays_and_is_counted(tier):
-    chain = stored(tier, [1] * 8)
-    (chunk,) = tier.match(SPACE, chain, 8).chunks
-    assert tier.pins.hold("desk", chunk, 10.0)
-    assert gauge(tier, m.PINNED_BYTES) == 2 * PAGE_BYTES
-    stored(tier, [2] * 20)
-    stored(tier, [3] * 20)
-    assert tier.match(SPACE, chain, 8).length == 8
-    tier.tick(10.0)
-    assert gauge(tier, m.PINNED_BYTES) == 0
-    stored(tier, [4] * 32)
-    assert not tier.match(SPACE, chain, 8) and tier.used == 8
+    return tier.metrics.get(*name)
 
 
 def test_owners_leave_half_of_memory_to_everyone(tier):
@@ -194,29 +128,6 @@ def test_owners_leave_half_of_memory_to_everyone(tier):
     assert not tier.pins.hold("b", second, 10.0, b"1"), "that is a quarter"
     assert tier.pins.hold("b", second, 10.0, b"2")
     assert not tier.pins.hold("c", third, 10.0, b"3")
-
-
-def test_a_chunk_goes_in_time_with_all_behind_it(tier):
-    chain = stored(tier, [1] * 16 + [0] + [2] * 8)
-    first, _ = tier.match(SPACE, chain, 25).chunks
-    tier.pins.expire(first, 10.0)
-    tier.tick(9.9)
-    assert tier.match(SPACE, chain, 25).length == 25
-    tier.tick(10.0)
-    assert tier.used == len(tier) == 0
-    assert counted(tier)[m.EVICTED_CHUNKS, m.MEMORY, m.EXPIRED] == 2
-
-
-def test_a_chunk_whose_time_is_over_is_read_to_the_end(tier):
-    chain = stored(tier, [1] * 12)
-    chunks = tier.match(SPACE, chain, 12).chunks
-    tier.pin(chunks)
-    tier.pins.expire(chunks[0], 10.0)
-    tier.tick(10.0)
-    assert not tier.match(SPACE, chain, 12) and chunks[0] not in tier
-    assert tier.used == 3, "its pages are still read"
-    tier.unpin(chunks)
-    assert tier.used == 0
 
 
 def test_a_chunk_that_was_evicted_takes_its_time_along(tier):
@@ -269,7 +180,7 @@ def test_what_is_not_admitted_ends_the_chain_and_evicts_nothing(make_tier):
     door.limit = 2
     chain = stored(tier, [1] * 16 + [0] + [2] * 8)
     assert tier.match(SPACE, chain, 25).length == 17
-    assert counted(tier)[m.REFUSED_CHUNKS, m.ADMISSION] == 1
+    assert tier.metrics.get(m.REFUSED_CHUNKS, m.ADMISSION) == 1
     assert tier.match(SPACE, chain_of(SPACE, [3] * 12), 12).length == 12
     tier.check_integrity()
 
@@ -326,7 +237,7 @@ def test_a_hot_chunk_is_copied_and_goes_with_its_original(with_device):
     assert gauge(with_device, m.USED_PAGES, m.DEVICE) == 3
     stored(with_device, [2] * 32)
     assert match.chunks[0] not in with_device.device and with_device.device.used == 0
-    assert counted(with_device)[m.EVICTED_CHUNKS, m.DEVICE, m.SUPERSEDED] == 1
+    assert with_device.metrics.get(m.EVICTED_CHUNKS, m.DEVICE, m.SUPERSEDED) == 1
 
 
 def test_a_chunk_of_which_only_a_part_was_used_is_not_copied(with_device):

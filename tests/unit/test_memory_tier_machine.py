@@ -4,6 +4,7 @@ The test plays the workers: what a commit writes into a chunk's rows depends on 
 page with two owners, or one that is reused too early, shows in what a match reads.
 """
 
+from collections import Counter
 from itertools import takewhile
 
 import hypothesis.strategies as st
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from hand_lanes import Recorded
 from memory_tier_tools import (
     PAGE_BYTES,
     PAGE_TOKENS,
@@ -29,7 +31,6 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.keys import as_tokens, chain_key
 from ragkv.kvstore.memory_tier import MemoryTier
-from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pins import NEVER
 from ragkv.kvstore.prefix_tree import rows
 from ragkv.policies import POLICIES, make_policy
@@ -42,7 +43,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.metrics = Metrics()
+        self.metrics = Recorded()
         self.device = DeviceTier(DEVICE_PAGES, make_policy(self.policy), after=1)
         self.door = Door()
         self.tier = MemoryTier(
@@ -53,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.memory = np.zeros(PAGES * PAGE_TOKENS, dtype=np.int64)
         self.device_memory = np.zeros(DEVICE_PAGES * PAGE_TOKENS, dtype=np.int64)
-        self.gauges, self.counters = {}, {}
+        self.gone = Counter()  # chunks, by why they went
         # The model: each living chunk with all tokens up to its end; those that match; holders.
         self.alive = {}
         self.ready = set()
@@ -115,11 +116,12 @@ class Machine(RuleBasedStateMachine):
             self.expiries.pop(chunk, None)
             self.dead.append(chunk)
 
-    def doom(self, chunks):
+    def doom(self, chunks, reason):
         """They match no more; no owner keeps them; what is held otherwise keeps its pages."""
         gone = set(chunks)
         self.until = {key: until for key, until in self.until.items() if key[1] not in gone}
         self.doomed |= gone
+        self.gone[reason] += len(gone)
         self.settle()
         self.forget(chunks)
 
@@ -196,6 +198,7 @@ class Machine(RuleBasedStateMachine):
         assert self.demoted == [chunk for chunk in self.demoted if chunk in gone and chunk in self.ready]
         assert set(self.demoted) == self.ready & set(gone)
         self.forget(gone)
+        self.gone[m.CAPACITY] += len(gone)
         fresh = self.pages_of(chunk for chunk in new if chunk not in before)
         assert used + fresh > PAGES or not gone, "evicted without need"
         assert used + fresh - self.pages_of(gone) == self.tier.used
@@ -254,7 +257,7 @@ class Machine(RuleBasedStateMachine):
         chunk = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
         self.tier.abandon(chunk)
         while chunk in self.alive and chunk not in self.ready | self.pinned() and not self.has_children(chunk):
-            self.doom([chunk])
+            self.doom([chunk], m.ABANDONED)
             chunk = chunk.parent
         self.settle()
 
@@ -264,7 +267,7 @@ class Machine(RuleBasedStateMachine):
         chunk = data.draw(st.sampled_from([*self.alive, *self.dead[-4:]]))
         self.tier.discard(chunk)
         if chunk in self.alive and chunk not in self.pinned() and not self.has_children(chunk):
-            self.doom([chunk])
+            self.doom([chunk], m.SUPERSEDED)
 
     @rule(space=spaces, tokens=prompts, named=names, less=st.integers(0, 9))
     def match(self, space, tokens, named, less):
@@ -302,7 +305,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def reset(self):
         self.tier.reset()
-        self.doom(list(self.alive))
+        self.doom(list(self.alive), m.RESET)
         self.until = {}
         assert len(self.tier) == 0
         self.settle()
@@ -313,7 +316,7 @@ class Machine(RuleBasedStateMachine):
         chunk = data.draw(st.sampled_from([*self.alive, *self.dead[-2:]]))
         self.tier.forget([chunk], m.EXPIRED)
         if chunk in self.alive:
-            self.doom(self.behind(chunk))
+            self.doom(self.behind(chunk), m.EXPIRED)
         self.settle()
 
     @precondition(lambda self: self.ready)
@@ -346,7 +349,7 @@ class Machine(RuleBasedStateMachine):
         self.settle()
         for chunk in [chunk for chunk, at in self.expiries.items() if at <= self.now]:
             if chunk in self.alive:
-                self.doom(self.behind(chunk))
+                self.doom(self.behind(chunk), m.EXPIRED)
 
     @precondition(lambda self: self.copies)
     @rule(well=st.booleans())
@@ -371,12 +374,12 @@ class Machine(RuleBasedStateMachine):
         self.tier.report()
         assert len(self.tier) == len(self.alive)
         assert self.tier.used == self.pages_of(self.alive) + self.pages_of(self.doomed) <= PAGES
-        for part, values_now in self.metrics.drain().items():
-            {"gauges": self.gauges, "counters": self.counters}[part].update(values_now)
         for name, value in ((m.USED_PAGES, self.tier.used), (m.CHUNKS, len(self.alive))):
-            assert self.gauges[name + m.SEPARATOR + m.MEMORY] == value, name
+            assert self.metrics.get(name, m.MEMORY) == value, name
+        for reason, count in self.gone.items():
+            assert self.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, reason) == count, reason
         held = {chunk for _, chunk in self.until}
-        assert self.gauges[m.PINNED_BYTES] == self.pages_of(held) * PAGE_BYTES <= PAGES * PAGE_BYTES // 2
+        assert self.metrics.get(m.PINNED_BYTES) == self.pages_of(held) * PAGE_BYTES <= PAGES * PAGE_BYTES // 2
 
     @invariant()
     def the_device_tier_copies_what_is_in_memory(self):
