@@ -1,7 +1,6 @@
 """The Redis store when servers die, hang, trickle, move and lie: bounded, honest about it, and well after it."""
 
 import contextlib
-import random
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.redis import RedisStore
 from ragkv.policies.admission import Always
+from ragkv.testing.stores import CALLS, noise, run_threads
 from redis_server import Relay, certificate, fails, key, name, needs_openssl, needs_server, runs
 
 # What hangs would hang for minutes: the limit is what tells it from what is merely slow.
@@ -41,30 +41,12 @@ def server():
         yield running
 
 
-def noise(size):
-    return random.Random(size).randbytes(size)
-
-
-def every_call(store):
-    return (
-        lambda: store.get(key(1)),
-        lambda: store.get_many([key(1), key(2)]),
-        lambda: store.put(key(1), [b"new"]),
-        lambda: store.put(key(1), [noise(1 << 24)]),
-        lambda: store.contains([key(1)]),
-        lambda: store.delete([key(1)]),
-        lambda: store.touch([key(1)]),
-        lambda: list(store.scan()),
-        lambda: store.reject(key(1), "bad"),
-    )
-
-
 def test_down_at_start_and_up_later(server):
     server.kill()
     with opened(server.url, ttl_seconds=60) as store:
-        for call in every_call(store):
+        for call in CALLS.values():
             with fails("gone", "refused"):
-                call()
+                call(store)
         server.restart()
         store.put(key(1), [b"one"])
         assert store.get(key(1)) == b"one"
@@ -123,19 +105,12 @@ def test_a_server_that_pauses_answers_no_later_question_with_an_earlier_answer(s
 def test_waiting_for_a_connection_ends_too(server):
     with opened(server.url, QUICK, max_connections=1) as store, server.client() as raw:
         raw.client_pause(60_000, all=False)
-        reasons = []
 
-        def put():
+        def put(_):
             with fails("timeout"):
                 store.put(key(1), [b"one"])
-            reasons.append("timeout")
 
-        threads = [threading.Thread(target=put) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert reasons == ["timeout"] * 4
+        run_threads(put, count=4)
         raw.execute_command("CLIENT", "UNPAUSE")
         store.put(key(1), [b"two"])
 

@@ -22,8 +22,9 @@ from ragkv.kvstore.stores.buffers import MOST_FREE, BufferPool
 from ragkv.kvstore.stores.contract import Room
 from ragkv.kvstore.stores.disk import POOLED_BYTES, DiskStore
 from ragkv.kvstore.stores.folder import MOST_QUARANTINED, QUARANTINE, Folder, value_name
+from ragkv.testing.stores import CALLS, key
 
-KEY, OTHER = b"k" * 16, b"o" * 16
+KEY = key(1)
 
 
 @pytest.fixture
@@ -59,6 +60,15 @@ def reason(call, *arguments):
         call(*arguments)
     assert "\n" not in str(error.value)
     return error.value.reason
+
+
+def raising(number):
+    """A system call that fails so."""
+
+    def fail(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def mode(path):
@@ -181,12 +191,8 @@ def test_files_of_others_are_no_values(folder, store, others):
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, others, monkeypatch, ours):
     store.put(KEY, [b"value"])
-
-    def refuse(*arguments, **named):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refuse)
+        patch.setattr(os, "open", raising(errno.EACCES))
         if ours:
             assert reason(store.get, KEY) == "refused"
         else:
@@ -195,7 +201,7 @@ def test_a_file_that_we_may_not_read_is_a_miss_where_it_is_not_ours(store, other
 
 def test_what_is_named_otherwise_is_left_alone(folder):
     folder.mkdir()
-    hexadecimal = KEY.hex()
+    hexadecimal = key(0xABC).hex()
     strange = [
         "README",
         ".kv",
@@ -244,10 +250,7 @@ def test_a_file_swept_before_its_lock_is_made_anew(folder, store, monkeypatch):
 
 
 def test_a_file_system_without_locks_will_do(folder, monkeypatch):
-    def flock(descriptor, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", raising(errno.ENOLCK))
     folder.mkdir()
     writing = f"{KEY.hex()}.{'0' * 16}.tmp"
     (folder / writing).write_bytes(b"perhaps still written")
@@ -282,10 +285,10 @@ def test_rejected_values_go_to_quarantine(folder, store):
 
 def test_quarantine_keeps_the_newest(folder, store):
     keys = [bytes([number]) * 16 for number in range(MOST_QUARANTINED + 5)]
-    for key in keys:
-        store.put(key, [b"bad"])
-        store.reject(key, "checksum")
-    assert names(folder / QUARANTINE) == [f"{key.hex()}.checksum" for key in keys[5:]]
+    for each in keys:
+        store.put(each, [b"bad"])
+        store.reject(each, "checksum")
+    assert names(folder / QUARANTINE) == [f"{each.hex()}.checksum" for each in keys[5:]]
     assert Folder(folder, None).quarantined() == MOST_QUARANTINED
 
 
@@ -296,17 +299,6 @@ def test_where_there_is_no_quarantine_the_bad_is_deleted(folder, store, make):
     store.reject(KEY, "checksum")
     assert store.get(KEY) is None and names(folder) == [QUARANTINE]
     assert Folder(folder, None).quarantined() == 0
-
-
-CALLS = {
-    "get": lambda store: store.get(OTHER),
-    "put": lambda store: store.put(KEY, [b"value"]),
-    "delete": lambda store: store.delete([KEY]),
-    "contains": lambda store: store.contains([KEY]),
-    "scan": lambda store: list(store.scan()),
-    "touch": lambda store: store.touch([KEY]),
-    "reject": lambda store: store.reject(KEY, "checksum"),
-}
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -355,12 +347,8 @@ def test_what_is_no_folder_is_refused_in_a_line(tmp_path):
 @pytest.mark.parametrize("failing", ["open", "writev", "utime", "rename"])
 def test_a_failed_put_leaves_the_old_value_and_nothing_else(folder, store, monkeypatch, failing, number, expected):
     store.put(KEY, [b"old"])
-
-    def fail(*arguments, **named):
-        raise OSError(number, os.strerror(number))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, failing, fail)
+        patch.setattr(os, failing, raising(number))
         assert reason(store.put, KEY, [b"new"]) == expected
     assert store.get(KEY) == b"old" and names(folder) == [value_name(KEY)]
 
@@ -368,12 +356,8 @@ def test_a_failed_put_leaves_the_old_value_and_nothing_else(folder, store, monke
 @pytest.mark.parametrize("failing", ["read", "readv", "fstat"])
 def test_a_failed_read_is_an_error(store, monkeypatch, failing):
     store.put(KEY, [bytes(POOLED_BYTES if failing == "readv" else 10)])
-
-    def fail(*arguments, **named):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, failing, fail)
+        patch.setattr(os, failing, raising(errno.EIO))
         assert reason(store.get, KEY) == "io"
 
 
