@@ -84,16 +84,9 @@ def test_a_new_engine_finds_a_passage_wherever_it_was_computed(lower):
 
 
 @KINDS
-def test_from_real_files(lower, tmp_path):
+def test_it_is_found_in_real_files_again_and_again(lower, tmp_path):
     stack = emptied(ContentStack(replace(lower(), values=DiskStore(tmp_path))))
     stack.start()
-    assert stack.bring(PASSAGE, OTHER) == [1, 1]
-    stack.check()
-
-
-@KINDS
-def test_it_can_be_found_again_and_again(lower):
-    stack = emptied(ContentStack(lower()))
     for _ in range(3):
         assert stack.bring(PASSAGE, OTHER) == [1, 1]
         stack.forget()
@@ -146,15 +139,6 @@ def test_passages_may_come_from_several_tiers():
     stack.check()
 
 
-def test_many_are_read_in_batches(stack, disk, monkeypatch):
-    monkeypatch.setattr("ragkv.kvstore.promotion.BATCH_BYTES", 1)
-    stack.gather(HEAD, PASSAGE, OTHER)
-    disk.reads.step(), stack.cache.tick()
-    assert len(disk.reads.jobs) == 3
-    stack.settle()
-    assert len(stack.holders(OTHER)) == 1
-
-
 # --- who waits, and how long ---
 
 
@@ -194,34 +178,6 @@ def test_at_the_deadline_it_is_a_miss(steps):
     stack.check()
 
 
-def test_a_tier_that_hangs_is_put_to_rest(stack):
-    for _ in range(3):
-        gather = stack.gather(PASSAGE)
-        stack.clock.now += 2
-        assert not stack.promotion.waits(gather)
-    assert stack.gather(PASSAGE) is None
-    stack.clock.now += 1
-    stack.settle()
-    assert stack.bring(PASSAGE) == [1]
-
-
-def test_an_engine_with_nothing_else_to_do_stands_still(stack, disk):
-    gather = stack.gather(PASSAGE)
-    begun = stack.clock.now
-    assert stack.promotion.waits(gather, 0.0, 0.005) and stack.clock.now == pytest.approx(begun + 0.005)
-    stack.completions.meanwhile = disk.reads.run
-    assert not stack.promotion.waits(gather, 0.0, 0.005) and len(stack.holders(PASSAGE)) == 1
-    assert stack.clock.now < begun + 0.01
-
-
-def test_an_answer_that_comes_at_once_saves_a_step():
-    stack = ContentStack(redis())
-    stack.completions.meanwhile = stack.lowers[0].reads.run
-    gather = stack.gather(PASSAGE)
-    assert not stack.promotion.waits(gather, 0.002), "nothing is there"
-    assert stack.metrics.get(m.WAITS, "missed") == 1
-
-
 @pytest.mark.parametrize("steps", range(4))
 @KINDS
 def test_two_requests_share_a_read(lower, steps):
@@ -240,27 +196,6 @@ def test_two_requests_share_a_read(lower, steps):
     stack.check()
 
 
-def test_two_that_read_the_same_alias_share_what_it_names(stack, disk):
-    gathers = [stack.gather(PASSAGE), stack.gather(PASSAGE)]
-    disk.reads.run(), stack.cache.tick()
-    assert len(disk.reads.jobs) == 1 and all(map(stack.promotion.waits, gathers))
-    stack.settle()
-    assert not any(map(stack.promotion.waits, gathers)) and stack.metrics.get(m.WAITS, "loaded") == 2
-
-
-def test_who_shares_a_read_asks_nobody():
-    lower = redis()
-    stack = emptied(ContentStack(lower))
-    stack.gather(PASSAGE)
-    for _ in range(2):
-        lower.reads.step(), stack.cache.tick()
-    asked = lower.store.calls["contains"]
-    assert stack.promotion.waits(stack.gather(PASSAGE)) and len(lower.reads.jobs) == 1
-    stack.settle()
-    assert lower.store.calls["contains"] == asked
-    stack.check()
-
-
 def test_what_memory_got_meanwhile_is_not_loaded(stack, disk):
     gather = stack.gather(PASSAGE)
     stack.keep(TEXT, named=CUTS)
@@ -269,17 +204,18 @@ def test_what_memory_got_meanwhile_is_not_loaded(stack, disk):
     assert list(map(is_detached, stack.holders(PASSAGE))) == [False]
 
 
-def test_who_shares_a_read_waits_for_it_and_has_a_deadline_of_its_own(stack, disk):
-    stack.gather(PASSAGE)
-    disk.reads.step(), stack.cache.tick()
+def test_who_shares_a_read_waits_for_it_and_has_a_deadline_of_its_own():
+    lower = redis()
+    stack, _ = gathering(lower, 2)
     stack.clock.now += 1
     second = stack.gather(PASSAGE)
     assert second is not None and stack.promotion.waits(second)
-    assert len(disk.reads.jobs) == 1, "it asks nobody"
+    assert len(lower.reads.jobs) == 1, "it asks nobody"
     stack.clock.now += 1.5
     assert stack.promotion.waits(second)
-    disk.reads.step(), stack.cache.tick()
+    lower.reads.step(), stack.cache.tick()
     assert not stack.promotion.waits(second)
+    stack.check()
 
 
 def test_a_slow_tier_is_declined():
@@ -413,28 +349,14 @@ def test_a_reset_while_it_is_brought_up(stack, disk):
 # --- what becomes of it ---
 
 
-def test_it_is_evicted_as_others_are_and_written_nowhere():
-    lower = Lower(through=False)
-    stack = ContentStack(lower, pages=16)
-    stack.keep(TEXT, named=CUTS)
-    assert stack.cache.close(5.0)
-    stack.start()
-    assert stack.bring(PASSAGE) == [1]
-    puts = lower.store.calls["put"]
-    kept = stack.keep(words(9, 64))
-    assert stack.holders(PASSAGE) == [] and kept, "it made room"
-    assert not lower.writes.jobs and lower.store.calls["put"] == puts
-    stack.settle()
-    stack.check()
-
-
-def test_it_is_not_given_to_a_tier_that_lacks_it():
+def test_it_is_evicted_as_others_are_and_not_given_to_a_tier_that_lacks_it():
     quick, slow = Lower("disk"), redis()
     stack = emptied(ContentStack(quick, slow, pages=16))
     for key in (content(PASSAGE), PLACE):
         quick.values.delete([key]), quick.index.drop(key)
     assert stack.bring(PASSAGE) == [1]
-    stack.keep(words(9, 64)), stack.settle()
+    assert stack.keep(words(9, 64)), "it made room"
+    stack.settle()
     assert stack.holders(PASSAGE) == [] and not {PLACE, content(PASSAGE)} & quick.stored()
     stack.check()
 

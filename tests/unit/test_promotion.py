@@ -113,15 +113,6 @@ def test_what_stands_behind_a_chunk_of_memory_is_found(stack):
     assert stack.get(TEXT) == 60
 
 
-def test_the_quickest_tier_is_read():
-    quick, slow = Lower("disk"), redis()
-    stack = emptied(Stack(quick, slow))
-    fetch = stack.fetch(TEXT)
-    stack.settle()
-    assert slow.store.read == [] and len(quick.store.read) == 3
-    assert set(fetch.sources.values()) == {"disk"}
-
-
 def test_a_prompt_may_be_spread_over_tiers():
     quick, slow = Lower("disk"), redis()
     stack = emptied(Stack(quick, slow))
@@ -254,16 +245,6 @@ def test_two_requests_share_a_read(stack, disk):
     assert stack.metrics.get(m.WAITS, "loaded") == 2
 
 
-def test_who_shares_a_read_waits_for_it(stack, disk):
-    emptied(stack)
-    stack.fetch(TEXT[:44])
-    second = stack.fetch(TEXT[:44])
-    assert second is not None and stack.promotion.waits(second)
-    disk.reads.step(), stack.cache.tick()
-    stack.settle()
-    assert not stack.promotion.waits(second)
-
-
 def test_behind_a_chunk_on_its_way_more_is_read(stack, disk):
     longer = words(1, 90)
     emptied(stack, longer)
@@ -311,14 +292,6 @@ def test_a_slow_tier_is_declined_and_probed_now_and_then():
     assert stack.metrics.get(m.GATE_DECISIONS, "disk", "load") == 1
 
 
-def test_what_a_load_took_is_learned():
-    stack = emptied(Stack(Lower(), gate=Gate()))
-    stack.fetch(TEXT)
-    stack.clock.now += 0.5
-    stack.settle()
-    assert stack.gate.tier("disk").typical(SIZE) == pytest.approx(0.5)
-
-
 def test_what_an_answer_lay_here_is_no_cost_of_the_tier():
     """The engine asks once a step, and a step of other requests may be long."""
     disk = Lower()
@@ -336,12 +309,6 @@ def test_a_few_tokens_are_not_brought_up():
         stack = emptied(Stack(Lower(asks=True), gate=gate))
         assert (stack.fetch(TEXT[: LEAST_TOKENS // 2]) is None) == none
         stack.settle()
-
-
-def test_a_quick_tier_is_used():
-    stack = emptied(Stack(Lower(), gate=gate(prefill=1.0, tier=1e-6)))
-    assert stack.get(TEXT) == 60
-    assert stack.metrics.get(m.GATE_DECISIONS, "disk", "load") == 1
 
 
 def test_what_there_is_may_not_be_worth_it_though_all_of_it_would_be():
@@ -432,10 +399,3 @@ def test_a_tail_whose_parent_was_dropped_is_not_attached(stack, disk):
     stack.memory.forget([parent], m.EXPIRED)
     stack.settle()
     assert tail_key(parent.key) in disk.store.read and stack.match(TEXT).length == 21
-
-
-def test_no_tier_that_can_be_read(stack, disk):
-    emptied(stack)
-    disk.store.errors["get_many"] = StoreError("gone", "no folder")
-    stack.get(TEXT)
-    assert stack.fetch(TEXT) is None

@@ -140,28 +140,28 @@ def test_what_was_demoted_comes_back_right():
     stack.check()
 
 
-def test_what_a_tier_has_is_not_demoted():
-    stack, disk = one(pages=18)
-    stack.keep(TEXT), stack.settle()
-    stack.keep(words(2, 20), named=[20])
-    assert len(disk.writes.jobs) == 1, "the new one alone"
-
-
-def test_what_a_tier_has_lost_is_demoted():
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_a_tier_has_is_demoted_only_where_it_has_lost_it(lost):
     stack, disk = one(pages=18)
     chunks = stack.keep(TEXT)
     stack.settle()
-    disk.index.drop(address(chunks[-1]))
+    if lost:
+        disk.index.drop(address(chunks[-1]))
     stack.keep(words(2, 20), named=[20])
-    assert len(disk.writes.jobs) == 2
+    assert len(disk.writes.jobs) == 1 + lost, "the new one, and what was lost"
 
 
-def test_what_the_queue_did_not_take_is_demoted_later():
-    stack, disk = one(pages=18, queue=BLOCK_BYTES)  # a chunk takes one
+@pytest.mark.parametrize(
+    ("change", "throttled"),
+    [({"queue": BLOCK_BYTES}, 2), ({"plan": on_calls({("put", 2): Fault.FAIL})}, 0)],  # a chunk takes one block
+    ids=["the queue is full", "the write fails"],
+)
+def test_what_was_not_written_is_demoted_later(change, throttled):
+    stack, disk = one(pages=18, **change)
     chunks = stack.keep(TEXT)
-    assert stack.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.THROTTLED) == 2
+    assert stack.metrics.get(m.UNWRITTEN_CHUNKS, "disk", m.THROTTLED) == throttled
     stack.settle()
-    assert disk.stored() == {chunks[0].key} and chunks[0].stored_in and not chunks[1].stored_in
+    assert chunks[0].stored_in and not chunks[2].stored_in and address(chunks[2]) not in disk.stored()
     stack.keep(words(2, 20), named=[20])
     assert stack.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY) == 1
     stack.settle()
@@ -179,27 +179,12 @@ def test_what_one_tier_took_and_the_other_could_not_is_offered_to_that_again():
     assert address(chunks[2]) in server.stored()
 
 
-def test_a_failed_write_is_demoted_later():
-    stack, disk = one(pages=18, plan=on_calls({("put", 2): Fault.FAIL}))
-    chunks = stack.keep(TEXT)
-    stack.settle()
-    assert not chunks[2].stored_in and address(chunks[2]) not in disk.stored()
-    stack.keep(words(2, 20), named=[20]), stack.settle()
-    assert address(chunks[2]) in disk.stored()
-
-
-def test_where_the_first_tier_refuses_the_next_one_is_asked():
-    stack = Stack(Lower(through=False, queue=10), redis(through=False), pages=18)
+@pytest.mark.parametrize(("queue", "stored"), [(1 << 20, [1, 0]), (10, [0, 1])])
+def test_one_tier_is_enough_and_where_the_first_refuses_the_next_one_is_asked(queue, stored):
+    stack = Stack(Lower(through=False, queue=queue), redis(through=False), pages=18)
     stack.keep(TEXT), stack.settle()
     stack.keep(words(2, 20)), stack.settle()
-    assert not stack.lowers[0].stored() and len(stack.lowers[1].stored()) == 1
-
-
-def test_a_tier_that_takes_it_is_enough():
-    stack = Stack(Lower(through=False), redis(through=False), pages=18)
-    stack.keep(TEXT), stack.settle()
-    stack.keep(words(2, 20)), stack.settle()
-    assert len(stack.lowers[0].stored()) == 1 and not stack.lowers[1].stored()
+    assert [len(lower.stored()) for lower in stack.lowers] == stored
 
 
 def test_what_was_never_written_in_memory_is_not_demoted():
@@ -263,16 +248,6 @@ def test_uses_are_told_to_who_holds_it():
     assert not stack.lowers[1].store.calls["touch"]
 
 
-def test_a_use_below_decides_who_goes_there():
-    first, second = words(1, 19), words(2, 19)
-    stack, disk = one(capacity=2 * BLOCK_BYTES)
-    (used,), (other,) = stack.keep(first, named=[19]), stack.keep(second, named=[19])
-    stack.settle()
-    stack.tiering.touch([used])
-    stack.keep(words(3, 19)), stack.settle()
-    assert used.key in disk.stored() and other.key not in disk.stored()
-
-
 def test_a_reset_while_it_is_written():
     stack, disk = one()
     stack.keep(TEXT)
@@ -310,12 +285,6 @@ def test_close_has_nothing_to_do_where_all_is_below():
     stack, disk = one()
     stack.keep(TEXT), stack.settle()
     assert stack.cache.close(5.0) and disk.store.calls["put"] == 3
-
-
-def test_close_finishes_what_is_under_way():
-    stack, disk = one()
-    stack.keep(TEXT)
-    assert stack.cache.close(5.0) and disk.stored() == places(stack)
 
 
 def test_close_gives_to_the_next_tier_what_the_first_cannot_write():
