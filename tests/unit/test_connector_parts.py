@@ -50,10 +50,15 @@ def test_orders_and_handshakes_are_plain_data():
     assert pickle.loads(pickle.dumps(Handshake("why"))) == Handshake("why")
 
 
-@pytest.fixture
-def engine(monkeypatch):
+@pytest.fixture(autouse=True)
+def nothing_around(monkeypatch):
     with alone(monkeypatch):
-        yield Engine(None, ranks=2)
+        yield
+
+
+@pytest.fixture
+def engine():
+    return Engine(None, ranks=2)
 
 
 # --- a worker without a tier ---
@@ -106,15 +111,6 @@ def test_what_was_ordered_is_carried_out_once_by_whatever_vllm_calls_first(engin
 
 
 # --- the early look at the settings ---
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch):
-    import os
-
-    for name in list(os.environ):
-        if name.startswith("RAGKV_"):
-            monkeypatch.delenv(name)
 
 
 def transfer(**extra):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from matching_tools import NAMESPACE, TokenStore, counted, covered, part
+from memory_tier_tools import common
 from ragkv.benchmarks.tenk import generate_filing
 from ragkv.kvstore.chunking import Chunker, TokenStructure
 from ragkv.kvstore.fusion import matching
@@ -38,6 +39,13 @@ def joined(lists):
 
 def spans(pieces):
     return [(piece.start, piece.end, piece.shift) for piece in pieces]
+
+
+def moved(store, tokens, ends=None, start=0):
+    """What is found of a prompt from `start` on; `ends`: where it is cut, unlike the chunker would."""
+    chain = store.chain(tokens)
+    chain.ends[:] = chain.ends if ends is None else ends
+    return find_moved(store.contents, NAMESPACE, chain, start, len(tokens), ())
 
 
 def assert_true(tokens, start, limit, pieces, namespace=NAMESPACE):
@@ -70,23 +78,20 @@ def test_behind_an_exact_match_the_rest_is_found():
     assert_true(tokens, exact, len(tokens) - 1, pieces)
 
 
-def test_a_first_chunk_is_found_with_and_without_a_beginning_of_sequence():
+BOS, A, B = [1], text(1, 120), text(2, 120)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "shift"), [(BOS + A, BOS + B + A, 120), (B + A, BOS + A, -119), (A, BOS + A, 1)]
+)
+def test_a_first_chunk_is_found_with_and_without_a_beginning_of_sequence(stored, asked, shift):
     """Stored behind BOS and now in the middle; stored in the middle and now behind BOS; stored as the first."""
-    bos, a, b = [1], text(1, 120), text(2, 120)
-    store = new_store()
-    store.add(bos + a)
-    exact, pieces = store.found(bos + b + a + QUESTION)
-    assert exact == 1 and sum(map(len, pieces)) >= 80
-    assert {piece.shift for piece in pieces if len(piece) > 8} == {120}
-    assert_true(bos + b + a + QUESTION, exact, 261, pieces)
-    store = new_store()
-    store.add(b + a)
-    _, pieces = store.found(bos + a + QUESTION)
-    assert {piece.shift for piece in pieces if len(piece) > 8} == {-119} and sum(map(len, pieces)) >= 80
-    store = new_store()
-    store.add(a)
-    _, pieces = store.found(bos + a + QUESTION)
-    assert {piece.shift for piece in pieces if len(piece) > 8} == {1} and sum(map(len, pieces)) >= 80
+    store, tokens = new_store(), asked + QUESTION
+    store.add(stored)
+    exact, pieces = store.found(tokens)
+    assert exact == (stored[:1] == BOS) and sum(map(len, pieces)) >= 80
+    assert {piece.shift for piece in pieces if len(piece) > 8} == {shift}
+    assert_true(tokens, exact, len(tokens) - 1, pieces)
 
 
 def test_another_namespace_is_another_world():
@@ -106,9 +111,7 @@ def test_what_is_not_ready_is_not_found():
         store.contents.remove(chunk)
         chunk.ready = False
     tokens = text(8, 30) + a + b + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [30, 70, 110, 150]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [30, 70, 110, 150])
     assert spans(pieces) == [(70, 110, -10)]
 
 
@@ -143,10 +146,8 @@ def test_a_run_is_followed_up_to_the_next_one():
     store.add(text(9) + a + tail)
     store.add_cut(text(6) + b, [40, 80])
     tokens = text(7, 30) + a + tail + b + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [30, 70, 81, 121]
     store.contents.remove(list(store.catalogue)[2])  # the tail is found through the tree alone
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [30, 70, 81, 121])
     assert spans(pieces) == [(30, 70, -10), (70, 81, -10), (81, 121, 41)]
 
 
@@ -161,17 +162,14 @@ def test_a_run_ends_with_the_first_token_that_differs():
     store, a, b, c = new_store(), text(1), text(2, 60), text(3)
     store.add_cut(text(9) + a + b + c, [40, 80, 140, 180])
     tokens = text(7, 30) + a + b[:20] + c + QUESTION
-    chain = store.chain(tokens)
     for chunk in list(store.catalogue)[2:]:
         store.contents.remove(chunk)
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens)
     assert spans(pieces) == [(30, 70, -10), (70, 90, -10)]
     store = new_store()
     store.add_cut(a + b + c, [40, 100, 140])
     tokens = text(7, 30) + a + b[20:] + c + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [30, 110, 150]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [30, 110, 150])
     assert spans(pieces) == [(70, 110, 10), (110, 150, 10)]
 
 
@@ -179,12 +177,10 @@ def test_what_stands_before_a_run_is_found_too():
     store, a, b = new_store(), text(1, 60), text(2)
     store.add_cut(text(9) + a + b, [35, 70, 100, 140])
     tokens = text(7, 30) + a[10:] + b + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [40, 80, 120]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [40, 80, 120])
     assert_true(tokens, 0, len(tokens), pieces)
     assert spans(pieces) == [(30, 50, 20 - 40), (50, 80, -20), (80, 120, -20)]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 45, len(tokens), ())
+    pieces = moved(store, tokens, [40, 80, 120], start=45)
     assert [piece.start for piece in pieces] == [45, 50, 80]
 
 
@@ -193,9 +189,7 @@ def test_a_run_does_not_go_on_over_the_next():
     store.add_cut(text(8) + a + between + b[:30], [40, 80, 120])
     store.add_cut(text(7) + b, [40, 80])
     tokens = a + between + b + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [40, 50, 90]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [40, 50, 90])
     assert spans(pieces) == [(0, 40, -40), (40, 50, -40), (50, 90, 10)]
 
 
@@ -225,10 +219,8 @@ def test_a_system_prompt_that_shares_its_chunk_with_a_document_is_shared_all_the
     store.add_cut(text(8, 20) + a, [20, 60])
     store.add_cut(system + text(6, 30), [40])
     tokens = system + text(5, 30) + a + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [40, 80]
     for start, stored in ((10, 24), (0, 20)):  # 14 foreign tokens against 20; or else 24
-        pieces = find_moved(store.contents, NAMESPACE, chain, start, len(tokens), ())
+        pieces = moved(store, tokens, [40, 80], start)
         assert [(piece.start, piece.start - piece.shift) for piece in pieces] == [(40, stored)]
 
 
@@ -253,8 +245,7 @@ def test_what_only_stands_at_the_same_positions_is_foreign():
     store.add(text(8) + b + a)
     store.add(text(9, 60) + a)
     tokens = system + b + text(5, 30) + a + QUESTION
-    chain = store.chain(tokens)
-    pieces = find_moved(store.contents, NAMESPACE, chain, 80, len(tokens), ())
+    pieces = moved(store, tokens, start=80)
     assert spans(pieces) == [(110, 150, 50)]
 
 
@@ -263,9 +254,7 @@ def test_what_shares_its_chunk_with_the_own_document_is_not_foreign():
     store.add_cut(text(8, 10) + a[10:] + b, [40, 80])
     store.add_cut(text(9, 20) + b, [20, 60])
     tokens = text(5, 30) + a + b + QUESTION
-    chain = store.chain(tokens)
-    chain.ends[:] = [30, 70, 110]
-    pieces = find_moved(store.contents, NAMESPACE, chain, 0, len(tokens), ())
+    pieces = moved(store, tokens, [30, 70, 110])
     assert spans(pieces) == [(40, 70, 30), (70, 110, 30)]
 
 
@@ -288,12 +277,11 @@ def test_chunks_that_stand_for_themselves_are_placed_where_they_were_computed():
     loose = [store.add_loose(a, 100), store.add_loose(b, 140)]
     store.add(system + text(9, 100) + b)
     tokens = system + text(5, 30) + a + b + QUESTION
-    chain = store.chain(tokens)
-    pieces = find_moved(store.contents, NAMESPACE, chain, 40, len(tokens), ())
+    pieces = moved(store, tokens, start=40)
     assert spans(pieces) == [(70, 110, -30), (110, 150, -30)]
     assert [piece.chunk for piece in pieces] == loose
     store.contents.remove(loose[0])
-    pieces = find_moved(store.contents, NAMESPACE, chain, 40, len(tokens), ())
+    pieces = moved(store, tokens, start=40)
     assert spans(pieces) == [(110, 150, 110 - 140)] and pieces[0].chunk is not loose[1]
 
 
@@ -332,13 +320,9 @@ words = st.lists(st.sampled_from([PARAGRAPH, *range(200, 205)]), min_size=1, max
 def longest_run(tokens, stored):
     """For each position, how many tokens from there on stand side by side somewhere in `stored`."""
     return [
-        max((same(tokens[at:], prompt[place:]) for prompt in stored for place in range(len(prompt))), default=0)
+        max((common(tokens[at:], prompt[place:]) for prompt in stored for place in range(len(prompt))), default=0)
         for at in range(len(tokens))
     ]
-
-
-def same(a, b):
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @settings(max_examples=200, deadline=None)

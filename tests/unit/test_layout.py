@@ -237,7 +237,8 @@ def assert_refused(backend, itemsize, error=LayoutError, **names):
     ids=lambda c: c.__name__,
 )
 def test_refused(backend, itemsize):
-    assert_refused(backend(), itemsize)
+    said = assert_refused(backend(), itemsize)
+    assert backend is not OtherLayer or "layer.2" in said, "the refusal names the layer"
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -247,11 +248,6 @@ def test_a_cache_that_rounds_is_refused(itemsize):
 
 def test_what_a_backend_raises_comes_out_and_the_block_is_restored():
     assert assert_refused(Raises(), 2, RuntimeError) == "no kernel image"
-
-
-def test_the_refusal_names_the_layer():
-    assert "layer.2" in assert_refused(OtherLayer(), 1)
-    assert "layer.2" in assert_refused(OtherLayer(), 2)
 
 
 @pytest.mark.parametrize(

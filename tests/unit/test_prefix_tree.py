@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from memory_growth import grown
+from memory_tier_tools import common
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore import prefix_tree
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
@@ -49,10 +50,6 @@ def store(catalogue, chain, ready=()):
         chunks.append(chunk)
         parent = chunk
     return chunks
-
-
-def common(a, b):
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class NaiveModel:

@@ -7,7 +7,7 @@ from torch import nn
 from ragkv.connectors.vllm.rope import rotations
 from ragkv.errors import FusionError
 from ragkv.kvstore.fusion.rotation import Rotation
-from rotary_modules import HEAD, LLAMA3, REFUSED, SCHEMES, YARN, keys_at, noise, rotary
+from rotary_modules import HEAD, LLAMA3, REFUSED, SCHEMES, YARN, noise, rotary
 
 HIDDEN, HEADS, LAYERS = 48, 2, 3
 NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]
@@ -167,15 +167,6 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(value, weights[name]) for name, value in whole.state_dict().items())
     with pytest.raises(AssertionError, match="attention does not run"):
         whole.model.layers[0].self_attn(torch.arange(3), noise(3, HIDDEN).bfloat16())
-
-
-def test_the_keys_of_a_model_turn_by_what_is_found():
-    whole = model("llama3")
-    block = whole.model.layers[1].self_attn
-    keys = block.split(noise(20, HIDDEN))[1].detach().unflatten(-1, (HEADS, -1))
-    start, end = torch.arange(20) * 31, torch.arange(20) * 7 + 900
-    turned = rotations(whole, NAMES)[1].turn(keys_at(block.rotary_emb, keys, start), end - start)
-    assert torch.allclose(turned, keys_at(block.rotary_emb, keys, end), atol=1e-4)
 
 
 @TYPES

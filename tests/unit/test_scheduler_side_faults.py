@@ -92,15 +92,6 @@ def test_aborted_while_it_is_prefilled(engine):
     assert engine.run(prompt) == 85
 
 
-def test_aborted_in_the_step_of_its_load(engine):
-    prompt = text(1, 60)
-    engine.run(prompt)
-    request = engine.request(prompt + text(2, 60))
-    engine.step(budget=10, deliver=False)
-    engine.finish(request)
-    engine.settle()
-
-
 def test_blocks_are_kept_until_the_last_store_is_done(engine):
     request = engine.request(text(1, 60))
     engine.step()
@@ -274,17 +265,6 @@ def test_reports_of_workers_come_apart():
 
 def test_reports_of_unknown_jobs_are_ignored(engine):
     engine.side.report(StepReport({12345: 2}, {12345}))
-
-
-def test_a_full_tier_evicts_and_stays_right():
-    engine = Engine(pages=30, workers=2)
-    for turn in range(3):
-        for seed in range(4):
-            engine.run(text(seed, 100), budget=50)
-            engine.memory.check_integrity()
-            assert engine.run(text(seed, 100)) >= 64, turn
-    assert engine.metrics.get(m.EVICTED_CHUNKS, m.MEMORY, m.CAPACITY) > 20
-    engine.check()
 
 
 def test_a_tier_without_room_refuses_and_stays_right():

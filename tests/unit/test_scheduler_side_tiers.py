@@ -56,21 +56,6 @@ def test_a_restart_finds_prompt_and_answer(engine):
     assert engine.run(PROMPT + answer + text(3, 30)) == 139
 
 
-def test_what_was_written_through_survives_a_crash(alone, disk):
-    engine = alone
-    engine.run(text(2, 100))
-    engine.restart()
-    assert engine.run(text(2, 100)) == 99
-
-
-def test_what_was_not_written_yet_is_lost_in_a_crash(alone, disk):
-    alone.request(text(2, 100))
-    alone.step()
-    disk.writes.step(), disk.writes.step()
-    alone.restart()
-    assert alone.run(text(2, 100)) == 44
-
-
 def test_a_second_life_adds_to_the_first(engine):
     engine.run(PROMPT)
     for turn in range(1, 4):
@@ -261,27 +246,21 @@ def hinted(**hints):
     return {"kv_transfer_params": {"ragkv": hints}}
 
 
-def test_pinned_is_not_evicted_until_its_time():
+@pytest.mark.parametrize("unpins", [False, True], ids=["its time", "its owner"])
+def test_pinned_is_not_evicted_until_its_time_or_its_owner_ends_it(unpins):
     engine = Engine(pages=120)
     engine.run(PROMPT, **hinted(pin={"owner": "desk", "seconds": 60}))
     for seed in range(2, 9):
         engine.run(text(seed, 100))
     assert engine.run(PROMPT) == 99
-    engine.pass_time(61)
+    if unpins:
+        engine.run(text(9, 20), **hinted(unpin={"owner": "desk"}))
+    else:
+        engine.pass_time(61)
     for seed in range(2, 9):
         engine.run(text(seed, 100))
-    assert engine.run(PROMPT) == 0
+    assert engine.run(PROMPT) == 0 and engine.pins == 0
     engine.check()
-
-
-def test_unpinned_by_its_owner():
-    engine = Engine(pages=120)
-    engine.run(PROMPT, **hinted(pin={"owner": "desk", "seconds": 60}))
-    engine.run(text(9, 20), **hinted(unpin={"owner": "desk"}))
-    for seed in range(2, 9):
-        engine.run(text(seed, 100))
-    assert engine.run(PROMPT) == 0
-    assert engine.pins == 0
 
 
 def test_of_what_is_pinned_the_end_is_named():

@@ -300,46 +300,33 @@ def test_what_fails_in_a_worker_is_an_error_of_its_span(engine, spans, kind, nam
     assert found == {LOOKUP: StatusCode.UNSET, name: StatusCode.ERROR}
 
 
-def test_a_fusion_that_fails_is_an_error_of_its_span(spans):
-    with about_to_fuse() as (engine, prompt):
-        engine.request(prompt)
-        engine.fail("fuse")
-        engine.step(), engine.step()
-        engine.fail()
-        found = {span.name: span.status.status_code for span in spans.made()}
-        assert not spans.tracing.open
-    assert found[FUSE] is StatusCode.ERROR and found[LOAD] is StatusCode.UNSET
-
-
-def test_a_fusion_whose_load_fails_is_not_awaited(spans):
+@pytest.mark.parametrize("kind", ["fuse", "load"])
+def test_a_fusion_that_fails_is_an_error_of_its_span_and_one_whose_load_fails_is_not_awaited(spans, kind):
     with about_to_fuse() as (engine, prompt):
         spans.made()
         engine.request(prompt)
-        engine.fail("load")
+        engine.fail(kind)
         engine.step(), engine.step()
         engine.fail()
         found = {span.name: span.status.status_code for span in spans.made()}
         assert not spans.tracing.open
-    assert found[LOAD] is StatusCode.ERROR and FUSE not in found
+    failed = (StatusCode.UNSET, StatusCode.ERROR) if kind == "fuse" else (StatusCode.ERROR, None)
+    assert (found[LOAD], found.get(FUSE)) == failed
 
 
-@pytest.mark.parametrize("method", ["_context", "_result", "merge_times"])
+@pytest.mark.parametrize("method", ["_context", "_result", "merge_times", None])
 def test_a_fault_of_tracing_is_noted_and_fails_nothing(spans, monkeypatch, method):
     def broken(*_, **__):
         raise RuntimeError("no trace")
 
-    monkeypatch.setattr(tracing, method, broken)
+    if method is None:
+        spans.tracer = SimpleNamespace()
+    else:
+        monkeypatch.setattr(tracing, method, broken)
     with closing(Engine()) as engine:
         assert engine.run(PROMPT) == 0 and engine.run(PROMPT) == 59
         assert engine.metrics.get(m.ERRORS, "tracing") > 0
         assert engine.metrics.counted[m.HIT_TOKENS, "memory"] == 59
-
-
-def test_a_tracer_that_fails_is_noted_and_fails_nothing(spans):
-    spans.tracer = SimpleNamespace()
-    with closing(Engine()) as engine:
-        assert engine.run(PROMPT) == 0 and engine.run(PROMPT) == 59
-        assert engine.metrics.get(m.ERRORS, "tracing") > 0
 
 
 def test_requests_that_end_before_they_are_taken_up_leave_nothing(engine, spans):

@@ -143,24 +143,6 @@ def test_copies_mix_no_devices(places, stacked):
 
 
 @pytest.mark.parametrize("mover", MOVERS)
-def test_ranks_share_pages_and_not_bytes(mover):
-    first = World(strided, 2, 2, 0)
-    second = World(strided, 2, 2, 1, first.segment)
-    rows, slots = first.some(20)
-    pages = rows.unique() // PAGE
-    others = first.pages[pages, 1].clone()
-    first.mover(mover).store(rows, slots)
-    assert torch.equal(first.pages[pages, 1], others)
-    mine = first.pages[pages, 0].clone()
-    second.mover(mover).store(rows, slots)
-    assert torch.equal(first.pages[pages, 0], mine)
-    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-        assert torch.equal(first.in_tier(row), first.in_cache(slot))
-        assert torch.equal(second.in_tier(row), second.in_cache(slot))
-        assert not torch.equal(first.in_tier(row), second.in_tier(row))
-
-
-@pytest.mark.parametrize("mover", MOVERS)
 def test_one_row_may_be_loaded_into_many_slots(mover):
     world = World(strided, 2, 1, 0)
     rows, slots = torch.tensor([7, 7, 12, 7]), torch.tensor([40, 3, 0, 17])
@@ -200,13 +182,6 @@ def test_moved_keys_are_not_loaded_where_nothing_turns_them(mover):
     with pytest.raises(FusionError, match="rotate"):
         world.mover(mover).load(torch.tensor([3]), torch.tensor([9]), torch.tensor([4]))
     assert torch.equal(world.storage, before)
-
-
-@pytest.mark.parametrize("mover", ["direct", "staged1"])
-def test_a_row_outside_the_tier_is_an_error(mover):
-    world = World(strided, 2, 1, 0)
-    with pytest.raises((IndexError, RuntimeError)):
-        world.mover(mover).load(torch.tensor([PAGES * PAGE]), torch.tensor([0]))
 
 
 def test_nothing_to_copy():
