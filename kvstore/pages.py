@@ -13,8 +13,9 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """A page is `[ranks, layers, 2, page_tokens, row]`; a row is one token's K or V in one layer and one rank,
-    `row_elements` elements of `itemsize` bytes. `dtype` is their name."""
+    """A page is `[ranks, layers, kinds, page_tokens, row]`; a row is one token's K or V in one layer and one rank,
+    `row_elements` elements of `itemsize` bytes. `dtype` is their name; `kinds`: 2, or 1 where a token has one
+    vector a layer."""
 
     ranks: int
     layers: int
@@ -22,11 +23,12 @@ class PageShape:
     row_elements: int
     itemsize: int
     dtype: str
+    kinds: int = 2
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.ranks * self.layers * 2 * self.row_elements * self.itemsize
+        return self.ranks * self.layers * self.kinds * self.row_elements * self.itemsize
 
     @property
     def page_bytes(self) -> int:
@@ -35,8 +37,8 @@ class PageShape:
 
     def of(self, tokens: int) -> tuple[int, ...]:
         """The shape that a payload of so many tokens states. Its raw bytes are the full pages one after the other,
-        then of the last page the filled rows alone, `[ranks, layers, 2, rest, row]`."""
-        return (tokens, self.ranks, self.layers, 2, self.row_elements)
+        then of the last page the filled rows alone, `[ranks, layers, kinds, rest, row]`."""
+        return (tokens, self.ranks, self.layers, self.kinds, self.row_elements)
 
 
 class PagePool:
@@ -122,9 +124,9 @@ class Pages:
             rows[:, :rest] = source[at:].reshape(rows.shape[0], rest, -1)
 
     def _rows(self, page: int) -> Bytes:
-        """A page as [ranks * layers * 2, page_tokens, bytes of a row]."""
+        """A page as [ranks * layers * kinds, page_tokens, bytes of a row]."""
         rows: Bytes = self._bytes[page].reshape(
-            2 * self.shape.ranks * self.shape.layers, self.shape.page_tokens, -1
+            self.shape.kinds * self.shape.ranks * self.shape.layers, self.shape.page_tokens, -1
         )
         return rows
 

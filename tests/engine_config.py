@@ -40,9 +40,11 @@ def config(**change):
             cache_dtype=change.pop("cache_dtype", "auto"),
             sliding_window=change.pop("sliding_window", None),
             calculate_kv_scales=change.pop("calculate_kv_scales", False),
+            enable_prefix_caching=change.pop("enable_prefix_caching", True),
         ),
         load_config=SimpleNamespace(load_format=change.pop("load_format", "auto")),
         speculative_config=change.pop("speculative_config", None),
+        device_config=SimpleNamespace(device_type=change.pop("device_type", "cuda")),
     )
 
 

@@ -97,7 +97,7 @@ def make_side(
     return SchedulerSide(
         cache,
         block_tokens,
-        shape.ranks,
+        shape.workers,
         metrics,
         faults,
         chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(vllm_config)),
@@ -110,7 +110,7 @@ def make_side(
         allow=settings.hints.kinds,
         control=open_control(settings, cache),
         confirmed_by=trust.round,
-        listener=make_listener(vllm_config, shape.ranks, cache.token_bytes, faults),
+        listener=make_listener(vllm_config, shape.workers, cache.token_bytes, faults),
     )
 
 

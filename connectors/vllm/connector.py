@@ -74,7 +74,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         config, settings = self._vllm_config, self._settings
         shape = examine(config, self._kv_cache_config)
-        page, self._workers = page_shape(settings, shape), shape.ranks
+        page, self._workers = page_shape(settings, shape), shape.workers
         size = memory_pages(settings, page) * page.page_bytes
         populate = has_lower_tier(settings)  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=populate)

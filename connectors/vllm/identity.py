@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.files import Files, adapter_files, model_files
@@ -23,11 +23,13 @@ _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁
 
 @dataclass(frozen=True)
 class Shape:
-    """One worker's geometry, its layers by name, the cache's dtype, and the tensor-parallel ranks."""
+    """One worker's geometry, its layers by name, the cache's dtype, and the tensor-parallel `workers`. `ranks`: the
+    parts of a page, one a worker, or 1 where all workers hold the same (MLA)."""
 
     geometry: Geometry
     layers: tuple[str, ...]
     dtype: torch.dtype
+    workers: int
     ranks: int
 
     def page_bytes(self, page_tokens: int) -> int:
@@ -52,10 +54,18 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         raise LayoutError("vLLM says that this model (its attention or its pooling) cannot do without a prefix")
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        raise LayoutError(f"{len(groups)} groups of KV cache (layers of several kinds); supported: 1")
+        cure = "--disable-hybrid-kv-cache-manager lets vLLM keep sliding or chunked layers' KV whole, in one group"
+        raise LayoutError(f"{len(groups)} groups of KV cache (layers of several kinds); supported: 1. {cure}")
     spec = groups[0].kv_cache_spec
-    if type(spec) is not FullAttentionSpec:
-        raise LayoutError(f"KV cache of kind {type(spec).__name__}; supported: FullAttentionSpec")
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+        raise LayoutError(f"KV cache of kind {type(spec).__name__}; supported: FullAttentionSpec, MLAAttentionSpec")
+    latent = isinstance(spec, MLAAttentionSpec)
+    if latent and not prefix_is_exact(vllm_config):
+        raise LayoutError("MLA on a CPU: vLLM's answers there change with a cached prefix; supported: accelerators")
+    if latent and getattr(spec, "state_content_bytes", None) is not None:
+        raise LayoutError(f"MLA cache of kind {spec.cache_dtype_str}; supported: elements of one dtype")
+    if latent and getattr(spec, "tokens_per_state", 1) != 1:
+        raise LayoutError(f"MLA with {spec.tokens_per_state} tokens a state; supported: 1")
     if getattr(spec, "non_causal", False):
         raise LayoutError("attention that is not causal: KV depends on later tokens; supported: causal")
     quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
@@ -63,11 +73,18 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         raise LayoutError(f"KV quantised by {quantised}; supported: none, or fp8 with one scale a tensor")
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise LayoutError("calculate_kv_scales: fp8 scales differ from start to start; supported: False")
-    if spec.head_size != getattr(spec, "head_size_v", spec.head_size):
+    if not latent and spec.head_size != getattr(spec, "head_size_v", spec.head_size):
         raise LayoutError(f"head sizes of K and V differ: {spec.head_size}, {spec.head_size_v}")
-    layers = tuple(groups[0].layer_names)
-    geometry = Geometry(len(layers), spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size)
-    return Shape(geometry, layers, spec.dtype, parallel.tensor_parallel_size)
+    layers, kinds, workers = tuple(groups[0].layer_names), 1 if latent else 2, parallel.tensor_parallel_size
+    sizes = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size, kinds
+    return Shape(Geometry(len(layers), *sizes), layers, spec.dtype, workers, 1 if latent else workers)
+
+
+def prefix_is_exact(vllm_config: Any) -> bool:
+    """Whether vLLM computes the same for MLA behind a cached prefix as without it. Its CPU backend does not (0.32:
+    not even one answer is the same as when its tokens are prefilled), and switches prefix caching off."""
+    device = getattr(getattr(vllm_config, "device_config", None), "device_type", None)
+    return device != "cpu" or bool(vllm_config.cache_config.enable_prefix_caching)
 
 
 def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
@@ -85,6 +102,7 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
             "cache_dtype": str(cache.cache_dtype),
             "raw_dtype": str(shape.dtype),
             "heads": shape.geometry.heads * shape.ranks,
+            "kinds": shape.geometry.kinds,
             "head_dim": shape.geometry.head_dim,
             "layers": shape.geometry.layers,
             "ranks": shape.ranks,

@@ -13,16 +13,16 @@ import torch
 from ragkv.connectors.vllm.tiles import RAW, WIDEST, Scratch, find_tiles
 from ragkv.errors import LayoutError
 
-Views = tuple[torch.Tensor, torch.Tensor]  # of K and V
+Views = list[torch.Tensor]  # of K and V; of MLA's one vector
 Part = slice | torch.Tensor  # of some tokens; a slice where they follow one another
 
 
 class LayerCache:
-    """One layer's cache. `views`: K and V as [blocks, tokens, heads, head_dim], if the layout is strided; else
+    """One layer's cache. `views`: K and V (for MLA one) as [blocks, tokens, heads, head_dim], if the layout is strided; else
     `tables`: of K and V, and `tiles`: the same, or None. `slots`: how many there are."""
 
     def __init__(self, cache: torch.Tensor, kernel_tokens: int, places: torch.Tensor) -> None:
-        """`places` int64 [kernel_tokens, 2, heads, head_dim]: storage offset of every element in block 0."""
+        """`places` int64 [kernel_tokens, kinds, heads, head_dim]: storage offset of every element in block 0."""
         raw = cache.view(RAW[cache.element_size()])
         first, stride = int(raw.storage_offset()), raw.stride(0)
         reach = 1 + sum((extent - 1) * step for extent, step in zip(raw.shape, raw.stride(), strict=True))
@@ -33,7 +33,7 @@ class LayerCache:
         self.tables: list[_Table] = []
         self.tiles = None
         if self.views is None:  # made once: a copy to the device at each use would be waited for
-            self.tables = [_table(storage, self.places[:, kind], stride) for kind in (0, 1)]
+            self.tables = [_table(storage, one, stride) for one in self.places.unbind(1)]
             self.tiles = find_tiles(storage, self.places, stride)
 
     def same_addresses(self, other: "LayerCache") -> bool:
@@ -48,8 +48,7 @@ class LayerCache:
 def _strided(storage: torch.Tensor, places: torch.Tensor, stride: int, blocks: int) -> Views | None:
     """K and V as views, if the layout is strided."""
     views = []
-    for kind in (0, 1):
-        one = places[:, kind]
+    for one in places.unbind(1):
         first = int(one.flatten()[0])
         steps = [int(one.select(d, 1).flatten()[0]) - first if one.shape[d] > 1 else 0 for d in range(3)]
         token, head, dim = (torch.arange(size) * step for size, step in zip(one.shape, steps, strict=True))
@@ -57,7 +56,7 @@ def _strided(storage: torch.Tensor, places: torch.Tensor, stride: int, blocks: i
             return None
         shape, strides = (blocks, *one.shape), (stride, *steps)
         views.append(widened(storage.as_strided(shape, strides, storage.storage_offset() + first)))
-    return views[0], views[1]
+    return views
 
 
 def widened(raw: torch.Tensor) -> torch.Tensor:
@@ -136,8 +135,10 @@ class Layers:
         first, everything = caches[0], range(len(caches))
         self._caches, self._scratch = caches, Scratch()
         self.raw, self.slots = first.raw, first.slots
-        keys, values = (_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in (0, 1))
-        self.views: Views | None = None if keys is None or values is None else (keys, values)
+        kinds = range(first.places.shape[1])
+        stacked = [_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in kinds]
+        found = [each for each in stacked if each is not None]
+        self.views: Views | None = found if len(found) == len(stacked) else None
         if self.views is None and not all(cache.same_addresses(first) for cache in caches):
             raise LayoutError("layers whose caches are not aligned alike")
         # What to copy at once: a CPU's own caches hold one layer; an accelerator is given few kernels.

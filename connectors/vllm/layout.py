@@ -1,7 +1,8 @@
 """The probe: finds where the engine keeps K and V, by writing known tokens and reading the cache.
 
 vLLM's attention backends have one thing in common: `impl.do_kv_cache_update(layer, key, value, cache, slots)`
-writes token-major K and V. `probe` writes zeros and ones through it into unused blocks, in as many rounds as an
+writes token-major K and V, or for MLA (multi-head latent attention: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1)
+its one vector, the latent and the key's rotary part. `probe` writes zeros and ones through it into unused blocks, in as many rounds as an
 element's number has bits, and so learns which element lies at every address. The result must be a bijection, the
 same in every layer and in another block; otherwise the layout is refused.
 """
@@ -18,18 +19,20 @@ from ragkv.errors import LayoutError
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """One worker's share of the KV: layers, its KV heads, head size, bytes an element, tokens a block."""
+    """One worker's share of the KV: layers, its KV heads, head size, bytes an element, tokens a block. `kinds`: 2
+    where a token has K and V, 1 where it has one vector (MLA)."""
 
     layers: int
     heads: int
     head_dim: int
     itemsize: int
     block_tokens: int
+    kinds: int = 2
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's K and V in all layers, this worker's heads."""
-        return 2 * self.layers * self.heads * self.head_dim * self.itemsize
+        """Bytes of one token in all layers, this worker's heads."""
+        return self.kinds * self.layers * self.heads * self.head_dim * self.itemsize
 
 
 def probe(
@@ -71,7 +74,7 @@ def _kernel_tokens(cache: torch.Tensor, blocks: int, geometry: Geometry) -> int:
         raise LayoutError(f"the cache's first dimension is {cache.shape[0]}, with {blocks} blocks")
     split = cache.shape[0] // blocks
     tokens, rest = divmod(geometry.block_tokens, split)
-    elements = 2 * tokens * geometry.heads * geometry.head_dim
+    elements = geometry.kinds * tokens * geometry.heads * geometry.head_dim
     if rest or cache[0].numel() != elements:
         raise LayoutError(f"a block has {cache[0].numel()} elements, not {elements}")
     return tokens
@@ -80,8 +83,8 @@ def _kernel_tokens(cache: torch.Tensor, blocks: int, geometry: Geometry) -> int:
 def _learn(
     layer: Any, cache: torch.Tensor, block: int, geometry: Geometry, tokens: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Storage offset of every element of block 0, as `block` tells it: int64 [tokens, 2, heads, head_dim]."""
-    shape = (tokens, 2, geometry.heads, geometry.head_dim)
+    """Storage offset of every element of block 0, as `block` tells it: int64 [tokens, kinds, heads, head_dim]."""
+    shape = (tokens, geometry.kinds, geometry.heads, geometry.head_dim)
     size = cache[block].numel()
     numbers = torch.arange(size).reshape(shape)
     seen = torch.zeros(size, dtype=torch.int64)
@@ -122,19 +125,19 @@ def _verify(
     layers, saved = Layers([found]), cache[blocks].clone()
     try:
         noise = torch.randn(
-            len(slots), 2, geometry.heads, geometry.head_dim, generator=torch.Generator().manual_seed(7)
+            len(slots), geometry.kinds, geometry.heads, geometry.head_dim, generator=torch.Generator().manual_seed(7)
         ).to(device, dtype)
         for number, block in enumerate(blocks):
             _update(layer, cache, noise[number * tokens :][:tokens], block, tokens)
         written = cache[blocks].view(raw).clone()
         for order in (torch.arange(len(slots)), torch.arange(len(slots)).flip(0)):
             there = layers.find(slots[order].to(device))
-            read = [layers.read(there, kind, range(1))[0].clone() for kind in (0, 1)]
+            read = [layers.read(there, kind, range(1))[0].clone() for kind in range(geometry.kinds)]
             given = noise[order.to(device)].view(raw) if cache.dtype == dtype else None
-            if given is not None and not all(torch.equal(read[kind], given[:, kind]) for kind in (0, 1)):
+            if given is not None and not all(torch.equal(read[kind], given[:, kind]) for kind in range(geometry.kinds)):
                 raise LayoutError(f"layer {name} does not give back what was written")
             cache[blocks] = 0
-            for kind in (0, 1):
+            for kind in range(geometry.kinds):
                 layers.write(there, kind, read[kind][None], range(1))
             if not torch.equal(cache[blocks].view(raw), written):
                 raise LayoutError(f"layer {name} cannot be written back")
@@ -144,5 +147,11 @@ def _verify(
 
 def _update(layer: Any, cache: torch.Tensor, values: torch.Tensor, block: int, tokens: int) -> None:
     slots = torch.arange(tokens, dtype=torch.int64, device=cache.device) + block * tokens
-    key, value = values[:, 0].contiguous(), values[:, 1].contiguous()
-    layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+    if values.shape[1] == 1:
+        rope = int(layer.impl.qk_rope_head_dim)
+        latent, rotary = values[:, 0, 0, :-rope].contiguous(), values[:, 0, :, -rope:].contiguous()
+        scale = torch.ones((), dtype=torch.float32, device=cache.device)
+        layer.impl.do_kv_cache_update(latent, rotary, cache, slots, "auto", scale)
+    else:
+        key, value = values[:, 0].contiguous(), values[:, 1].contiguous()
+        layer.impl.do_kv_cache_update(layer, key, value, cache, slots)

@@ -20,6 +20,7 @@ def page_shape(settings: Settings, shape: Shape) -> PageShape:
         geometry.heads * geometry.head_dim,
         geometry.itemsize,
         str(shape.dtype).removeprefix("torch."),
+        geometry.kinds,
     )
 
 

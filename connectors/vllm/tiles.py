@@ -102,19 +102,19 @@ class Tiles:
 
 
 def find_tiles(storage: torch.Tensor, places: torch.Tensor, stride: int) -> list[Tiles] | None:
-    """K's and V's, with tiles of one size; None where they are not so, or not on a CPU.
+    """K's and V's (of MLA one), with tiles of one size; None where they are not so, or not on a CPU.
 
-    `storage`: one-dimensional, raw; `places` int64 [kernel_tokens, 2, heads, head_dim]: where the elements of
+    `storage`: one-dimensional, raw; `places` int64 [kernel_tokens, kinds, heads, head_dim]: where the elements of
     block 0 lie in it; `stride`: from block to block.
     """
     if storage.device.type != "cpu" or storage.data_ptr() % WIDEST:
         return None
     for tokens in SIZES:
         if len(places) % tokens == 0:
-            keys = _tiles(storage, places[:, 0], stride, tokens)
-            values = None if keys is None else _tiles(storage, places[:, 1], stride, tokens)
-            if keys is not None and values is not None:
-                return [keys, values]
+            tiles = [_tiles(storage, one, stride, tokens) for one in places.unbind(1)]
+            found = [each for each in tiles if each is not None]
+            if len(found) == len(tiles):
+                return found
     return None
 
 

@@ -1,6 +1,6 @@
 """Copies between the engine's paged cache and the memory tier.
 
-The tier is one array of pages `[pages, ranks, layers, 2, page_tokens, heads / ranks, head_dim]`, so that a
+The tier is one array of pages `[pages, ranks, layers, kinds, page_tokens, heads / ranks, head_dim]` (kinds: K and V), so that a
 tensor-parallel rank owns one unbroken stretch of every page. On the CPU, elements go straight from one to the
 other. On an accelerator they pass through a staging buffer: whole pages by DMA, elements by indexing, both on a
 stream beside the forwards. A load waits for the forwards that were launched before it, which may still use its
@@ -46,7 +46,7 @@ class Tier:
     ) -> None:
         """`elements`: the whole segment, raw, one-dimensional, a whole number of pages."""
         self.geometry, self.page_tokens = geometry, page_tokens
-        self.page_rows = 2 * geometry.layers * page_tokens
+        self.page_rows = geometry.kinds * geometry.layers * page_tokens
         self.page_bytes = geometry.token_bytes * page_tokens * ranks
         self._ranks, self._rank = ranks, rank
         rows = elements.view(-1, geometry.heads * geometry.head_dim)
@@ -89,8 +89,9 @@ class Mover(ABC):
         """`prepare`: what prepares the rotation of keys that move; None where there is none."""
         self.layers, self.tier, self._device, self._prepare = Layers(caches), tier, device, prepare
         self._scratch = Scratch() if device.type == "cpu" else None
-        steps = torch.arange(2 * tier.geometry.layers, dtype=torch.int64) * tier.page_tokens
-        self._steps = steps.view(tier.geometry.layers, 2, 1).to(device)  # from a token's first row on
+        layers, kinds = tier.geometry.layers, tier.geometry.kinds
+        steps = torch.arange(kinds * layers, dtype=torch.int64) * tier.page_tokens
+        self._steps = steps.view(layers, kinds, 1).to(device)  # from a token's first row on
 
     @abstractmethod
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
@@ -137,10 +138,11 @@ class Mover(ABC):
         for layers in self.layers.groups:
             steps = self._steps[layers.start : layers.stop]
             raw = self._rows(source, (first + steps).flatten()).view(self.layers.raw)
-            raw = raw.view(len(layers), 2, -1, geometry.heads, geometry.head_dim)
+            raw = raw.view(len(layers), geometry.kinds, -1, geometry.heads, geometry.head_dim)
             keys = raw[:, 0] if turn is None else turn(layers, raw[:, 0])
             self.layers.write(found, 0, keys, layers)
-            self.layers.write(found, 1, raw[:, 1], layers)
+            for kind in range(1, geometry.kinds):
+                self.layers.write(found, kind, raw[:, kind], layers)
 
     def _rows(self, source: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         """Some rows; until the next call."""
@@ -154,7 +156,7 @@ class Mover(ABC):
         """Write all layers of some tokens from their slots to `target`, from their first rows on."""
         first, slots = packed.on_device()
         found = self.layers.find(slots)
-        for layers, kind in itertools.product(self.layers.groups, (0, 1)):
+        for layers, kind in itertools.product(self.layers.groups, range(self.tier.geometry.kinds)):
             raw = self.layers.read(found, kind, layers)
             places = (first + self._steps[layers.start : layers.stop, kind]).flatten()
             target.index_copy_(0, places, raw.flatten(2).flatten(0, 1).view(target.dtype))

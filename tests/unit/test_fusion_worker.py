@@ -22,7 +22,7 @@ def prepared(monkeypatch, dtype, cache_dtype="auto"):
     monkeypatch.setattr(fusion_worker, "rotations", lambda model, layers: BY_LAYER)
     geometry = Geometry(len(BY_LAYER), HEADS, DIM, dtype.itemsize, 16)
     stored = torch.uint8 if dtype.itemsize == 1 else dtype
-    shape = Shape(geometry, tuple(f"layer.{n}" for n in range(len(BY_LAYER))), stored, 1)
+    shape = Shape(geometry, tuple(f"layer.{n}" for n in range(len(BY_LAYER))), stored, 1, 1)
     config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=cache_dtype))
     return make_turn(config, shape, None)
 

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVQuantMode, MLAAttentionSpec, SlidingWindowSpec
 
 from engine_config import caches, config, spec
+from ragkv.config import Settings
 from ragkv.connectors.vllm.identity import (
     Namespaces,
     engine_identity,
@@ -15,6 +16,7 @@ from ragkv.connectors.vllm.identity import (
     load_structure,
     token_structure,
 )
+from ragkv.connectors.vllm.sizes import page_shape
 from ragkv.errors import LayoutError
 
 
@@ -47,6 +49,18 @@ def test_structure_of_bytes_of_holes_and_of_nothing():
     assert load_structure(config).breaks(np.array([0, 0, 0], dtype=np.int32)).tolist() == []
 
 
+def mla(**change):
+    return spec(MLAAttentionSpec, num_kv_heads=1, head_size=576, **change)
+
+
+def test_the_shape_of_an_engine_with_mla_is_one_vector_a_token_which_all_workers_hold():
+    shape = examine(config(), caches(mla()))
+    assert (shape.workers, shape.ranks) == (2, 1)
+    assert (shape.geometry.kinds, shape.geometry.heads, shape.geometry.head_dim) == (1, 1, 576)
+    assert shape.page_bytes(5) == 5 * 3 * 576 * 2
+    assert page_shape(Settings(), shape).page_bytes == shape.page_bytes(Settings().memory.page_tokens)
+
+
 def test_the_shape_of_an_engine():
     shape = examine(config(), caches(spec()))
     geometry = shape.geometry
@@ -72,7 +86,9 @@ def test_the_shape_of_an_engine():
         ({}, [], "0 groups"),
         ({}, [spec(), spec()], "2 groups"),
         ({}, [spec(SlidingWindowSpec, sliding_window=64)], "SlidingWindowSpec"),
-        ({}, [spec(MLAAttentionSpec, num_kv_heads=1)], "MLAAttentionSpec"),
+        ({"device_type": "cpu", "enable_prefix_caching": False}, [mla()], "MLA on a CPU"),
+        ({}, [mla(cache_dtype_str="fp8_ds_mla", state_content_bytes=656)], "fp8_ds_mla"),
+        ({}, [mla(tokens_per_state=4)], "4 tokens a state"),
         ({}, [spec(head_size_v=32)], "head sizes of K and V differ: 64, 32"),
         ({}, [spec(non_causal=True)], "not causal"),
         ({}, [spec(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)], "INT8_PER_TOKEN_HEAD"),
@@ -93,6 +109,8 @@ def test_engines_that_cannot_be_served_are_refused_in_plain_words(change, groups
         ({"speculative_config": SimpleNamespace(method="ngram")}, spec()),
         ({}, spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR, dtype=torch.uint8)),
         ({}, spec(sliding_window=128)),
+        ({}, mla()),
+        ({"device_type": "cpu", "enable_prefix_caching": True}, mla()),
     ],
 )
 def test_what_may_look_odd_and_is_served(change, group):

@@ -44,7 +44,7 @@ class Clock:
 
 def make_worker(monkeypatch, device_capacity, compute):
     """A worker, and its equipment."""
-    shape = Shape(GEOMETRY, tuple(f"layer.{n}" for n in range(LAYERS)), torch.bfloat16, 1)
+    shape = Shape(GEOMETRY, tuple(f"layer.{n}" for n in range(LAYERS)), torch.bfloat16, 1, 1)
     monkeypatch.setattr(equipment, "examine", lambda vllm, cache: shape)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
     config = SimpleNamespace(
