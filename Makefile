@@ -1,6 +1,7 @@
 # make env    the environment, .venv: made once, brought up to date when pyproject.toml changes
 # make demo   the demonstration
-# make test   format, lint, types, import rules and every test
+# make test   format, lint, types, import rules and the tests
+# make test-models  equal answers with every kind of model: docs/models.md
 # make test-versions  a smoke test on every vLLM that is claimed, each in an environment of its own
 # make docs   the documentation's site, in out/site
 # make clean  removes what was built, but not .venv
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test test-versions lint docs clean
+.PHONY: env demo test test-models test-versions lint docs clean
 
 env: .venv/.stamp
 
@@ -25,9 +26,12 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest -m "not engine and not rig" -n 2
+	$(BIN)/python -m pytest -m "not engine and not rig and not models" -n 2
 	$(BIN)/python -m pytest -m engine
 	$(BIN)/python -m pytest tests/rig -n 2 --dist loadscope
+
+test-models: env
+	$(BIN)/python -m pytest tests/models
 
 test-versions: env
 	$(BIN)/python scripts/test_versions.py

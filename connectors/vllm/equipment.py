@@ -46,7 +46,9 @@ class Equipment:
         self.segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
         elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
         self._pinning = pin(elements, page.page_bytes) if self.device.type == "cuda" else None
-        self._tier = Tier(elements, geometry, page.page_tokens, self.shape.ranks, min(self.rank, self.shape.ranks - 1))
+        self._tier = Tier(
+            elements, geometry, page.page_tokens, self.shape.ranks, min(self.rank, self.shape.ranks - 1)
+        )
 
     def make_copier(self, faults: Faults) -> Copier:
         """What carries out orders, without movers."""

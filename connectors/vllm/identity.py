@@ -23,8 +23,8 @@ _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁
 
 @dataclass(frozen=True)
 class Shape:
-    """One worker's geometry, its layers by name, the cache's dtype, and the tensor-parallel `workers`. `ranks`: the
-    parts of a page, one a worker, or 1 where all workers hold the same (MLA)."""
+    """One worker's geometry, its layers by name, the cache's dtype, and the tensor-parallel `workers`. `ranks`:
+    the parts of a page, one a worker, or 1 where all workers hold the same (MLA)."""
 
     geometry: Geometry
     layers: tuple[str, ...]
@@ -58,10 +58,14 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         raise LayoutError(f"{len(groups)} groups of KV cache (layers of several kinds); supported: 1. {cure}")
     spec = groups[0].kv_cache_spec
     if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-        raise LayoutError(f"KV cache of kind {type(spec).__name__}; supported: FullAttentionSpec, MLAAttentionSpec")
+        raise LayoutError(
+            f"KV cache of kind {type(spec).__name__}; supported: FullAttentionSpec, MLAAttentionSpec"
+        )
     latent = isinstance(spec, MLAAttentionSpec)
     if latent and not prefix_is_exact(vllm_config):
-        raise LayoutError("MLA on a CPU: vLLM's answers there change with a cached prefix; supported: accelerators")
+        raise LayoutError(
+            "MLA on a CPU: vLLM's answers there change with a cached prefix; supported: accelerators"
+        )
     if latent and getattr(spec, "state_content_bytes", None) is not None:
         raise LayoutError(f"MLA cache of kind {spec.cache_dtype_str}; supported: elements of one dtype")
     if latent and getattr(spec, "tokens_per_state", 1) != 1:

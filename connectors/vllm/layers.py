@@ -18,8 +18,8 @@ Part = slice | torch.Tensor  # of some tokens; a slice where they follow one ano
 
 
 class LayerCache:
-    """One layer's cache. `views`: K and V (for MLA one) as [blocks, tokens, heads, head_dim], if the layout is strided; else
-    `tables`: of K and V, and `tiles`: the same, or None. `slots`: how many there are."""
+    """One layer's cache. `views`: K and V (for MLA one) as [blocks, tokens, heads, head_dim], if the layout is
+    strided; else `tables`: of K and V, and `tiles`: the same, or None. `slots`: how many there are."""
 
     def __init__(self, cache: torch.Tensor, kernel_tokens: int, places: torch.Tensor) -> None:
         """`places` int64 [kernel_tokens, kinds, heads, head_dim]: storage offset of every element in block 0."""
@@ -136,7 +136,7 @@ class Layers:
         self._caches, self._scratch = caches, Scratch()
         self.raw, self.slots = first.raw, first.slots
         kinds = range(first.places.shape[1])
-        stacked = [_stacked([cache.views and cache.views[kind] for cache in caches]) for kind in kinds]
+        stacked = [_stacked([cache.views[kind] if cache.views else None for cache in caches]) for kind in kinds]
         found = [each for each in stacked if each is not None]
         self.views: Views | None = found if len(found) == len(stacked) else None
         if self.views is None and not all(cache.same_addresses(first) for cache in caches):

@@ -2,9 +2,9 @@
 
 vLLM's attention backends have one thing in common: `impl.do_kv_cache_update(layer, key, value, cache, slots)`
 writes token-major K and V, or for MLA (multi-head latent attention: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1)
-its one vector, the latent and the key's rotary part. `probe` writes zeros and ones through it into unused blocks, in as many rounds as an
-element's number has bits, and so learns which element lies at every address. The result must be a bijection, the
-same in every layer and in another block; otherwise the layout is refused.
+its one vector, the latent and the key's rotary part. `probe` writes zeros and ones through it into unused blocks,
+in as many rounds as an element's number has bits, and so learns which element lies at every address. The result
+must be a bijection, the same in every layer and in another block; otherwise the layout is refused.
 """
 
 from dataclasses import dataclass
@@ -125,7 +125,11 @@ def _verify(
     layers, saved = Layers([found]), cache[blocks].clone()
     try:
         noise = torch.randn(
-            len(slots), geometry.kinds, geometry.heads, geometry.head_dim, generator=torch.Generator().manual_seed(7)
+            len(slots),
+            geometry.kinds,
+            geometry.heads,
+            geometry.head_dim,
+            generator=torch.Generator().manual_seed(7),
         ).to(device, dtype)
         for number, block in enumerate(blocks):
             _update(layer, cache, noise[number * tokens :][:tokens], block, tokens)
@@ -134,7 +138,9 @@ def _verify(
             there = layers.find(slots[order].to(device))
             read = [layers.read(there, kind, range(1))[0].clone() for kind in range(geometry.kinds)]
             given = noise[order.to(device)].view(raw) if cache.dtype == dtype else None
-            if given is not None and not all(torch.equal(read[kind], given[:, kind]) for kind in range(geometry.kinds)):
+            if given is not None and not all(
+                torch.equal(read[kind], given[:, kind]) for kind in range(geometry.kinds)
+            ):
                 raise LayoutError(f"layer {name} does not give back what was written")
             cache[blocks] = 0
             for kind in range(geometry.kinds):

@@ -1,12 +1,12 @@
 """Copies between the engine's paged cache and the memory tier.
 
-The tier is one array of pages `[pages, ranks, layers, kinds, page_tokens, heads / ranks, head_dim]` (kinds: K and V), so that a
-tensor-parallel rank owns one unbroken stretch of every page. On the CPU, elements go straight from one to the
-other. On an accelerator they pass through a staging buffer: whole pages by DMA, elements by indexing, both on a
-stream beside the forwards. A load waits for the forwards that were launched before it, which may still use its
-blocks, and no forward waits for a load: its request runs once the ticket is done. A store waits for the forwards
-that were launched before it, which compute what it copies, and no forward waits for a store: its blocks are kept
-until the ticket is done, or fenced.
+The tier is one array of pages `[pages, ranks, layers, kinds, page_tokens, heads / ranks, head_dim]` (kinds: K and
+V), so that a tensor-parallel rank owns one unbroken stretch of every page. On the CPU, elements go straight from
+one to the other. On an accelerator they pass through a staging buffer: whole pages by DMA, elements by indexing,
+both on a stream beside the forwards. A load waits for the forwards that were launched before it, which may still
+use its blocks, and no forward waits for a load: its request runs once the ticket is done. A store waits for the
+forwards that were launched before it, which compute what it copies, and no forward waits for a store: its blocks
+are kept until the ticket is done, or fenced.
 """
 
 import functools
