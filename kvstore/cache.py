@@ -36,11 +36,13 @@ from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.pins import NEVER
+from ragkv.kvstore.planes import Plane
 from ragkv.kvstore.prefix_tree import Chunk, Match, rows
 from ragkv.kvstore.promotion import Promotion
 from ragkv.kvstore.prompt import NO_MATCH, Indices, Load, Lookup, Prompt, Result, Store
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.tiering import Tiering
+from ragkv.kvstore.windows import Windows, positions_of
 from ragkv.policies import EvictionPolicy
 from ragkv.policies.admission import AdmissionPolicy
 
@@ -54,9 +56,9 @@ class KVCache:
     """The memory tier, optionally a device tier above it, and the storage `tiers` below, the fastest first.
 
     `pages`: the memory tier's bytes. `attention_tokens`: the position at which a token's attention costs as much
-    as its other work. `deadline`: how long a request may wait for lower tiers, in seconds. `by_content`: whether
-    `lookup_content` may be called. `note` is called with the kind and the cause of a fault. `clock`: monotonic
-    seconds; `wall`: seconds since the epoch.
+    as its other work. `planes`: those beside plane 0; what they have is in memory only. `deadline`: how long a
+    request may wait for lower tiers, in seconds. `by_content`: whether `lookup_content` may be called. `note` is
+    called with the kind and the cause of a fault. `clock`: monotonic seconds; `wall`: seconds since the epoch.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class KVCache:
         completions: Completions,
         metrics: Metrics,
         *,
+        planes: Sequence[Plane] = (),
         admission: AdmissionPolicy | None = None,
         device: DeviceTier | None = None,
         attention_tokens: float = float("inf"),
@@ -83,14 +86,16 @@ class KVCache:
             len(pages),
             policy,
             pages.shape.page_tokens,
-            pages.shape.page_bytes,
+            pages.frame_bytes,
             metrics,
             admission,
             device,
             attention_tokens,
             evicting=lambda chunk: self.tiering.demote(chunk),
             by_content=by_content,
+            planes=planes,
         )
+        self.windows = Windows(self.memory)
         self.capacity = len(pages) * pages.shape.page_tokens  # of memory, in tokens
         self.token_bytes = pages.shape.token_bytes
         self.priority_classes = self.memory.classes  # 1: all chunks are alike
@@ -123,13 +128,13 @@ class KVCache:
             if self.promotion.waits(prompt.fetch, 0.0, IDLE_SECONDS if idle else 0.0):
                 return self._pending(prompt)
         elif not prompt.fetched:
-            match = self._match(prompt, limit)
+            match = self._match(prompt, limit, computed)
             prompt.fetched = True
             if self.tiers:
                 prompt.fetch = self.promotion.fetch(prompt.namespace, prompt.chain, match, computed, limit)
             if prompt.fetch is not None and self.promotion.waits(prompt.fetch, ANSWER_SECONDS):
                 return self._pending(prompt)
-        tokens = self._match(prompt, limit).length - computed
+        tokens = self._match(prompt, limit, computed).length - computed
         worth = tokens > 0 and self._worth(prompt, tokens, computed)
         return Lookup(Result.HIT, tokens) if worth else Lookup(Result.MISS)
 
@@ -166,7 +171,7 @@ class KVCache:
 
     def skip(self, prompt: Prompt) -> None:
         """Forget what was found for a prompt, which the engine will not load."""
-        prompt.match, prompt.matched = NO_MATCH, (-1, -1)
+        prompt.match, prompt.matched = NO_MATCH, ()
         self.release(prompt)
 
     def stored_tokens(self, prompt: Prompt, upto: int) -> int:
@@ -178,7 +183,9 @@ class KVCache:
     def prepare_load(self, prompt: Prompt, start: int, end: int) -> list[Load]:
         """The copies of tokens `start` to `end` of the last HIT, one a paged tier. ValueError: not found."""
         match, device = prompt.match, self.memory.device
-        if not start <= end <= max(start, match.length):
+        if not start <= end <= max(start, match.length) or (
+            self.memory.planes and end not in (start, match.length)
+        ):
             raise ValueError(f"{end - start} tokens were promised from token {start} on, and are not to be had")
         brought = prompt.fetch.sources if prompt.fetch is not None else {}
         parts: dict[bool, list[Chunk]] = {}
@@ -196,7 +203,7 @@ class KVCache:
                 load.sources[tier] = load.sources.get(tier, 0) + size
             self.memory.pin(load.pinned)
             loads.append(load)
-        return loads
+        return loads + self.windows.prepare_loads(match, start, end)
 
     def prepare_moved_load(self, pieces: Sequence[Piece]) -> Load:
         """The copy of `pieces`, some of `prompt.passages`. The policies of all tiers are told of their use."""
@@ -267,7 +274,7 @@ class KVCache:
 
     def pin(self, prompt: Prompt, limit: int) -> None:
         """Pin what memory holds of a prompt's first `limit` tokens; what is stored later is pinned then."""
-        self._pin(prompt, self._match(prompt, limit).chunks)
+        self._pin(prompt, self._match(prompt, limit, limit).chunks)
 
     def unpin(self, tenant: bytes, owner: str) -> None:
         """Release all pins of a tenant's owner."""
@@ -322,13 +329,13 @@ class KVCache:
 
     # --- inside ---
 
-    def _match(self, prompt: Prompt, limit: int) -> Match:
+    def _match(self, prompt: Prompt, limit: int, computed: int) -> Match:
         """Match in memory, and keep it; an engine asks again in every step while a request waits."""
-        seen = limit, self.memory.version
+        seen = limit, computed, self.memory.version
         if prompt.matched != seen:
-            prompt.match = self.memory.match(prompt.namespace, prompt.chain, limit)
+            prompt.match = self.memory.match(prompt.namespace, prompt.chain, limit, computed)
             prompt.matched = seen
-        self._keep(prompt, prompt.match.chunks[-1:])
+        self._keep(prompt, (*prompt.match.chunks[-1:], *prompt.match.windows))
         return prompt.match
 
     def _keep(self, prompt: Prompt, chunks: Sequence[Chunk]) -> None:
@@ -364,20 +371,21 @@ class KVCache:
         pages = [chunk.device for chunk in chunks if device]
         return Store(prompt, *self._places(chunks, device=device), chunks, device, pages)
 
-    def _places(self, chunks: Sequence[Chunk], *, device: bool) -> tuple[Indices, Indices]:
+    def _places(self, chunks: Sequence[Chunk], *, device: bool = False, plane: int = 0) -> tuple[Indices, Indices]:
         """Rows in a paged tier, and positions in the prompt, of all tokens of chunks of one chain."""
-        positions = [np.arange(chunk.position, chunk.end, dtype=np.int64) for chunk in chunks]
-        return rows(chunks, self.memory.page_tokens, device=device), np.concatenate(positions)
+        return rows(chunks, self.memory.page_tokens, device=device), positions_of(chunks)
 
     def _stored(self, store: Store) -> None:
         prompt = store.prompt
         for chunk in store.chunks:
             self.memory.commit(chunk)
-            self.metrics.count(m.STORED_TOKENS, len(chunk))
+            if not store.plane:
+                self.metrics.count(m.STORED_TOKENS, len(chunk))
             if prompt.ttl is not None and chunk in self.memory:
                 self.memory.pins.expire(chunk, self._clock() + prompt.ttl)
         self._pin(prompt, store.chunks)
-        self.tiering.stored(store.chunks, store.number)
+        if not store.plane:
+            self.tiering.stored(store.chunks, store.number)
         if store.superseded is not None:
             self.memory.discard(store.superseded)
 

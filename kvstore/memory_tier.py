@@ -16,6 +16,7 @@ from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import PagePool
 from ragkv.kvstore.pins import NEVER, Pins
+from ragkv.kvstore.planes import Plane, Window, reachable, window_of
 from ragkv.kvstore.prefix_tree import (
     PAGE_NUMBER_BYTES,
     Chunk,
@@ -35,6 +36,7 @@ class MemoryTier:
     before its parent does. `attention_tokens`: the position at which a token's attention costs as much as its
     other work (infinity: never). `evicting` is called with every chunk that is evicted for room, while its pages
     still hold its bytes. `by_content`: whether chunks can be found by their tokens alone (`tree.contents`).
+    `planes`: those beside plane 0; what one has of a chunk is a child of it.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class MemoryTier:
         *,
         evicting: Callable[[Chunk], object] = lambda chunk: None,
         by_content: bool = False,
+        planes: Sequence[Plane] = (),
     ) -> None:
+        self.planes = tuple(planes)
         self.page_tokens, self.page_bytes, self.device = page_tokens, page_bytes, device
         self.version = 0  # of what `match` would answer
         self.tree = PrefixTree(by_content=by_content)
@@ -89,14 +93,16 @@ class MemoryTier:
     def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self.tree
 
-    def match(self, namespace: bytes, chain: TokenChain, limit: int) -> Match:
-        """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now."""
+    def match(self, namespace: bytes, chain: TokenChain, limit: int, have: int = 0) -> Match:
+        """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now. The engine has
+        the first `have` tokens itself, in all planes."""
         found = self.tree.match(self.tree.root(namespace), chain, limit)
         if self.pins.late:  # up to the first chunk whose time is over and which `tick` has not come to yet
             for number, chunk in enumerate(found.chunks):
                 if self.pins.over(chunk):
-                    return Match(found.chunks[:number], chunk.position)
-        return found
+                    found = Match(found.chunks[:number], chunk.position, shared=chunk.position)
+                    break
+        return reachable(found, self.planes, have) if self.planes else found
 
     def reserve(
         self,
@@ -173,6 +179,25 @@ class MemoryTier:
         self.unpin(above)
         return new
 
+    def reserve_window(self, chunk: Chunk, plane: int, position: int) -> Chunk | None:
+        """Room for what a plane has of a chunk from a position on, in place of what it had; pinned and not ready.
+        None: there is no room, or what it had is in use."""
+        self._drop_window(chunk, plane)
+        pages = -(-(chunk.end - position) // self.planes[plane - 1].shape.page_tokens)
+        self.pin([chunk])
+        victims = None if window_of(chunk, plane) else self._policy.evict(pages - self._pool.free)
+        new = []
+        if victims is None:
+            self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
+        else:
+            self._evict(victims)
+            new = [Window(chunk, plane, position)]
+            self.tree.add(new[0], chunk)
+            self._give_pages(new, [pages], chunk, 0)
+            self.pin(new)
+        self.unpin([chunk])
+        return new[0] if new else None
+
     def reserve_detached(self, namespace: bytes, source: bytes, tokens: bytes, position: int) -> Chunk | None:
         """As `reserve_chunk`, for a copy of the chunk of key `source`, which began at token `position` of a prompt
         of `namespace`. Its ancestors are not there: it is in `tree.contents` alone, and never matches."""
@@ -194,7 +219,10 @@ class MemoryTier:
             each = each.parent
 
     def discard(self, chunk: Chunk) -> None:
-        """Drop a chunk whose tokens others hold now; no error if it is gone, in use, or has children."""
+        """Drop a chunk whose tokens others hold now, with what other planes have of it; no error if it is gone, in
+        use, or has children."""
+        for plane in range(1, len(self.planes) + 1):
+            self._drop_window(chunk, plane)
         self._drop_leaf(chunk, m.SUPERSEDED)
 
     def pin(self, chunks: Iterable[Chunk]) -> None:
@@ -217,6 +245,7 @@ class MemoryTier:
         """Note that a match was used, by a request of that priority; if `copy`, the chunks that are due to
         be copied to the device tier."""
         self.used_by(match.chunks, priority)
+        self.used_by(match.windows)
         if self.device is None or not copy or any(map(is_detached, match.chunks)):
             return []
         whole = sum(map(len, match.chunks)) == match.length  # else the engine holds only a part of the last
@@ -254,12 +283,12 @@ class MemoryTier:
         self.pins.forget()
 
     def everything(self) -> list[Chunk]:
-        """All chunks that can be read, detached ones too, parents before their children."""
-        return [chunk for chunk in self.tree if chunk.ready]
+        """All chunks of plane 0 that can be read, detached ones too, parents before their children."""
+        return [chunk for chunk in self.tree if chunk.ready and not chunk.plane]
 
     def cost(self, chunk: Chunk) -> float:
         """Work to compute a chunk, in tokens at the beginning of a prompt."""
-        return self._work(chunk.tokens, chunk.position)
+        return (chunk.end - chunk.position) * self._token_work(chunk.position)
 
     def lose_copies(self, chunks: Iterable[Chunk]) -> None:
         """Their copies in the device tier could not be read: they are in memory only."""
@@ -343,7 +372,10 @@ class MemoryTier:
     def _work(self, tokens: bytes, position: int) -> float:
         """Of a token, 1 and what it attends to (Kaplan et al. 2020, "Scaling Laws for Neural Language Models",
         section 2.1)."""
-        return len(tokens) / TOKEN_BYTES * (1.0 + position / self._attention_tokens)
+        return len(tokens) / TOKEN_BYTES * self._token_work(position)
+
+    def _token_work(self, position: int) -> float:
+        return 1.0 + position / self._attention_tokens
 
     def _admits(self, key: bytes, tokens: bytes, position: int) -> bool:
         admitted = self._admission.admit(key, self._pages(tokens), self._work(tokens, position))
@@ -388,6 +420,10 @@ class MemoryTier:
     def _drop_copy(self, chunk: Chunk, reason: str) -> None:
         if self.device is not None and self.device.drop(chunk):
             self._metrics.count(m.EVICTED_CHUNKS, tier=m.DEVICE, reason=reason)
+
+    def _drop_window(self, chunk: Chunk, plane: int) -> None:
+        if (window := window_of(chunk, plane)) is not None:
+            self._drop_leaf(window, m.SUPERSEDED)
 
     def _drop_leaf(self, chunk: Chunk, reason: str) -> bool:
         if chunk not in self.tree or chunk.pins or chunk.children:

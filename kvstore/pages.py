@@ -1,5 +1,6 @@
 """Pages: which are free, their shape, and the bytes of chunks in them, out for storing, in for loading."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,12 +78,20 @@ class PagePool:
         assert all(0 <= page < self.pages for page in self._free)
 
 
-class Pages:
-    """`buffer`: the whole tier, a whole number of pages. Threads may use it for chunks that nobody else writes."""
+def frame_bytes(shapes: Sequence[PageShape]) -> int:
+    """Bytes of memory that a page of any of these shapes takes: of the largest, and a multiple of every row's."""
+    row = math.lcm(*(shape.row_elements * shape.itemsize for shape in shapes))
+    return -(-max(shape.page_bytes for shape in shapes) // row) * row
 
-    def __init__(self, buffer: bytearray | memoryview, shape: PageShape) -> None:
-        self.shape, self._token_bytes = shape, shape.token_bytes
-        self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, shape.page_bytes)
+
+class Pages:
+    """`buffer`: the whole tier, a whole number of pages. `shape`: of plane 0's pages, `others`: of the pages of
+    other planes (`ragkv.kvstore.planes`). Threads may use it for chunks that nobody else writes."""
+
+    def __init__(self, buffer: bytearray | memoryview, shape: PageShape, others: Sequence[PageShape] = ()) -> None:
+        self.shape, self._shapes = shape, (shape, *others)
+        self.frame_bytes = frame_bytes(self._shapes)
+        self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, self.frame_bytes)
 
     def __len__(self) -> int:
         """Pages that there are."""
@@ -90,22 +99,23 @@ class Pages:
 
     def close(self) -> None:
         """Let the buffer go."""
-        self._bytes = np.empty((0, self.shape.page_bytes), dtype=np.uint8)
+        self._bytes = np.empty((0, self.frame_bytes), dtype=np.uint8)
 
     def size(self, chunk: Chunk) -> int:
         """Bytes of a chunk's KV, without what its last page has free."""
-        return len(chunk) * self._token_bytes
+        return len(chunk) * self._shapes[chunk.plane].token_bytes
 
     def parts(self, chunk: Chunk, *, copy: bool = False) -> list[memoryview]:
         """The raw bytes of a chunk, in order. Views of the tier, which hold as long as the chunk is pinned, or
         copies. Never a byte that is not the chunk's own (what a page has free may be another tenant's)."""
-        full, rest = divmod(len(chunk), self.shape.page_tokens)
+        shape = self._shapes[chunk.plane]
+        full, rest = divmod(len(chunk), shape.page_tokens)
         pages = _numbers(chunk)
-        parts = [self._bytes[first : last + 1].reshape(-1) for first, last in _runs(pages[:full])]
+        parts = self._whole(pages[:full], shape)
         if copy:
             parts = [part.copy() for part in parts]
         if rest:
-            parts.append(self._rows(int(pages[full]))[:, :rest].copy().reshape(-1))  # not in one piece
+            parts.append(self._rows(int(pages[full]), shape)[:, :rest].copy().reshape(-1))  # not in one piece
         return [part.data for part in parts]
 
     def fill(self, chunk: Chunk, raw: memoryview) -> None:
@@ -113,20 +123,26 @@ class Pages:
         if len(raw) != self.size(chunk):
             raise ValueError(f"pages: {len(raw)} bytes for a chunk of {self.size(chunk)}")
         source: Bytes = np.frombuffer(raw, dtype=np.uint8)
-        full, rest = divmod(len(raw) // self._token_bytes, self.shape.page_tokens)
+        shape = self._shapes[chunk.plane]
+        full, rest = divmod(len(chunk), shape.page_tokens)
         pages, at = _numbers(chunk), 0
-        for first, last in _runs(pages[:full]):
-            size = (last + 1 - first) * self.shape.page_bytes
-            self._bytes[first : last + 1].reshape(-1)[:] = source[at : at + size]
-            at += size
+        for part in self._whole(pages[:full], shape):
+            part[:] = source[at : at + len(part)]
+            at += len(part)
         if rest:
-            rows = self._rows(int(pages[full]))
+            rows = self._rows(int(pages[full]), shape)
             rows[:, :rest] = source[at:].reshape(rows.shape[0], rest, -1)
 
-    def _rows(self, page: int) -> Bytes:
+    def _whole(self, pages: npt.NDArray[np.int32], shape: PageShape) -> list[Bytes]:
+        """Views of whole pages, in as few pieces as may be."""
+        if shape.page_bytes < self.frame_bytes:
+            return [self._bytes[page, : shape.page_bytes] for page in map(int, pages)]
+        return [self._bytes[first : last + 1].reshape(-1) for first, last in _runs(pages)]
+
+    def _rows(self, page: int, shape: PageShape) -> Bytes:
         """A page as [ranks * layers * kinds, page_tokens, bytes of a row]."""
-        rows: Bytes = self._bytes[page].reshape(
-            self.shape.kinds * self.shape.ranks * self.shape.layers, self.shape.page_tokens, -1
+        rows: Bytes = self._bytes[page, : shape.page_bytes].reshape(
+            shape.kinds * shape.ranks * shape.layers, shape.page_tokens, -1
         )
         return rows
 

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
 import numpy as np
@@ -35,6 +35,8 @@ class Chunk:
         "stored_in",  # a bit for each lower tier that was given it
         "tokens",  # int32 bytes
     )
+
+    plane = 0  # of its KV
 
     def __init__(self, key: bytes, parent: "Chunk | None", tokens: bytes) -> None:
         self.key, self.parent, self.tokens = key, parent, tokens
@@ -73,12 +75,15 @@ class Match:
     """A stored prefix of a prompt: whole chunks, of which the last may match with its first tokens only.
 
     `whole_tail`: the last chunk, where all its tokens match but the prompt is cut elsewhere: mostly an open
-    tail that the prompt goes on behind.
+    tail that the prompt goes on behind. `windows`: of other planes, what is needed to go on at `length`.
+    `shared`: how many tokens are stored, were it not for these.
     """
 
     chunks: tuple[Chunk, ...]
     length: int
     whole_tail: Chunk | None = None
+    windows: tuple[Chunk, ...] = ()
+    shared: int = field(default=0, compare=False)
 
     def __bool__(self) -> bool:
         return self.length > 0
@@ -199,7 +204,8 @@ class PrefixTree:
             tail = child if shared == len(child) else None
             if tail is None:
                 break
-        return Match(tuple(chunks), min(start, limit), tail)
+        length = min(start, limit)
+        return Match(tuple(chunks), length, tail, shared=length)
 
     def insert(self, parent: Chunk, chain: Iterable[tuple[bytes, bytes]]) -> list[Chunk]:
         """Enter chunks of these keys and tokens, each behind the one before, without pages and not ready; up to
@@ -211,12 +217,17 @@ class PrefixTree:
         for key, tokens in chain:
             if key in self._chunks:
                 break
-            parent = self._enter(key, parent, tokens)
-            new.append(parent)
+            chunk = Chunk(key, parent, tokens)
+            self.add(chunk, parent)
+            new.append(chunk)
+            parent = chunk
         return new
 
-    def _enter(self, key: bytes, parent: Chunk, tokens: bytes) -> Chunk:
-        chunk = self._chunks[key] = Chunk(key, parent, tokens)
+    def add(self, chunk: Chunk, parent: Chunk) -> None:
+        """Enter a chunk behind `parent`. ValueError: its key is taken."""
+        if chunk.key in self._chunks:
+            raise ValueError("prefix tree: a chunk of that key is there")
+        self._chunks[chunk.key] = chunk
         if parent.parent is None:
             self._roots[parent.key] = parent
         siblings = parent.children
@@ -226,7 +237,6 @@ class PrefixTree:
             parent.children = sorted((siblings, chunk), key=_tokens)
         else:
             bisect.insort(siblings, chunk, key=_tokens)
-        return chunk
 
     def remove(self, chunk: Chunk) -> None:
         """Take out a chunk that has no children. KeyError: not in the tree."""
@@ -252,7 +262,7 @@ class PrefixTree:
     def mark_ready(self, *chunks: Chunk) -> None:
         """The chunks' bytes are written; from now on they can be found, but for those that have left the tree."""
         for chunk in chunks:
-            if self.contents is not None and not chunk.ready and chunk in self:
+            if self.contents is not None and not (chunk.ready or chunk.plane) and chunk in self:
                 self.contents.add(chunk)
             chunk.ready = True
 
@@ -330,14 +340,17 @@ def origin(chunk: Chunk) -> tuple[bytes, int]:
 
 def children_of(parents: Sequence[Chunk], tokens: bytes) -> list[Chunk | None]:
     """The ready child of each of `parents` that holds just these tokens."""
-    found: list[Chunk | None] = []
-    for parent in parents:
-        child = parent.children
-        if isinstance(child, list):
-            place = bisect.bisect_left(child, tokens, key=_tokens)
-            child = child[place] if place < len(child) else None
-        found.append(child if child is not None and child.ready and child.tokens == tokens else None)
-    return found
+    found = [child_of(parent, tokens) for parent in parents]
+    return [child if child is not None and child.ready else None for child in found]
+
+
+def child_of(parent: Chunk, tokens: bytes) -> Chunk | None:
+    """The child of `parent` that holds just these tokens, ready or not."""
+    child = parent.children
+    if isinstance(child, list):
+        place = bisect.bisect_left(child, tokens, key=_tokens)
+        child = child[place] if place < len(child) else None
+    return child if child is not None and child.tokens == tokens else None
 
 
 def has_open_child(parent: Chunk) -> bool:

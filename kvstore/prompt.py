@@ -71,7 +71,7 @@ class Prompt:
     pin: Pin | None = None
     # ---
     match: Match = NO_MATCH  # in memory, at the last lookup
-    matched: tuple[int, int] = (-1, -1)  # tokens looked up, and memory's version, of which that is
+    matched: tuple[int, ...] = ()  # tokens looked up and computed, and memory's version, of which that is
     passages: Sequence[Piece] = ()  # what `lookup_content` found
     searched: tuple[int, int] = (-1, -1)  # tokens of the prompt, and where the search began, of which that is
     kept: tuple[Chunk, ...] = ()  # pinned until `release`
@@ -91,7 +91,7 @@ class Load:
     """A copy of n tokens from a paged tier into the engine. `rows`: int64 [n], a token's place in the tier (page *
     tokens per page + offset). `positions`: int64 [n], its position in the prompt. `shifts`: int64 [n], by how many
     positions it has moved; None: no token has. `device`: the rows are of the device tier. `sources`: number of
-    tokens by the tier they came from."""
+    tokens by the tier they came from. `plane`: whose rows they are."""
 
     rows: Indices
     positions: Indices
@@ -100,6 +100,7 @@ class Load:
     device: bool = False
     shifts: Indices | None = None
     sources: dict[str, int] = field(default_factory=dict)
+    plane: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -115,3 +116,4 @@ class Store:
     pages: list[bytes] = field(default_factory=list)  # of a copy into the device tier
     superseded: Chunk | None = None  # an open tail whose tokens this store holds too
     number: int = 0  # confirms it
+    plane: int = 0

@@ -121,8 +121,8 @@ class Tiering:
     def demote(self, chunk: Chunk) -> None:
         """Memory evicts a chunk: give it to the tiers that should have it and could not take it when it was
         stored, and else, unless one has it, to the first that takes it."""
-        if is_detached(chunk):
-            return  # it came from there
+        if is_detached(chunk) or chunk.plane:
+            return  # it came from there, or is for memory alone
         lack = [t for t in self._tiers if not (chunk.stored_in & t.bit and t.keeps(address(chunk)))]
         lost = len(lack) == len(self._tiers)
         for tier in lack:

@@ -1,0 +1,115 @@
+"""Planes: the kinds of KV that a token has, where a model's layers are of several kinds.
+
+Plane 0 holds the KV of layers that attend to all tokens before; all chunks have it. The other planes are of layers
+that attend to a window, or to a chunk of positions; a prompt goes on at a position if what these layers attend to
+there is stored as well. That is kept only where prompts are likely to go on.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ragkv.kvstore.keys import chain_key
+from ragkv.kvstore.pages import PageShape
+from ragkv.kvstore.prefix_tree import Chunk, Match, child_of
+
+KEPT = 128  # what is kept begins at a multiple, so that engines of smaller blocks find theirs whole
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """`shape`: of its pages. `window`: how many tokens a token attends to, itself included; or `span`: it attends
+    to those of its own `span` positions, counted from multiples (chunked attention). One of the two is 0.
+    `block_tokens`: of the engine's blocks, which are loaded whole."""
+
+    shape: PageShape
+    window: int = 0
+    span: int = 0
+    block_tokens: int = 1
+
+    def first(self, position: int, grain: int | None = None) -> int:
+        """From which position on KV must be there for a prompt to go on at `position`, in whole blocks (or in
+        multiples of `grain`); `position` itself: none."""
+        start = max(0, position - self.window + 1) if self.window else position // self.span * self.span
+        start = start // (grain or self.block_tokens) * (grain or self.block_tokens)
+        return min(start, position)
+
+    def kept_from(self, position: int, live: int) -> int | None:
+        """From which position on to keep what is needed at `position`, and at the one before it: the same prompt
+        again goes on there, since its last token must be computed. Somewhat more than that, as far as the engine
+        has it, from `live` on. None: it has too little."""
+        needed = min(self.first(position), self.first(max(0, position - 1)))
+        return max(live, needed // KEPT * KEPT) if live <= needed else None
+
+    def free(self, position: int) -> int:
+        """The last position up to this one where nothing is needed."""
+        if self.window > 1:
+            return 0
+        step = math.lcm(self.span or 1, self.block_tokens)
+        return position // step * step
+
+
+class Window(Chunk):
+    """A plane's KV of the last tokens of its parent, from `position` on. It stands among the parent's children
+    under a mark that is no token, after all of them, and never matches a prompt by itself."""
+
+    __slots__ = ("plane",)
+
+    def __init__(self, parent: Chunk, plane: int, position: int) -> None:
+        mark = _mark(plane)
+        super().__init__(chain_key(parent.key, mark), parent, mark)
+        self.plane, self.position, self.end = plane, position, parent.end
+
+
+def window_of(chunk: Chunk, plane: int) -> Chunk | None:
+    """What a plane has of a chunk, ready or not."""
+    return child_of(chunk, _mark(plane))
+
+
+@functools.cache
+def _mark(plane: int) -> bytes:
+    """What stands for a plane where a chunk has tokens."""
+    return np.array([-1, plane], dtype="<i4").tobytes()
+
+
+def reachable(match: Match, planes: Sequence[Plane], have: int) -> Match:
+    """Of a match the longest beginning at whose end the prompt can go on, with what it takes of `planes` (numbered
+    from 1). The engine has the first `have` tokens itself. A match no longer than that is as good as none."""
+    end, before = match.length, -1
+    while end != before and end > have:  # each plane may shorten it further
+        before = end
+        for number, plane in enumerate(planes, 1):
+            end = _reach(match.chunks, number, plane, end, have)
+    chunks = tuple(chunk for chunk in match.chunks if chunk.position < end)
+    windows = [
+        window
+        for number, plane in enumerate(planes, 1)
+        for chunk in chunks
+        if chunk.end > max(have, plane.first(end)) and (window := window_of(chunk, number)) is not None
+    ]
+    tail = match.whole_tail if end == match.length else None
+    kept = tuple(window for window in windows if window.ready) if end > have else ()
+    return replace(match, chunks=chunks, length=end, whole_tail=tail, windows=kept)
+
+
+def _reach(chunks: Sequence[Chunk], number: int, plane: Plane, limit: int, have: int) -> int:
+    """The last position up to `limit` at which a plane has all that is needed; 0: there is none.
+
+    What is needed begins no later at a lower position. So of what the plane has without a gap, from `start` on,
+    either all can be used, up to `stop`, or nothing.
+    """
+    start = stop = limit
+    for chunk in reversed(chunks):
+        if chunk.position >= stop:
+            continue
+        window = window_of(chunk, number)
+        if window is not None and window.ready and window.position < stop:
+            start = window.position
+            if max(plane.first(stop), have) >= start:
+                return max(stop, plane.free(limit))
+        if start > chunk.position:
+            start = stop = chunk.position
+    return plane.free(limit)
