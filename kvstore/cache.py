@@ -19,25 +19,22 @@ any case; `prepare_store` as its KV is computed. Lengths and positions are in to
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import ChunkCodec
-from ragkv.kvstore.content_lookup import ContentLookup
+from ragkv.kvstore.content_lookup import ContentLookup, cuts
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.fusion.matching import Piece, find_moved
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.io_pool import Completions
-from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.pages import Pages
+from ragkv.kvstore.pages import Pages, rows
 from ragkv.kvstore.pins import NEVER
 from ragkv.kvstore.planes import Plane
-from ragkv.kvstore.prefix_tree import Chunk, Match, rows
+from ragkv.kvstore.prefix_tree import Chunk, Match
 from ragkv.kvstore.promotion import Promotion
 from ragkv.kvstore.prompt import NO_MATCH, Indices, Load, Lookup, Prompt, Result, Store
 from ragkv.kvstore.storage_tier import StorageTier
@@ -149,7 +146,7 @@ class KVCache:
         if not prompt.content_fetched:
             prompt.content_fetched, answer = True, ANSWER_SECONDS
             if self.tiers:
-                prompt.content_fetch = self.content.fetch(prompt.namespace, _cuts(prompt.chain, start))
+                prompt.content_fetch = self.content.fetch(prompt.namespace, cuts(prompt.chain, start))
         fetch = prompt.content_fetch
         if fetch is not None and self.promotion.waits(fetch, answer, IDLE_SECONDS if idle else 0.0):
             return self._pending(prompt)
@@ -400,9 +397,3 @@ class KVCache:
                 prompt.pins_refused = True
                 self._note("pins", PINNED_ALL)
                 return
-
-
-def _cuts(chain: TokenChain, start: int) -> list[bytes]:
-    """The tokens (int32 bytes) of each chunk of a chain that begins at or after `start`."""
-    raw, cuts = chain.tokens.tobytes(), pairwise([0, *chain.ends])
-    return [raw[TOKEN_BYTES * first : TOKEN_BYTES * end] for first, end in cuts if first >= start]

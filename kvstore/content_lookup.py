@@ -9,9 +9,11 @@ name are brought up as detached copies, without their ancestors. Whatever is dou
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ragkv.errors import PayloadError
+from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import BLOCK_BYTES, HEADER_BYTES, AliasHeader, ChunkCodec, Header, decode, encode
 from ragkv.kvstore.io_pool import EXPIRED, Wanted, Write
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key, content_key
@@ -226,3 +228,9 @@ class Aliases:
 
         if offer.tier.write(replace(offer.write, replaces=replaces or coming is not None), done):
             self._coming[at] = position
+
+
+def cuts(chain: TokenChain, start: int) -> list[bytes]:
+    """The tokens (int32 bytes) of each chunk of a chain that begins at or after `start`."""
+    raw, ends = chain.tokens.tobytes(), [0, *chain.ends]
+    return [raw[TOKEN_BYTES * first : TOKEN_BYTES * end] for first, end in pairwise(ends) if first >= start]

@@ -12,6 +12,8 @@ from itertools import accumulate
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.door import Door
+from ragkv.kvstore.gauges import Gauges
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import PagePool
@@ -62,9 +64,9 @@ class MemoryTier:
         self._pool, self._policy = PagePool(pages), policy
         self._classes = policy if isinstance(policy, Prioritized) else None
         self._metrics, self._evicting = metrics, evicting
-        self._admission = admission or Always()
+        self._door = Door(admission or Always(), metrics, self._pages, self._work)
         self._attention_tokens = attention_tokens
-        self._reported: tuple[int, ...] = ()  # what the gauges were last set from
+        self._gauges = Gauges(metrics, page_bytes)
         self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
 
     @property
@@ -139,8 +141,8 @@ class MemoryTier:
             if chunk is None:
                 if index == whole and self._has_tail(parent, tokens):
                     break
-                if (start < asked and self.has_admission) or not self._admits(key, tokens, start):
-                    self._see(cuts[index + 1 :], raw, max(asked, end))
+                if (start < asked and self._door.guarded) or not self._door.admits(key, tokens, start):
+                    self._door.see(cuts[index + 1 :], raw, max(asked, end))
                     break
                 chunk = self.reserve_chunk(key, parent, tokens, priority)
                 if chunk is None:
@@ -186,17 +188,16 @@ class MemoryTier:
         pages = -(-(chunk.end - position) // self.planes[plane - 1].shape.page_tokens)
         self.pin([chunk])
         victims = None if window_of(chunk, plane) else self._policy.evict(pages - self._pool.free)
-        new = []
-        if victims is None:
+        new = Window(chunk, plane, position) if victims is not None else None
+        if new is None:
             self._metrics.count(m.REFUSED_CHUNKS, reason=m.NO_ROOM)
         else:
-            self._evict(victims)
-            new = [Window(chunk, plane, position)]
-            self.tree.add(new[0], chunk)
-            self._give_pages(new, [pages], chunk, 0)
-            self.pin(new)
+            self._evict(victims or [])
+            self.tree.add(new, chunk)
+            self._give_pages([new], [pages], chunk, 0)
+            self.pin([new])
         self.unpin([chunk])
-        return new[0] if new else None
+        return new
 
     def reserve_detached(self, namespace: bytes, source: bytes, tokens: bytes, position: int) -> Chunk | None:
         """As `reserve_chunk`, for a copy of the chunk of key `source`, which began at token `position` of a prompt
@@ -295,22 +296,9 @@ class MemoryTier:
         for chunk in chunks:
             self._drop_copy(chunk, m.ABANDONED)
 
-    @property
-    def has_admission(self) -> bool:
-        """Whether admission may refuse anything."""
-        return not isinstance(self._admission, Always)
-
     def report(self) -> None:
         """Set the gauges of the memory and the device tier, where anything has changed."""
-        device = (0, 0) if self.device is None else (self.device.used, len(self.device))
-        now = (self.pins.pages, self._pool.used, len(self.tree), *device)
-        if now == self._reported:
-            return
-        self._reported = now
-        self._metrics.gauge(m.PINNED_BYTES, self.pins.pages * self.page_bytes)
-        self._report(m.MEMORY, self._pool, len(self.tree))
-        if self.device is not None:
-            self._report(m.DEVICE, self.device, len(self.device))
+        self._gauges.report(self.pins.pages, self._pool, len(self.tree), self.device)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where tree, pages and policy disagree."""
@@ -327,13 +315,6 @@ class MemoryTier:
             self.device.check_integrity()
             copied = [page for chunk in chunks for page in memoryview(chunk.device).cast("i")]
             assert len(copied) == len(set(copied)) == self.device.used, "device pages and chunks disagree"
-
-    def _report(self, tier: str, pages: PagePool | DeviceTier, chunks: int) -> None:
-        gauge = self._metrics.gauge
-        gauge(m.USED_PAGES, pages.used, tier=tier)
-        gauge(m.USED_BYTES, pages.used * self.page_bytes, tier=tier)
-        gauge(m.CAPACITY_BYTES, pages.pages * self.page_bytes, tier=tier)
-        gauge(m.CHUNKS, chunks, tier=tier)
 
     def _give_pages(
         self, chain: Sequence[Chunk], pages: Sequence[int], parent: Chunk | None, priority: int
@@ -376,20 +357,6 @@ class MemoryTier:
 
     def _token_work(self, position: int) -> float:
         return 1.0 + position / self._attention_tokens
-
-    def _admits(self, key: bytes, tokens: bytes, position: int) -> bool:
-        admitted = self._admission.admit(key, self._pages(tokens), self._work(tokens, position))
-        if not admitted:
-            self._metrics.count(m.REFUSED_CHUNKS, reason=m.ADMISSION)
-        return admitted
-
-    def _see(self, cuts: list[tuple[int, bytes]], raw: bytes, start: int) -> None:
-        """Let admission see the chunks after one that it declined, from token `start` on: they cannot be kept now,
-        and else a chain would be seen one chunk deeper each time."""
-        for end, key in cuts:
-            if end > start:
-                self._admits(key, raw[TOKEN_BYTES * start : TOKEN_BYTES * end], start)
-                start = end
 
     def _doom(self, gone: list[Chunk], reason: str) -> None:
         if gone:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from ragkv.kvstore.prefix_tree import Chunk
+from ragkv.kvstore.prefix_tree import PAGE_NUMBER_BYTES, Chunk
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -145,6 +146,22 @@ class Pages:
             shape.kinds * shape.ranks * shape.layers, shape.page_tokens, -1
         )
         return rows
+
+
+def rows(
+    chunks: Sequence[Chunk], page_tokens: int, *, device: bool = False
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64. `device`:
+    in the device tier."""
+    held = [chunk.device if device else chunk.pages for chunk in chunks]
+    pages = np.frombuffer(b"".join(held), dtype=np.int32).astype(np.int64)
+    sizes = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
+    first_pages = list(accumulate((len(each) // PAGE_NUMBER_BYTES for each in held), initial=0))[:-1]
+    first_rows = np.array(first_pages, dtype=np.int64) * page_tokens  # were all pages full, and beside each other
+    index = np.repeat(first_rows - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+    found: np.ndarray[tuple[int], np.dtype[np.int64]] = pages[index // page_tokens] * page_tokens
+    found += index % page_tokens
+    return found
 
 
 def _numbers(chunk: Chunk) -> npt.NDArray[np.int32]:

@@ -38,11 +38,12 @@ class Plane:
         return min(start, position)
 
     def kept_from(self, position: int, live: int) -> int | None:
-        """From which position on to keep what is needed at `position`, and at the one before it: the same prompt
-        again goes on there, since its last token must be computed. Somewhat more than that, as far as the engine
-        has it, from `live` on. None: it has too little."""
-        needed = min(self.first(position), self.first(max(0, position - 1)))
-        return max(live, needed // KEPT * KEPT) if live <= needed else None
+        """From which position on to keep what is needed to go on at `position`. None: the engine, which has what
+        follows `live`, has too little. Where it has more, that is for the position before too: the same prompt
+        again goes on there, since its last token must be computed; and for engines of other blocks."""
+        if live > self.first(position):
+            return None
+        return max(live, min(self.first(position), self.first(max(0, position - 1))) // KEPT * KEPT)
 
     def free(self, position: int) -> int:
         """The last position up to this one where nothing is needed."""

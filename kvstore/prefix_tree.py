@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import islice
 
 import numpy as np
 import xxhash
@@ -199,6 +199,8 @@ class PrefixTree:
                 child, shared = longest_shared(parent, rest)
             if child is None:
                 break
+            if shared < len(child):
+                child = _best_alike(parent, rest[: TOKEN_BYTES * shared], child)
             chunks.append(child)
             parent, start = child, start + shared
             tail = child if shared == len(child) else None
@@ -297,6 +299,22 @@ def longest_shared(parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:
     return best, most
 
 
+def _best_alike(parent: Chunk, tokens: bytes, found: Chunk) -> Chunk:
+    """Of the children of `parent` that begin with these tokens, of which `found` is one, that which other planes
+    have something of: at the end of these tokens, or else behind them."""
+    children = parent.children
+    if not isinstance(children, list):
+        return found
+    place = bisect.bisect_left(children, tokens, key=_tokens)
+    for child in islice(children, place, place + LOOKED_AT):
+        if not child.tokens.startswith(tokens):
+            break
+        last = child.children[-1] if isinstance(child.children, list) else child.children
+        if child.ready and (child.tokens == tokens or (last is not None and last.plane)):
+            return child
+    return found
+
+
 def shared_tokens(a: bytes, b: bytes) -> int:
     """How many first tokens two token strings share."""
     if a == b[: len(a)]:
@@ -304,22 +322,6 @@ def shared_tokens(a: bytes, b: bytes) -> int:
     size = min(len(a), len(b)) // TOKEN_BYTES
     differ = _array(a)[:size] != _array(b)[:size]
     return int(differ.argmax()) if differ.any() else size
-
-
-def rows(
-    chunks: Sequence[Chunk], page_tokens: int, *, device: bool = False
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Rows in the paged tier (page * `page_tokens` + offset) of all tokens of `chunks`, in order; int64. `device`:
-    in the device tier."""
-    held = [chunk.device if device else chunk.pages for chunk in chunks]
-    pages = np.frombuffer(b"".join(held), dtype=np.int32).astype(np.int64)
-    sizes = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
-    first_pages = list(accumulate((len(each) // PAGE_NUMBER_BYTES for each in held), initial=0))[:-1]
-    first_rows = np.array(first_pages, dtype=np.int64) * page_tokens  # were all pages full, and beside each other
-    index = np.repeat(first_rows - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-    found: np.ndarray[tuple[int], np.dtype[np.int64]] = pages[index // page_tokens] * page_tokens
-    found += index % page_tokens
-    return found
 
 
 def detached_key(source: bytes) -> bytes:

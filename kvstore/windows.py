@@ -8,8 +8,9 @@ import numpy as np
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
 from ragkv.kvstore.memory_tier import MemoryTier
+from ragkv.kvstore.pages import rows
 from ragkv.kvstore.planes import window_of
-from ragkv.kvstore.prefix_tree import Chunk, Match, rows
+from ragkv.kvstore.prefix_tree import Chunk, Match
 from ragkv.kvstore.prompt import Indices, Load, Prompt, Store
 
 

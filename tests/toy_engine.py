@@ -18,6 +18,7 @@ from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.identity import Namespaces
+from ragkv.connectors.vllm.messages import Group
 from ragkv.connectors.vllm.scheduler import SchedulerSide
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.cache import KVCache
@@ -93,7 +94,7 @@ class Engine(Scheduler):
         self.chunker = Chunker(MIN, 24, MAX, TokenStructure.of(["a", "\n\n", "b"]))
         self.side = SchedulerSide(
             self.cache,
-            BLOCK,
+            [Group(0, 0, BLOCK)],
             workers,
             self.metrics,
             self.faults,
@@ -265,7 +266,7 @@ class Engine(Scheduler):
         waits = self.loading.pop(request.request_id, None) is not None
         computed = -(-request.num_computed_tokens // BLOCK)
         request.status.name = "FINISHED"
-        held, request.answer = self.side.finished(request, request.blocks[:computed])
+        held, request.answer = self.side.finished(request, [request.blocks[:computed]])
         assert not (held and waits), "its blocks would be freed twice"
         if held or waits:
             self.held[request.request_id] = request

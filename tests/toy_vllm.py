@@ -53,7 +53,7 @@ class Scheduler:
         if request.num_computed_tokens:  # what it waited for has come
             if not self._grow(request, request.num_tokens):
                 return False
-            self.side.allocated(request, list(request.blocks), 0)
+            self.side.allocated(request, [list(request.blocks)], 0)
             return self._run(request)
         known, local = self._own_hit(request, local)
         external = self.side.lookup(request, local)
@@ -69,10 +69,10 @@ class Scheduler:
         if not self.own_cache:
             self._write(self._slots(request, 0, local), lambda w: self.truth(request, w)[:local])  # as a test says
         try:
-            self.side.allocated(request, list(request.blocks), external)
+            self.side.allocated(request, [list(request.blocks)], external)
         except Exception as error:  # as the connector does
             self.faults.note("allocated", error)
-            self.side.fail_allocation(request, list(request.blocks), external)
+            self.side.fail_allocation(request, [list(request.blocks)], external)
         request.num_computed_tokens = local + external
         hits[request.request_id] = external
         if not external:

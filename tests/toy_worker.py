@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ragkv.connectors.vllm.copying import Copier
+from ragkv.connectors.vllm.messages import DEVICE_MOVER
 from ragkv.connectors.vllm.sampling import WeightsObserver
 from ragkv.connectors.vllm.streams import Event, Stream, Ticket
 
@@ -123,6 +124,8 @@ class Equipment:
     `device`: tokens of the device tier, in which nothing is at first; `fails`: what fails; `model`: at whose
     weights it looks."""
 
+    by_request = False  # block numbers tell which request has lost its KV
+
     segment = SimpleNamespace(identity=None, close=lambda: None)
 
     def __init__(self, rank, cache, rows, device, step_tokens, fuse, model=None):
@@ -132,7 +135,7 @@ class Equipment:
         self._device, self._step_tokens, self._model = device, step_tokens, model
 
     def make_copier(self, faults):
-        return Copier({}, PAGE, 1, self._step_tokens, faults)
+        return Copier({}, {0: PAGE}, 1, self._step_tokens, faults)
 
     def make_observer(self, faults):
         return WeightsObserver(self._model, torch.device("cpu"), Stream(), self.rank, faults)
@@ -141,7 +144,7 @@ class Equipment:
         return None, self.fuser
 
     def make_movers(self, prepare, fusion_bytes):
-        return {False: self.memory, True: Mover(self.cache, np.full(self._device, -2), self.fails)}
+        return {0: self.memory, DEVICE_MOVER: Mover(self.cache, np.full(self._device, -2), self.fails)}
 
     def close(self):
         """Nothing is mapped."""

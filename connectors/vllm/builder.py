@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ragkv.kvstore.io_pool import Completions, Lane
 from ragkv.kvstore.keys import content_key
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages, PageShape
+from ragkv.kvstore.planes import Plane
 from ragkv.kvstore.storage_tier import StorageTier
 from ragkv.kvstore.stores.contract import Store
 from ragkv.kvstore.stores.disk import DiskStore
@@ -41,23 +42,30 @@ READING_THREADS = 3  # a tier; writing takes one more
 
 def make_cache(
     settings: Settings,
-    page: PageShape,
+    pages: Sequence[PageShape],
     buffer: Any,
     hidden_size: int,
     metrics: Metrics,
     faults: Faults,
     *,
+    planes: Sequence[Plane] = (),
     stores: bool = True,
 ) -> KVCache:
     """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs.
     `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
     memory, device, placement = settings.memory, settings.device, settings.placement
-    copies, attention_tokens = device_pages(settings, page), 12.0 * hidden_size
+    copies, attention_tokens = device_pages(settings, pages[0]), 12.0 * hidden_size
+    tiers: list[StorageTier] = []
     completions = Completions()
+    if not planes:
+        tiers = _tiers(settings, completions, metrics, faults, stores=stores)
+    else:
+        copies = 0
+        logger.warning("ragkv: layers of several kinds: their KV is kept in memory only, not on disk or in Redis")
     return KVCache(
-        Pages(buffer, page),
+        Pages(buffer, pages[0], pages[1:]),
         _memory_policy(settings),
-        _tiers(settings, completions, metrics, faults, stores=stores),
+        tiers,
         Gate(
             active=placement.gate,
             attention_tokens=attention_tokens,
@@ -66,6 +74,7 @@ def make_cache(
         ),
         completions,
         metrics,
+        planes=planes,
         admission=make_admission(memory.admission),
         device=DeviceTier(copies, make_policy(device.policy), device.after) if copies else None,
         attention_tokens=attention_tokens,
@@ -94,16 +103,17 @@ def make_side(
     """The scheduler side of an engine, over its cache."""
     sizes, duties = settings.chunks, duties_of(vllm_config.kv_transfer_config)
     block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
+    fusing = None if len(shape.planes) > 1 else Fusing(settings.fusion, cache, block_tokens, layers, metrics)
     return SchedulerSide(
         cache,
-        block_tokens,
+        shape.groups,
         shape.workers,
         metrics,
         faults,
         chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(vllm_config)),
         namespace_of=trust.namespaces.of,
         recorder=make_recorder(settings, faults),
-        fusing=Fusing(settings.fusion, cache, block_tokens, layers, metrics),
+        fusing=fusing,
         documents=DocumentStats(metrics, settings.fusion.documents),
         stores=duties.stores,
         loads=duties.loads,

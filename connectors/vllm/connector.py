@@ -16,16 +16,17 @@ from ragkv.connectors.vllm.builder import make_cache, make_side
 from ragkv.connectors.vllm.error_boundary import Faults, gives, guarded, in_words, logger
 from ragkv.connectors.vllm.identity import engine_identity, examine
 from ragkv.connectors.vllm.lifecycle import duties_of, watch_stop
-from ragkv.connectors.vllm.messages import Handshake, StepOrders, StepReport
+from ragkv.connectors.vllm.messages import Handshake, StepOrders, StepReport, Tables
 from ragkv.connectors.vllm.multi import among_others, told_late
 from ragkv.connectors.vllm.plugin import check_settings
 from ragkv.connectors.vllm.scheduler import SchedulerSide
-from ragkv.connectors.vllm.sizes import memory_pages, page_shape
+from ragkv.connectors.vllm.sizes import memory_pages, page_shapes, planes
 from ragkv.connectors.vllm.stats import RagKVPromMetrics, RagKVStats, hit_sources
 from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.errors import ConfigError
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import frame_bytes
 from ragkv.kvstore.segment import Segment
 from ragkv.preflight import has_lower_tier
 
@@ -74,19 +75,20 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         config, settings = self._vllm_config, self._settings
         shape = examine(config, self._kv_cache_config)
-        page, self._workers = page_shape(settings, shape), shape.workers
-        size = memory_pages(settings, page) * page.page_bytes
+        pages, self._workers = page_shapes(settings, shape), shape.workers
+        size = memory_pages(settings, pages) * frame_bytes(pages)
         populate = has_lower_tier(settings)  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=populate)
-        self._trust = Trust(engine_identity(config, shape, page.page_tokens))
+        self._trust = Trust(engine_identity(config, shape, pages[0].page_tokens))
         stores = duties_of(config.kv_transfer_config).stores
         cache = make_cache(
             settings,
-            page,
+            pages,
             self._segment.buffer,
             config.model_config.get_hidden_size(),
             self._metrics,
             self.faults,
+            planes=planes(shape, pages),
             stores=stores,
         )
         self._announcer = Announcer(settings, cache)
@@ -163,19 +165,19 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request was taken up, and waits until `num_external_tokens` are loaded into its blocks."""
         if self.scheduler_side is not None:
-            ids = blocks.get_block_ids()[0]
-            if not self._trust.allocated(request.request_id, ids, self.scheduler_side.block_tokens):
-                self.scheduler_side.taint(request.request_id)
-            self._allocated(request, ids, num_external_tokens)
+            side, tables = self.scheduler_side, blocks.get_block_ids()
+            if not self._trust.allocated(request.request_id, tables[side.main_group], side.block_tokens):
+                side.taint(request.request_id)
+            self._allocated(request, tables, num_external_tokens)
 
-    def _not_allocated(self, request: Any, blocks: list[int], external: int) -> None:
+    def _not_allocated(self, request: Any, tables: Tables, external: int) -> None:
         assert self.scheduler_side is not None
-        self.scheduler_side.fail_allocation(request, blocks, external)
+        self.scheduler_side.fail_allocation(request, tables, external)
 
     @guarded(_not_allocated)
-    def _allocated(self, request: Any, blocks: list[int], external: int) -> None:
+    def _allocated(self, request: Any, tables: Tables, external: int) -> None:
         assert self.scheduler_side is not None
-        self.scheduler_side.allocated(request, blocks, external)
+        self.scheduler_side.allocated(request, tables, external)
 
     def _orders_so_far(self, _scheduler_output: Any) -> StepOrders:
         """After a fault: the loads, which vLLM counts on; the books of the requests may be wrong now."""
@@ -191,8 +193,8 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
             return self._write_down_now(self.scheduler_side)
         if self.scheduler_side is None:
             return StepOrders()
-        tokens, stopping = scheduler_output.total_num_scheduled_tokens, self._stop.asked
-        self.scheduler_side.ask(self._trust.question(tokens, self.scheduler_side, stopping=stopping))
+        side, tokens = self.scheduler_side, scheduler_output.total_num_scheduled_tokens
+        side.ask(self._trust.question(tokens, side, stopping=self._stop.asked))
         self._trust.scheduled(scheduler_output)
         if self._announcer is not None:
             self._announcer.look()
@@ -228,8 +230,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for engines without the hybrid memory allocator."""
-        told: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
-        return told
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def _not_finished(self, request: Any, _blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         assert self.scheduler_side is not None
@@ -244,7 +245,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler_side is None:
             return False, None
         self._trust.over(request.request_id)
-        return self.scheduler_side.finished(request, list(block_ids[0]))
+        return self.scheduler_side.finished(request, [list(table) for table in block_ids])
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """How many of the tokens came from where; what was brought up for this request counts as its source's."""
@@ -323,6 +324,13 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         sent, received = self.worker_side.take_finished()
         return sent or None, received or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As `get_finished`, and requests whose KV did not come, where blocks cannot tell (vLLM 0.32 on)."""
+        results = super().get_transfer_results(finished_req_ids)
+        if self.worker_side is not None:
+            results.failed_recving |= self.worker_side.take_unloaded()
+        return results
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM must compute itself."""
         return set() if self.worker_side is None else self.worker_side.take_invalid_blocks()
@@ -330,8 +338,6 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> StepReport | None:
         """Jobs that ended."""
         return None if self.worker_side is None else self.worker_side.take_report()
-
-    # --- both ---
 
     def get_kv_connector_stats(self) -> RagKVStats | None:
         """Metrics since the last call."""

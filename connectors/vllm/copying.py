@@ -33,11 +33,17 @@ class Running:
 
 
 class Copier:
-    """`movers`: of the memory tier (False) and of the device tier (True), if there are any. `token_bytes`: of a
-    token's KV on this worker; `step_bytes`: most that a step copies for requests that others wait beside."""
+    """`movers`: of the memory tier, by group of layers, and of the device tier (`DEVICE_MOVER`), if there are any.
+    `page_tokens`: by group; `token_bytes`: of a token's KV on this worker; `step_bytes`: most that a step copies
+    for requests that others wait beside."""
 
     def __init__(
-        self, movers: Mapping[bool, Mover], page_tokens: int, token_bytes: int, step_bytes: int, faults: Faults
+        self,
+        movers: Mapping[int, Mover],
+        page_tokens: Mapping[int, int],
+        token_bytes: int,
+        step_bytes: int,
+        faults: Faults,
     ) -> None:
         self._movers, self._page_tokens, self._faults = dict(movers), page_tokens, faults
         self._written: set[int] = set()  # pages of the device tier, since it is there
@@ -48,9 +54,9 @@ class Copier:
     def add(self, jobs: Iterable[Job], *, is_load: bool) -> None:
         """Queue jobs."""
         for job in jobs:
-            mover = self._movers.get(job.device)
+            mover = self._movers.get(job.mover)
             most = self._step_tokens if mover is None else min(self._step_tokens, mover.most_tokens)
-            left = deque(job_slices(job.rows, self._page_tokens, most))
+            left = deque(job_slices(job.rows, self._page_tokens[job.group], most))
             self._queues[is_load].append(Running(job, is_load, time.time_ns(), left))
 
     def stores_left(self, request: str) -> bool:
@@ -77,6 +83,7 @@ class Copier:
 
     def carry_out(self, orders: StepOrders) -> None:
         """Order the slices of this step: loads first, and at least one slice of a store."""
+        self._at_once()
         budget = self._step_tokens
         for is_load in (True, False):
             queue, first = self._queues[is_load], not is_load
@@ -87,6 +94,17 @@ class Copier:
                 if not queue[0].left:
                     self._ordered.append(queue.popleft())
 
+    def _at_once(self) -> None:
+        """Order what must be read before later forwards."""
+        due = [each for each in self._queues[False] if each.job.at_once]
+        for each in due:
+            self._queues[False].remove(each)
+            self._order(each, whole=True)
+            self._ordered.append(each)
+        for mover in {each.job.mover for each in due}:
+            if mover in self._movers:
+                self._movers[mover].fence_stores()
+
     def collect(self) -> list[Running]:
         """The jobs that are over since the last call."""
         over: list[Running] = []
@@ -96,7 +114,7 @@ class Copier:
         self._ordered = still
         return over
 
-    def equip(self, movers: Mapping[bool, Mover]) -> None:
+    def equip(self, movers: Mapping[int, Mover]) -> None:
         """Copy by these movers from now on; without any, orders fail. Waits for all that was ordered."""
         for mover in self._movers.values():
             mover.close()
@@ -125,11 +143,11 @@ class Copier:
         if whole and each.left:
             part = slice(part.start, each.left[-1].stop)
             each.left.clear()
-        mover = self._movers.get(job.device)
+        mover = self._movers.get(job.mover)
         try:
             if mover is None:
                 raise RagKVError("orders without a tier to carry them out")
-            pages = np.unique(job.rows[part] // self._page_tokens).tolist() if job.device else []
+            pages = np.unique(job.rows[part] // self._page_tokens[job.group]).tolist() if job.device else []
             if each.is_load and not self._written.issuperset(pages):
                 raise RagKVError("the device tier was emptied since this was copied there")
             rows, slots = torch.from_numpy(job.rows[part]), torch.from_numpy(job.slots[part])

@@ -1,6 +1,8 @@
 """What a worker works with: the proven layout of the engine's caches, the memory tier, movers between them, and
 what looks at the model's weights and computes by them."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +12,18 @@ from ragkv.connectors.vllm.copying import Copier
 from ragkv.connectors.vllm.error_boundary import Faults, logger
 from ragkv.connectors.vllm.fusion_worker import Fuser, make_fuser, make_turn
 from ragkv.connectors.vllm.identity import examine
+from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.layout import probe
+from ragkv.connectors.vllm.messages import DEVICE_MOVER
 from ragkv.connectors.vllm.model import find_model
 from ragkv.connectors.vllm.pinning import pin
 from ragkv.connectors.vllm.sampling import WeightsObserver
-from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shape, step_bytes
+from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shapes, step_bytes
 from ragkv.connectors.vllm.streams import compute_stream
 from ragkv.connectors.vllm.tiles import RAW
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, PrepareRotation, Tier, make_mover
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, Part, PrepareRotation, Tier, make_mover
 from ragkv.errors import FusionError
+from ragkv.kvstore.pages import frame_bytes
 from ragkv.kvstore.segment import Segment
 
 
@@ -35,25 +40,33 @@ class Equipment:
 
         self._vllm_config, self._kv_cache_config, self._settings = vllm_config, kv_cache_config, settings
         self.shape = examine(vllm_config, kv_cache_config)
-        geometry, self._raw = self.shape.geometry, RAW[self.shape.geometry.itemsize]
-        ours = {name: caches[name] for name in self.shape.layers}
+        self._raw = RAW[self.shape.geometry.itemsize]
         layers = vllm_config.compilation_config.static_forward_context
-        self.caches = probe(layers, ours, geometry, kv_cache_config.num_blocks, vllm_config.model_config.dtype)
-        self._page = page = page_shape(settings, self.shape)
-        size = memory_pages(settings, page) * page.page_bytes
-        self.rank, self.device = get_tensor_model_parallel_rank(), next(iter(ours.values())).device
+        self._found = [
+            probe(
+                layers,
+                {name: caches[name] for name in plane.names},
+                plane.geometry,
+                kv_cache_config.num_blocks,
+                vllm_config.model_config.dtype,
+            )
+            for plane in self.shape.planes
+        ]
+        self.caches, self.by_request = self._found[0], len(self.shape.groups) > 1
+        self._pages = page_shapes(settings, self.shape)
+        frame = frame_bytes(self._pages)
+        size = memory_pages(settings, self._pages) * frame
+        self.rank, self.device = get_tensor_model_parallel_rank(), caches[self.shape.layers[0]].device
         self.compute, self._model = compute_stream(self.device), find_model(vllm_config)
         self.segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
-        elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
-        self._pinning = pin(elements, page.page_bytes) if self.device.type == "cuda" else None
-        self._tier = Tier(
-            elements, geometry, page.page_tokens, self.shape.ranks, min(self.rank, self.shape.ranks - 1)
-        )
+        self._elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
+        self._pinning = pin(self._elements, frame) if self.device.type == "cuda" else None
 
     def make_copier(self, faults: Faults) -> Copier:
         """What carries out orders, without movers."""
-        settings, token_bytes = self._settings, self.shape.geometry.token_bytes
-        return Copier({}, settings.memory.page_tokens, token_bytes, step_bytes(settings, self.device), faults)
+        token_bytes = sum(plane.geometry.token_bytes for plane in self.shape.planes)
+        tokens = {group.number: self._pages[group.plane].page_tokens for group in self.shape.groups}
+        return Copier({}, tokens, token_bytes, step_bytes(self._settings, self.device), faults)
 
     def make_observer(self, faults: Faults) -> WeightsObserver:
         """What looks at the model's weights."""
@@ -67,20 +80,39 @@ class Equipment:
         turn = make_turn(self._vllm_config, self.shape, self._model)
         return turn, make_fuser(self._vllm_config, self._kv_cache_config, self.shape, self._model, self.caches)
 
-    def make_movers(self, prepare: PrepareRotation | None, fusion_bytes: int) -> dict[bool, Mover]:
-        """Movers of the memory tier (False), and of a new and empty device tier (True), if there is to be one.
+    def make_movers(self, prepare: PrepareRotation | None, fusion_bytes: int) -> dict[int, Mover]:
+        """Movers of the memory tier, by group, and of a new and empty device tier, if there is to be one.
         `prepare`: what rotates keys that move, if anything can; `fusion_bytes`: that this takes of the device."""
-        staging, page = self._settings.transfer.staging, self._page
-        movers = {False: make_mover(self.caches, self._tier, staging, self.device, prepare)}
-        if pages := device_pages(self._settings, page):
+        staging, page = self._settings.transfer.staging, self._pages[0]
+        movers = {
+            number: make_mover(caches, tier, staging // len(self.shape.groups), self.device, prepare)
+            for number, caches, tier in self._tiers()
+        }
+        pages = 0 if self.by_request else device_pages(self._settings, page)
+        if pages:
             pool = torch.empty(
                 pages * page.page_bytes // page.ranks // page.itemsize, dtype=self._raw, device=self.device
             )
             tier = Tier(pool, self.shape.geometry, page.page_tokens, 1, 0)
-            movers[True] = DirectMover(self.caches, tier, prepare)
+            movers[DEVICE_MOVER] = DirectMover(self.caches, tier, prepare)
         if self.device.type != "cpu":
             self._say_memory(movers, pages * page.page_bytes // page.ranks, fusion_bytes)
         return movers
+
+    def _tiers(self) -> Iterator[tuple[int, list[LayerCache], Tier]]:
+        """Each group's number, the caches of its layers, and its part of the memory tier."""
+        frame, ranks = frame_bytes(self._pages), self.shape.ranks
+        rank = min(self.rank, ranks - 1)
+        for plane, page, found in zip(self.shape.planes, self._pages, self._found, strict=True):
+            row_bytes, start = page.row_elements * page.itemsize, 0
+            for number, count in zip(plane.groups, plane.sizes, strict=True):
+                rows = page.kinds * page.page_tokens  # of a layer
+                part = Part(frame // row_bytes, page.layers * rows, start * rows)
+                geometry = replace(plane.geometry, layers=count)
+                whole = None if len(self.shape.groups) == 1 else part
+                tier = Tier(self._elements, geometry, page.page_tokens, ranks, rank, whole)
+                yield number, found[start : start + count], tier
+                start += count
 
     def close(self) -> None:
         """Let the memory tier go; nothing may be copied any more."""
@@ -89,7 +121,7 @@ class Equipment:
         self.segment.close()
 
     @staticmethod
-    def _say_memory(movers: dict[bool, Mover], pool: int, fusion: int) -> None:
+    def _say_memory(movers: dict[int, Mover], pool: int, fusion: int) -> None:
         """One line: all accelerator memory that this worker takes beside vLLM's."""
         each = {"copies": sum(m.device_bytes for m in movers.values()), "device tier": pool, "fusion": fusion}
         parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in each.items() if size)

@@ -6,35 +6,71 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.layout import Geometry
+from ragkv.connectors.vllm.messages import Group
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
 from ragkv.kvstore.keys import namespace
 
 VERSION = 2  # of what a namespace is made of
 NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
+_TELLS_TABLES = "kv_connector_block_state" in SchedulerOutput.__dataclass_fields__
 MOST_TOKENS = 1 << 24  # that a vocabulary may number
 _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁": " "})
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One worker's geometry, its layers by name, the cache's dtype, and the tensor-parallel `workers`. `ranks`:
-    the parts of a page, one a worker, or 1 where all workers hold the same (MLA)."""
+class Layers:
+    """The layers of one plane on one worker: their geometry, and their names, group by group of vLLM's; `sizes`:
+    how many each group has. `window`, `span`: as of `ragkv.kvstore.planes.Plane`; both 0: plane 0."""
 
     geometry: Geometry
-    layers: tuple[str, ...]
+    names: tuple[str, ...]
+    groups: tuple[int, ...] = (0,)
+    sizes: tuple[int, ...] = ()
+    window: int = 0
+    span: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an engine keeps for a token: `planes`, the first of layers that attend to all before; the cache's
+    dtype, and the tensor-parallel `workers`. `ranks`: the parts of a page, one a worker, or 1 where all workers
+    hold the same (MLA)."""
+
+    planes: tuple[Layers, ...]
     dtype: torch.dtype
     workers: int
     ranks: int
 
-    def page_bytes(self, page_tokens: int) -> int:
-        """Bytes of one page, all ranks."""
-        return page_tokens * self.geometry.token_bytes * self.ranks
+    @property
+    def geometry(self) -> Geometry:
+        """Of plane 0."""
+        return self.planes[0].geometry
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Of plane 0, by name."""
+        return self.planes[0].names
+
+    @property
+    def groups(self) -> list[Group]:
+        """vLLM's groups, those of plane 0 first."""
+        return [
+            Group(number, place, plane.geometry.block_tokens)
+            for place, plane in enumerate(self.planes)
+            for number in plane.groups
+        ]
 
 
 def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
@@ -52,36 +88,78 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         raise LayoutError(f"speculative decoding by {speculative.method}; supported: ngram")
     if not getattr(vllm_config.model_config, "is_prefix_caching_supported", True):
         raise LayoutError("vLLM says that this model (its attention or its pooling) cannot do without a prefix")
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        cure = "--disable-hybrid-kv-cache-manager lets vLLM keep sliding or chunked layers' KV whole, in one group"
-        raise LayoutError(f"{len(groups)} groups of KV cache (layers of several kinds); supported: 1. {cure}")
-    spec = groups[0].kv_cache_spec
-    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise LayoutError("calculate_kv_scales: fp8 scales differ from start to start; supported: False")
+    groups, workers = kv_cache_config.kv_cache_groups, parallel.tensor_parallel_size
+    if len(groups) == 1 and type(groups[0].kv_cache_spec) is MLAAttentionSpec:
+        return _latent(vllm_config, groups[0], workers)
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        kinds.setdefault(_kind(group.kv_cache_spec), []).append(number)
+    planes = [_layers(groups, numbers, kind) for kind, numbers in sorted(kinds.items())]
+    if not planes or planes[0].window or planes[0].span:
+        raise LayoutError(f"{len(groups)} groups of KV cache, none of full attention; supported: one at least")
+    if len(planes) > 1 and (planes[1].window, planes[1].span) == (0, 0):
+        raise LayoutError("layers of full attention with heads of several sizes; supported: one")
+    if len(groups) > 1 and not _TELLS_TABLES:
         raise LayoutError(
-            f"KV cache of kind {type(spec).__name__}; supported: FullAttentionSpec, MLAAttentionSpec"
+            f"{len(groups)} groups of KV cache (layers of several kinds); supported from vLLM 0.32 on"
         )
-    latent = isinstance(spec, MLAAttentionSpec)
-    if latent and not prefix_is_exact(vllm_config):
+    if len({groups[number].kv_cache_spec.dtype for number in range(len(groups))}) > 1:
+        raise LayoutError("KV caches of several dtypes; supported: one")
+    return Shape(tuple(planes), groups[0].kv_cache_spec.dtype, workers, workers)
+
+
+def _kind(spec: Any) -> tuple[int, ...]:
+    """What tells one plane's layers from another's: window, span, and sizes. LayoutError: none that is served."""
+    if type(spec) is FullAttentionSpec:
+        window, span = 0, 0
+    elif type(spec) is SlidingWindowSpec and not getattr(spec, "extra_retained_tokens", 0):
+        window, span = spec.sliding_window, 0
+    elif type(spec) is ChunkedLocalAttentionSpec:
+        window, span = 0, spec.attention_chunk_size
+    else:
         raise LayoutError(
-            "MLA on a CPU: vLLM's answers there change with a cached prefix; supported: accelerators"
+            f"KV cache of kind {type(spec).__name__}; supported: full, sliding and chunked attention"
         )
-    if latent and getattr(spec, "state_content_bytes", None) is not None:
-        raise LayoutError(f"MLA cache of kind {spec.cache_dtype_str}; supported: elements of one dtype")
-    if latent and getattr(spec, "tokens_per_state", 1) != 1:
-        raise LayoutError(f"MLA with {spec.tokens_per_state} tokens a state; supported: 1")
     if getattr(spec, "non_causal", False):
         raise LayoutError("attention that is not causal: KV depends on later tokens; supported: causal")
     quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
     if quantised not in ("NONE", "FP8_PER_TENSOR"):  # the others keep scales that no element tells of
         raise LayoutError(f"KV quantised by {quantised}; supported: none, or fp8 with one scale a tensor")
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        raise LayoutError("calculate_kv_scales: fp8 scales differ from start to start; supported: False")
-    if not latent and spec.head_size != getattr(spec, "head_size_v", spec.head_size):
+    if spec.head_size != getattr(spec, "head_size_v", spec.head_size):
         raise LayoutError(f"head sizes of K and V differ: {spec.head_size}, {spec.head_size_v}")
-    layers, kinds, workers = tuple(groups[0].layer_names), 1 if latent else 2, parallel.tensor_parallel_size
-    sizes = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size, kinds
-    return Shape(Geometry(len(layers), *sizes), layers, spec.dtype, workers, 1 if latent else workers)
+    return window, span, spec.num_kv_heads, spec.head_size, spec.block_size
+
+
+def _layers(groups: Any, numbers: list[int], kind: tuple[int, ...]) -> Layers:
+    window, span, heads, head_size, block_tokens = kind
+    names = tuple(name for number in numbers for name in groups[number].layer_names)
+    itemsize = groups[numbers[0]].kv_cache_spec.dtype.itemsize
+    geometry = Geometry(len(names), heads, head_size, itemsize, block_tokens)
+    sizes = tuple(len(groups[number].layer_names) for number in numbers)
+    return Layers(geometry, names, tuple(numbers), sizes, window, span)
+
+
+def _latent(vllm_config: Any, group: Any, workers: int) -> Shape:
+    """Of MLA: one vector a token, the same on all workers."""
+    spec = group.kv_cache_spec
+    if not prefix_is_exact(vllm_config):
+        raise LayoutError(
+            "MLA on a CPU: vLLM's answers there change with a cached prefix; supported: accelerators"
+        )
+    if getattr(spec, "state_content_bytes", None) is not None:
+        raise LayoutError(f"MLA cache of kind {spec.cache_dtype_str}; supported: elements of one dtype")
+    if getattr(spec, "tokens_per_state", 1) != 1:
+        raise LayoutError(f"MLA with {spec.tokens_per_state} tokens a state; supported: 1")
+    if getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE") not in ("NONE", "FP8_PER_TENSOR"):
+        raise LayoutError(
+            f"KV quantised by {spec.kv_quant_mode.name}; supported: none, or fp8 with one scale a tensor"
+        )
+    sizes = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size, 1
+    names = tuple(group.layer_names)
+    layers = Layers(Geometry(len(names), *sizes), names, sizes=(len(names),))
+    return Shape((layers,), spec.dtype, workers, 1)
 
 
 def prefix_is_exact(vllm_config: Any) -> bool:
@@ -110,6 +188,11 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
             "head_dim": shape.geometry.head_dim,
             "layers": shape.geometry.layers,
             "ranks": shape.ranks,
+            "planes": [
+                [list(p.names), p.geometry.heads, p.geometry.head_dim, p.window, p.span] for p in shape.planes
+            ]
+            if len(shape.planes) > 1
+            else None,
             "page_tokens": page_tokens,
             # vLLM chooses long or short factors by it, and holds both in one buffer:
             "longest": getattr(model, "max_model_len", None) if "longrope" in text or '"su"' in text else None,

@@ -1,14 +1,14 @@
 """Jobs: what workers were ordered to copy, who waits for it, and what becomes of it."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.fusing import Fusing
 from ragkv.connectors.vllm.listener import Listener
 from ragkv.connectors.vllm.loading import Loads, PendingLoad
-from ragkv.connectors.vllm.messages import Job, Question, StepOrders, StepReport, slots_of
+from ragkv.connectors.vllm.messages import Group, Job, Question, StepOrders, StepReport, Tables, slots_of
 from ragkv.connectors.vllm.request_state import RequestState
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.cache import KVCache
@@ -22,7 +22,8 @@ class InFlight:
 
     request: str
     work: Load | Store
-    workers: int  # that have not done it yet
+    copies: int  # that are not done yet: of each group on each worker
+    jobs: list[int]  # one a group
     failed: bool = False
 
     @property
@@ -32,13 +33,14 @@ class InFlight:
 
 
 class Jobs:
-    """Orders in the making, and jobs in flight. `workers`: that must do each; `confirmed_by`: the number that will
-    confirm what has been computed until now (`KVCache.confirm`). `listener` is told what is done for requests."""
+    """Orders in the making, and jobs in flight. `groups`: of the engine's layers, those of plane 0 first;
+    `workers`: that must do each job; `confirmed_by`: the number that will confirm what has been computed until now
+    (`KVCache.confirm`). `listener` is told what is done for requests."""
 
     def __init__(
         self,
         cache: KVCache,
-        block_tokens: int,
+        groups: Sequence[Group],
         workers: int,
         metrics: Metrics,
         faults: Faults,
@@ -46,7 +48,8 @@ class Jobs:
         confirmed_by: Callable[[], int] = lambda: 0,
         listener: Listener | None = None,
     ) -> None:
-        self._cache, self._block_tokens, self._workers = cache, block_tokens, workers
+        self._cache, self._groups, self._workers = cache, tuple(groups), workers
+        self._block_tokens = groups[0].block_tokens
         self._metrics, self._faults = metrics, faults
         self.fusing, self._confirmed_by = fusing, confirmed_by
         self._listener = listener or Listener()
@@ -55,7 +58,7 @@ class Jobs:
         self._loads = Loads()
         self._storing: Counter[str] = Counter()  # stores in flight, by request
         self._ending: set[str] = set()  # ended requests whose blocks vLLM keeps until their stores are done
-        self._orders = StepOrders(block_tokens=block_tokens)
+        self._orders = StepOrders(block_tokens=self._block_tokens)
         self._jobs = 0
 
     @property
@@ -133,8 +136,13 @@ class Jobs:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of one of the engine's blocks."""
+        """Tokens of one of the engine's blocks, in plane 0."""
         return self._block_tokens
+
+    @property
+    def main_group(self) -> int:
+        """Number of the first group of plane 0."""
+        return self._groups[0].number
 
     def ask(self, asked: Question) -> None:
         """What workers shall look at in this step goes with its orders, whatever becomes of the others."""
@@ -194,13 +202,14 @@ class Jobs:
     def _done(self, number: int, workers: int, *, failed: bool) -> None:
         """So many workers have done a job; with the last it is over."""
         if (job := self._in_flight.get(number)) is not None:
-            job.workers -= workers
+            job.copies -= workers
             job.failed |= failed
-            if job.workers <= 0:
-                self._job_over(number, job)
+            if job.copies <= 0:
+                self._work_over(job)
 
-    def _job_over(self, number: int, job: InFlight) -> None:
-        del self._in_flight[number]
+    def _work_over(self, job: InFlight) -> None:
+        for number in job.jobs:
+            del self._in_flight[number]
         if job.is_store:
             self._storing[job.request] -= 1
             if not self._storing[job.request]:
@@ -213,7 +222,7 @@ class Jobs:
         except Exception as error:  # one job's trouble must not lose the others
             self._faults.note("settle", error)
         if not job.is_store:
-            self._loads.job_over(job.request, number, self._orders, failed=job.failed)
+            self._loads.job_over(job.request, job.jobs[0], self._orders, failed=job.failed)
 
     def _received(self, request: str) -> None:
         """A request has what it waited for, or will compute it."""
@@ -231,18 +240,29 @@ class Jobs:
         for tier, tokens in state.sources.items():
             self._metrics.count(m.HIT_TOKENS, tokens - (fused if tier == m.MEMORY else 0), tier=tier)
 
-    def _new_job(self, state: RequestState, work: Load | Store, blocks: list[int], *, fused: bool = False) -> Job:
-        """A job that copies between a paged tier and a request's blocks. From now on it is in flight."""
-        slots = slots_of(blocks, work.positions, self._block_tokens)
-        self._jobs += 1
+    def _new_jobs(
+        self, state: RequestState, work: Load | Store, tables: Tables, *, fused: bool = False
+    ) -> list[Job]:
+        """Jobs that copy between a paged tier and a request's blocks, one for each group of the work's plane. From
+        now on they are in flight."""
         shifts = work.shifts if isinstance(work, Load) else None
-        timed = self._listener.times
-        job = Job(self._jobs, work.rows, slots, state.request.request_id, work.device, shifts, fused, timed)
-        self._in_flight[job.id] = in_flight = InFlight(job.request, work, self._workers)
+        at_once, jobs = isinstance(work, Store) and work.plane > 0, list[Job]()
+        for group in self._groups:
+            if group.plane == work.plane:
+                slots = slots_of(tables[group.number], work.positions, group.block_tokens)
+                if len(self._groups) > 1 and len(slots) and slots.min() < group.block_tokens:
+                    raise ValueError("tokens are to be copied that vLLM keeps no block for")
+                self._jobs += 1
+                request, timed = state.request.request_id, self._listener.times and not jobs
+                more = work.device, shifts, fused, timed, group.number, at_once
+                jobs.append(Job(self._jobs, work.rows, slots, request, *more))
+        numbers = [job.id for job in jobs]
+        in_flight = InFlight(jobs[0].request, work, self._workers * len(jobs), numbers)
+        self._in_flight |= dict.fromkeys(numbers, in_flight)
         if in_flight.is_store:
-            self._storing[job.request] += 1
-        self._listener.ordered(state, job, work)
-        return job
+            self._storing[in_flight.request] += 1
+        self._listener.ordered(state, jobs[0], work)
+        return jobs
 
     def _take_back(self, jobs: list[Job], requests: Container[str]) -> None:
         """Jobs of some requests that no worker was told of fail."""
@@ -259,6 +279,6 @@ class Jobs:
 
     def _fail(self, job: Job) -> None:
         self._listener.withdrawn(job.id)
-        in_flight = self._in_flight[job.id]
-        in_flight.failed = True
-        self._job_over(job.id, in_flight)
+        if (in_flight := self._in_flight.get(job.id)) is not None:  # else of work that has failed already
+            in_flight.failed = True
+            self._work_over(in_flight)

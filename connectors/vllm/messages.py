@@ -13,6 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 Indices = npt.NDArray[np.int64]
+Tables = Sequence[list[int]]  # a request's blocks, by number of group; 0 where vLLM keeps none
+DEVICE_MOVER = -1
 Run = tuple[int, int]  # positions, from and up to
 Times = tuple[int, int, int, bool]  # began, ended (ns since 1970), of how many workers, whether one failed
 TokenIds = npt.NDArray[np.int32]
@@ -26,6 +28,8 @@ class Job:
 
     `device`: the rows are of the device tier, not of the memory tier. `fused`: a fusion follows the request's
     loads, so their end is not the end of its waiting. `timed`: workers shall report when it began and ended.
+    `group`: whose layers' blocks the slots are of. `at_once`: it is ordered whole in this step, and later forwards
+    wait for it: they may write its blocks.
     """
 
     id: int
@@ -36,6 +40,23 @@ class Job:
     shifts: Indices | None = None
     fused: bool = False
     timed: bool = False
+    group: int = 0
+    at_once: bool = False
+
+    @property
+    def mover(self) -> int:
+        """Which mover carries it out: of its group, or of the device tier."""
+        return DEVICE_MOVER if self.device else self.group
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One of vLLM's groups of layers, which have a block table of their own: its `number`, the plane that their KV
+    belongs to, and tokens a block."""
+
+    number: int
+    plane: int
+    block_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

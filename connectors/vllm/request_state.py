@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.connectors.vllm.hints import NO_HINTS, Hints
+from ragkv.connectors.vllm.messages import Tables
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import Declined, Plan
@@ -40,11 +41,13 @@ class RequestState:
     request: Any  # vLLM's
     prompt: Prompt
     hints: Hints = NO_HINTS
-    blocks: list[int] = field(default_factory=list)  # of the engine's cache, in order
+    tables: Tables = ()  # of the engine's cache
     computed: int = 0  # tokens that vLLM had itself at the last lookup
     looked_up: bool = False  # and not taken up since
     refused: bool = False  # a load failed: it is computed
     stored: int = 0  # first tokens that are stored, or need not be
+    junction: int = 0  # up to where its tokens were stored, though it cannot go on there
+    marked: int = 0  # where what layers with windows hold was kept last
     sources: dict[str, int] = field(default_factory=dict)  # tokens of the last load, by tier
     approximate: int | None = None  # from where on its KV is not exact
     fusion: FusionState = field(default_factory=FusionState)
@@ -93,7 +96,8 @@ def progress(requests: Mapping[str, RequestState | None], scheduler_output: Any)
 def _set_blocks(state: RequestState | None, blocks: Any, *, replace: bool) -> None:
     if state is None or blocks is None:
         return
-    if replace:
-        state.blocks = list(blocks[0])
+    if replace or not state.tables:
+        state.tables = [list(table) for table in blocks]
     else:
-        state.blocks.extend(blocks[0])
+        for table, more in zip(state.tables, blocks, strict=True):
+            table.extend(more)

@@ -14,7 +14,7 @@ from ragkv.connectors.vllm.fusing import saved
 from ragkv.connectors.vllm.hints import read_hints, with_problem
 from ragkv.connectors.vllm.jobs import Jobs
 from ragkv.connectors.vllm.loading import PendingLoad
-from ragkv.connectors.vllm.messages import StepOrders
+from ragkv.connectors.vllm.messages import StepOrders, Tables
 from ragkv.connectors.vllm.request_state import Recorder, RequestState, progress, tenant_of
 from ragkv.connectors.vllm.turns import Turns
 from ragkv.kvstore import metrics as m
@@ -22,6 +22,8 @@ from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.fusion.plan import Cover
 from ragkv.kvstore.prompt import Prompt, Result
+
+MARKS = 8  # windows: in long prompts so many tokens apart what layers with windows hold is kept
 
 
 class SchedulerSide(Jobs):
@@ -51,6 +53,8 @@ class SchedulerSide(Jobs):
         self._control = control
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._idle = False
+        reach = max((plane.window or plane.span for plane in cache.memory.planes), default=0)
+        self._stride = MARKS * reach
 
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
@@ -85,6 +89,8 @@ class SchedulerSide(Jobs):
         state.extend()
         limit = state.request.num_tokens - 1
         found = self._cache.lookup(state.prompt, computed, limit, idle=self._idle)
+        match = state.prompt.match
+        state.junction = match.shared if match.shared > max(computed, match.length) else 0
         if found.result is Result.PENDING:
             return None
         if self.fusing is None:
@@ -92,7 +98,7 @@ class SchedulerSide(Jobs):
         upto = self.fusing.lookup(state, computed + found.tokens, idle=self._idle)
         return None if upto is None else upto - computed
 
-    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
+    def allocated(self, request: Any, tables: Tables, external: int) -> None:
         """vLLM took a request up, with these blocks, and counts on `external` tokens of the last lookup. (It says
         so again, with 0, when what was loaded has come.)"""
         state = self._states.get(request.request_id)
@@ -105,7 +111,7 @@ class SchedulerSide(Jobs):
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
         state.stored = state.fusion.mended = 0
         if external:
-            self._begin_load(state, start, start + external, blocks)
+            self._begin_load(state, start, start + external, tables)
         if state.prompt.pin is not None:  # vLLM may have had it all itself, or ragkv may only store
             state.extend()
             self._cache.pin(state.prompt, request.num_tokens - 1)
@@ -115,8 +121,9 @@ class SchedulerSide(Jobs):
         self._cache.release(state.prompt)
         self._listener.allocated(state, external)
 
-    def _begin_load(self, state: RequestState, start: int, end: int, blocks: list[int]) -> None:
+    def _begin_load(self, state: RequestState, start: int, end: int, tables: Tables) -> None:
         """Order what was promised: tokens from `start` to `end`."""
+        blocks = tables[self._groups[0].number]
         plan, wrong = state.fusion.plan, len(blocks) * self._block_tokens < end
         if plan is not None and self.fusing is not None:
             wrong |= end != self.fusing.end(state)
@@ -129,9 +136,9 @@ class SchedulerSide(Jobs):
         if plan is not None:
             loads.append(self._cache.prepare_moved_load(plan.pieces))
         for load in loads:
-            job = self._new_job(state, load, blocks, fused=plan is not None)
-            self._orders.loads.append(job)
-            pending.jobs.add(job.id)
+            jobs = self._new_jobs(state, load, tables, fused=plan is not None)
+            self._orders.loads += jobs
+            pending.jobs.add(jobs[0].id)
             for tier, tokens in load.sources.items():
                 state.sources[tier] = state.sources.get(tier, 0) + tokens
         if plan is not None and self.fusing is not None:
@@ -147,7 +154,7 @@ class SchedulerSide(Jobs):
         if end > start:  # where the engine's blocks do not hold it exactly, nothing is copied from them
             store = self._cache.touch(state.prompt, exact=state.exact_upto(end) == end)
             if store is not None:
-                pending.after.append(self._new_job(state, store, blocks))
+                pending.after += self._new_jobs(state, store, tables)
 
     def sources(self, request: Any) -> dict[str, int]:
         """Tokens by the tier that they came from, as last allocated."""
@@ -162,7 +169,7 @@ class SchedulerSide(Jobs):
         if state is not None:
             self._cache.release(state.prompt)
 
-    def fail_allocation(self, request: Any, blocks: list[int], external: int) -> None:
+    def fail_allocation(self, request: Any, tables: Tables, external: int) -> None:
         """Tell vLLM to compute what `allocated` failed to load. Must not fail itself."""
         request_id = request.request_id
         start = self._promised.pop(request_id, 0)
@@ -170,6 +177,7 @@ class SchedulerSide(Jobs):
         if (load := self._loads.received(request_id, self._orders)) is not None:
             self._drop(load)
         if external:
+            blocks = tables[self._groups[0].number]
             own = load.blocks if load is not None else blocks[start // self._block_tokens :]
             self._loads.begin(PendingLoad(request_id, own, set(), failed=True))
             self._orders.given_up[request_id] = own
@@ -192,19 +200,20 @@ class SchedulerSide(Jobs):
             self._orders.work += self._cache.gate.work(start, after - start)
             state = self._states.get(request_id)
             if state is not None:
+                self._resolve(state, request_id, scheduler_output)
                 self._store_new(state, min(after, state.request.num_tokens))
         return self.take_orders()
 
-    def finished(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, tables: Tables) -> tuple[bool, dict[str, Any] | None]:
         """A request ended. True: vLLM must keep its blocks until its stores are done. (Those of a request that
         waits for its KV it keeps until that is received.) And what its response tells, where it gave hints or was
         to be fused."""
         try:
-            return self._finish(request, blocks)
+            return self._finish(request, tables)
         finally:
             self._listener.finished(request)
 
-    def _finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def _finish(self, request: Any, tables: Tables) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
         state = self._states.pop(request_id, None)
         self._promised.pop(request_id, None)
@@ -214,11 +223,12 @@ class SchedulerSide(Jobs):
             self._cache.release(state.prompt)
             # The last token was sampled, not computed; what runs ahead of the others was thrown away.
             upto = 0 if loading else min(request.num_tokens - 1, request.num_computed_tokens)
-            state.blocks = blocks
+            state.tables = tables
             state.extend()
             told = None if self.fusing is None else self.fusing.tell(state, upto)
             if not loading:
                 self._store(state, upto)
+                self._store_windows(state, upto)
         if loading:
             self._loads.cancel(request_id, self._orders)
             return False, told
@@ -267,7 +277,10 @@ class SchedulerSide(Jobs):
             self._faults.note("hints", "; ".join(hints.problems))
         if hints.unpin is not None:
             self._cache.unpin(tenant, hints.unpin)
-        chain = TokenChain(namespace, self._chunker, hints.boundaries)
+        named = hints.boundaries
+        if len(self._groups) > 1:  # a chunk ends with the prompt, so that what windows hold there has a place
+            named = tuple(sorted({*named, int(request.num_prompt_tokens)}))
+        chain = TokenChain(namespace, self._chunker, named)
         state = RequestState(
             request, Prompt(namespace, chain, tenant, hints.priority, hints.ttl, hints.pin), hints
         )
@@ -286,12 +299,39 @@ class SchedulerSide(Jobs):
         if not prompt_ends:
             upto = max((end for end in state.prompt.chain.ends if end <= upto), default=0)
         self._store(state, upto)
+        if 0 < state.junction <= upto:  # others are likely to part there too
+            ends = [end for end in state.prompt.chain.ends if end <= state.junction]
+            self._store_windows(state, max(ends, default=0))
+            state.junction = 0
+        if prompt_ends or upto - state.marked >= self._stride:
+            self._store_windows(state, upto)
         state.stored = max(state.stored, upto)
 
     def _store(self, state: RequestState, upto: int) -> None:
         """Order the store of what the first `upto` tokens have new."""
         if self._may_store and state.hints.store:
-            upto = state.exact_upto(min(upto, len(state.blocks) * self._block_tokens))
+            blocks = len(state.tables[self._groups[0].number]) if state.tables else 0
+            upto = state.exact_upto(min(upto, blocks * self._block_tokens))
             store = self._cache.prepare_store(state.prompt, upto, self._confirmed_by())
             if store is not None:
-                self._orders.stores.append(self._new_job(state, store, state.blocks))
+                self._orders.stores += self._new_jobs(state, store, state.tables)
+
+    def _store_windows(self, state: RequestState, upto: int) -> None:
+        """Order the store of what layers with windows hold at token `upto`, so that prompts can go on there."""
+        if len(self._groups) == 1 or not (self._may_store and state.hints.store and state.tables):
+            return
+        if not upto or state.exact_upto(upto) < upto:
+            return
+        state.marked = max(state.marked, upto)
+        live = [0] * (1 + max(group.plane for group in self._groups))
+        for group in self._groups:
+            table = state.tables[group.number]
+            kept = next((place for place, block in enumerate(table) if block), len(table))
+            live[group.plane] = max(live[group.plane], kept * group.block_tokens)
+        for store in self._cache.windows.prepare_stores(state.prompt, upto, live[1:], self._confirmed_by()):
+            self._orders.stores += self._new_jobs(state, store, state.tables)
+
+    def _resolve(self, state: RequestState, request: str, scheduler_output: Any) -> None:
+        """The tables as they are in this step: where layers have windows, vLLM takes blocks out of them."""
+        if len(self._groups) > 1:
+            state.tables = scheduler_output.kv_connector_block_state.get_block_ids(request) or ()

@@ -1,36 +1,54 @@
 """Sizes that both sides must agree on: what a page is, and how many of them each tier has."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.identity import Shape
 from ragkv.errors import LayoutError
-from ragkv.kvstore.pages import PageShape
+from ragkv.kvstore.pages import PageShape, frame_bytes
+from ragkv.kvstore.planes import Plane
 
 STEP_ON_CPU, STEP_BESIDE = 32 << 20, 256 << 20  # bytes
 
 
-def page_shape(settings: Settings, shape: Shape) -> PageShape:
-    """The pages of an engine's memory tier."""
-    geometry = shape.geometry
-    return PageShape(
-        shape.ranks,
-        geometry.layers,
-        settings.memory.page_tokens,
-        geometry.heads * geometry.head_dim,
-        geometry.itemsize,
-        str(shape.dtype).removeprefix("torch."),
-        geometry.kinds,
-    )
+def page_shapes(settings: Settings, shape: Shape) -> list[PageShape]:
+    """The pages of an engine's memory tier, of each plane. All take the same room: `memory.page_tokens` tokens of
+    the plane whose tokens take most, and as many of the others as fit."""
+    most = max(plane.geometry.token_bytes for plane in shape.planes)
+    made = []
+    for plane in shape.planes:
+        geometry = plane.geometry
+        made.append(
+            PageShape(
+                shape.ranks,
+                geometry.layers,
+                settings.memory.page_tokens * most // geometry.token_bytes,
+                geometry.heads * geometry.head_dim,
+                geometry.itemsize,
+                str(shape.dtype).removeprefix("torch."),
+                geometry.kinds,
+            )
+        )
+    return made
 
 
-def memory_pages(settings: Settings, page: PageShape) -> int:
+def planes(shape: Shape, pages: Sequence[PageShape]) -> list[Plane]:
+    """All planes but the first."""
+    return [
+        Plane(page, each.window, each.span, each.geometry.block_tokens)
+        for page, each in zip(pages[1:], shape.planes[1:], strict=True)
+    ]
+
+
+def memory_pages(settings: Settings, shapes: Sequence[PageShape]) -> int:
     """Pages that the memory tier has. LayoutError: not even one chunk would fit."""
-    memory = settings.memory
-    pages, least = memory.capacity // page.page_bytes, -(-settings.chunks.max_tokens // memory.page_tokens)
+    memory, size = settings.memory, frame_bytes(shapes)
+    pages, least = memory.capacity // size, -(-settings.chunks.max_tokens // shapes[0].page_tokens)
     if pages < least:
         raise LayoutError(
-            f"memory.capacity = {memory.capacity} holds {pages} pages of {page.page_bytes} bytes; "
+            f"memory.capacity = {memory.capacity} holds {pages} pages of {size} bytes; "
             f"one chunk of chunks.max_tokens needs {least}"
         )
     return pages

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,34 +38,52 @@ LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the 
 DIRECT_BYTES = 32 << 20  # that a copy within one device moves at once: what it needs beside them is as large
 
 
+class Part(NamedTuple):
+    """Where some layers' rows lie in a page: rows of a whole page and of a rank's share, and the first of theirs
+    in a share."""
+
+    page_rows: int
+    rank_rows: int
+    first_row: int
+
+
 class Tier:
     """One rank's view of the memory tier, as rows of one token's elements in one layer, K or V."""
 
     def __init__(
-        self, elements: torch.Tensor, geometry: Geometry, page_tokens: int, ranks: int, rank: int
+        self,
+        elements: torch.Tensor,
+        geometry: Geometry,
+        page_tokens: int,
+        ranks: int,
+        rank: int,
+        part: "Part | None" = None,
     ) -> None:
-        """`elements`: the whole segment, raw, one-dimensional, a whole number of pages."""
+        """`elements`: the whole segment, raw, one-dimensional, a whole number of pages. `part`: where in a page
+        the layers' rows lie, if they are not all of it."""
         self.geometry, self.page_tokens = geometry, page_tokens
         self.page_rows = geometry.kinds * geometry.layers * page_tokens
-        self.page_bytes = geometry.token_bytes * page_tokens * ranks
-        self._ranks, self._rank = ranks, rank
         rows = elements.view(-1, geometry.heads * geometry.head_dim)
         self.rows = widened(rows)  # the wider the elements, the fewer there are to copy
-        self.tokens = len(rows) // (self.page_rows * ranks) * page_tokens  # that it has rows for
+        whole = Part(self.page_rows * ranks, self.page_rows, 0)
+        self._part, self._whole = part or whole, part in (None, whole) and ranks == 1
+        self._first = rank * self._part.rank_rows + self._part.first_row
+        self.page_bytes = self._part.page_rows * geometry.heads * geometry.head_dim * geometry.itemsize
+        self.tokens = len(rows) // self._part.page_rows * page_tokens  # that it has rows for
 
     def first_rows(self, rows: Indices) -> Indices:
         """Where the first layer's K of each row stands in `self.rows`."""
         pages, offsets = rows // self.page_tokens, rows % self.page_tokens
-        return (pages * self._ranks + self._rank) * self.page_rows + offsets
+        return pages * self._part.page_rows + self._first + offsets
 
     def stretch(self, page: int, count: int = 1) -> torch.Tensor:
         """This rank's part of some consecutive pages, unbroken: [count * page_rows, heads * head_dim]."""
-        first = (page * self._ranks + self._rank) * self.page_rows
+        first = page * self._part.page_rows + self._first
         return self.rows[first : first + count * self.page_rows]
 
     def stretches(self, pages: Indices) -> Iterator[tuple[int, int, int]]:
         """Ascending pages in unbroken stretches, each to be copied at once: (place among `pages`, page, count)."""
-        edge = piece_pages(self.page_bytes) if self._ranks == 1 else 1
+        edge = piece_pages(self.page_bytes) if self._whole else 1
         cuts = np.flatnonzero((np.diff(pages) != 1) | (pages[1:] % edge == 0)) + 1
         places = [0, *cuts.tolist(), len(pages)]
         for place, end in itertools.pairwise(places):

@@ -57,7 +57,7 @@ class WorkerSide:
         self._metrics, self._faults = metrics, faults
         self._refusal: str | None = "the engine's caches were never registered"
         self._equipment: Equipment | None = None
-        self._copier = Copier({}, 1, 1, 1, faults)
+        self._copier = Copier({}, {0: 1}, 1, 1, faults)
         self._turn: PrepareRotation | None = None  # rotates keys that move
         self._weights = WeightsObserver(None, torch.device("cpu"), Stream(), 0, faults)
         self._compute: Stream | None = None  # where the engine's forwards run
@@ -74,6 +74,10 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._invalid: set[int] = set()
+        self._unloaded: set[str] = (
+            set()
+        )  # requests that vLLM must compute, where blocks do not tell whose they are
+        self._by_request = False
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
@@ -160,6 +164,11 @@ class WorkerSide:
         invalid, self._invalid = self._invalid, set()
         return invalid
 
+    def take_unloaded(self) -> set[str]:
+        """Requests whose KV did not come, of an engine whose block numbers do not tell that."""
+        unloaded, self._unloaded = self._unloaded, set()
+        return unloaded
+
     def close(self) -> None:
         """Wait for all copies, then close the memory tier."""
         self._copier.equip({})
@@ -178,9 +187,16 @@ class WorkerSide:
         for request in orders.cancelled:
             self._copier.cancel(request)
         for request, blocks in orders.given_up.items():
-            self._invalid.update(blocks)
+            self._lose(request, blocks)
             self._received.add(request)
         self._finishing |= orders.finishing
+
+    def _lose(self, request: str, blocks: list[int]) -> None:
+        """What should have been loaded into these blocks of a request was not."""
+        if self._by_request:
+            self._unloaded.add(request)
+        else:
+            self._invalid.update(blocks)
 
     def _forward_over(self) -> None:
         if self._forward is not None and self._compute is not None:
@@ -233,7 +249,7 @@ class WorkerSide:
         if not running.is_load:
             return
         if running.failed:
-            self._invalid.update((job.slots // self._block_tokens).tolist())
+            self._lose(job.request, (job.slots // self._block_tokens).tolist())
         elif not job.device and running.seconds:
             self._report.copies.append((len(job.rows), running.seconds))
         self._waiting[job.request] -= 1
@@ -250,6 +266,7 @@ class WorkerSide:
 
     def _begin_copying(self, made: Equipment) -> None:
         self._compute, self._copier = made.compute, made.make_copier(self._faults)
+        self._by_request = made.by_request
         self._weights = made.make_observer(self._faults)
         try:
             self._turn, self._fuser = made.make_fusion()

@@ -15,17 +15,14 @@ from typing import Any
 VOCABULARY = 2048
 WINDOW = 96  # tokens; no multiple of any block size
 S, F, C = "sliding_attention", "full_attention", "chunked_attention"
-ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
-FLAG = "`--disable-hybrid-kv-cache-manager`"
-EXACT, WITH_FLAG, REFUSED = "exact", f"exact, with {FLAG}", "not yet"
-GROUPS = "groups of KV cache"
+EXACT, IN_MEMORY, REFUSED = "exact", "exact, in memory only", "not yet"
 
 
 @dataclass(frozen=True)
 class Kind:
     """`name`, `layers`: as the table says; `config`: the class of transformers, with `fields`; `architecture`: for
-    vLLM, where transformers saves another; `more`: of config.json; `llm`: arguments of `vllm.LLM`; `says`:
-    what the log says where ragkv does not serve it as vLLM starts it; `served`: whether it does with `llm`."""
+    vLLM, where transformers saves another; `more`: of config.json; `windows`: some layers attend to a part of what
+    is before a token; `says`: what the log says where ragkv does not serve it."""
 
     name: str
     layers: str
@@ -33,14 +30,18 @@ class Kind:
     fields: Mapping[str, Any] = field(default_factory=dict)
     architecture: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
-    llm: Mapping[str, Any] = field(default_factory=dict)
+    windows: bool = False
     says: str | None = None
-    served: bool = True
+
+    @property
+    def served(self) -> bool:
+        """Whether ragkv reuses its KV."""
+        return self.says is None
 
     @property
     def reuse(self) -> str:
         """The table's last column."""
-        return REFUSED if not self.served else WITH_FLAG if self.llm else EXACT
+        return REFUSED if not self.served else IN_MEMORY if self.windows else EXACT
 
     @property
     def slug(self) -> str:
@@ -52,9 +53,7 @@ def sliding(name: str, config: str, layers: list[str], **more: Any) -> Kind:
     """A model whose layers are partly sliding."""
     fields = {"sliding_window": WINDOW, "layer_types": layers, "num_hidden_layers": len(layers)}
     given = {key: more.pop(key) for key in ("architecture",) if key in more}
-    return Kind(
-        name, "sliding windows and full attention", config, fields | more, llm=ONE_GROUP, says=GROUPS, **given
-    )
+    return Kind(name, "sliding windows and full attention", config, fields | more, windows=True, **given)
 
 
 GEMMA = {"query_pre_attn_scalar": 32}
@@ -86,16 +85,14 @@ KINDS = (
             "no_rope_layers": [1, 1, 1, 0],
         },
         architecture="Llama4ForCausalLM",
-        llm=ONE_GROUP,
-        says=GROUPS,
+        windows=True,
     ),
     Kind(
         "Mistral with a window",
         "sliding windows",
         "MistralConfig",
         {"sliding_window": WINDOW},
-        says="SlidingWindowSpec",
-        served=False,
+        says="none of full attention",
     ),
     Kind(
         "LFM 2",
@@ -103,8 +100,7 @@ KINDS = (
         "Lfm2Config",
         {"layer_types": ["conv", "conv", F, "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
         more={"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128},
-        says=GROUPS,
-        served=False,
+        says="MambaSpec",
     ),
     Kind(
         "Mamba 2",
@@ -112,7 +108,6 @@ KINDS = (
         "Mamba2Config",
         {"state_size": 32, "expand": 2, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64},
         says="cannot do without a prefix",
-        served=False,
     ),
 )
 

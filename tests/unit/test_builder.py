@@ -12,7 +12,7 @@ from ragkv.connectors.vllm import builder
 from ragkv.connectors.vllm.builder import make_cache, make_recorder
 from ragkv.connectors.vllm.error_boundary import Faults
 from ragkv.connectors.vllm.identity import examine
-from ragkv.connectors.vllm.sizes import memory_pages, page_shape
+from ragkv.connectors.vllm.sizes import memory_pages, page_shapes
 from ragkv.errors import LayoutError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
@@ -24,21 +24,25 @@ SHAPE = examine(config(), caches(spec()))  # 3 layers, 2 heads of 64, bfloat16, 
 SPACE = b"namespace of one"
 
 
+def page_bytes(tokens):
+    return tokens * SHAPE.geometry.token_bytes * SHAPE.ranks
+
+
 def test_pages_of_an_engine():
-    page = page_shape(Settings(memory={"page_tokens": 5}), SHAPE)
+    (page,) = page_shapes(Settings(memory={"page_tokens": 5}), SHAPE)
     assert (page.ranks, page.layers, page.page_tokens, page.row_elements, page.itemsize) == (2, 3, 5, 128, 2)
     assert page.dtype == "bfloat16"
-    assert page.page_bytes == SHAPE.page_bytes(5), "the two sides must agree on it"
+    assert page.page_bytes == page_bytes(5)
     raw = examine(config(), caches(spec(dtype=torch.uint8)))
-    assert page_shape(Settings(), raw).page_bytes == SHAPE.page_bytes(16) // 2
+    assert page_shapes(Settings(), raw)[0].page_bytes == page_bytes(16) // 2
 
 
 def test_memory_holds_whole_pages_and_at_least_one_chunk():
     def pages(capacity, **chunks):
         settings = Settings(memory={"capacity": capacity}, chunks=chunks)
-        return memory_pages(settings, page_shape(settings, SHAPE))
+        return memory_pages(settings, page_shapes(settings, SHAPE))
 
-    size = SHAPE.page_bytes(16)
+    size = page_bytes(16)
     assert pages(50 * size) == pages(50 * size + size - 1) == 50
     assert pages(2**20 + 5 * size, max_tokens=256) >= 16
     with pytest.raises(LayoutError) as caught:
@@ -51,14 +55,14 @@ def test_memory_holds_whole_pages_and_at_least_one_chunk():
 
 def cache_of(metrics=None, **settings):
     settings = Settings(memory={"capacity": "2MiB"}, **settings)
-    page, metrics = page_shape(settings, SHAPE), metrics or Metrics()
-    buffer = bytearray(memory_pages(settings, page) * page.page_bytes)
-    return make_cache(settings, page, buffer, 64, metrics, Faults(metrics))
+    pages, metrics = page_shapes(settings, SHAPE), metrics or Metrics()
+    buffer = bytearray(memory_pages(settings, pages) * pages[0].page_bytes)
+    return make_cache(settings, pages, buffer, 64, metrics, Faults(metrics))
 
 
 def test_there_is_a_device_tier_where_its_capacity_holds_a_page():
     assert cache_of().memory.device is None
-    size = SHAPE.page_bytes(16) // SHAPE.ranks  # a worker's share of a page
+    size = page_bytes(16) // SHAPE.ranks  # a worker's share of a page
     assert cache_of(device={"capacity": size - 1}).memory.device is None
     assert cache_of(device={"capacity": 7 * size}).memory.device.pages == 7
 

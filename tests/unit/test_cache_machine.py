@@ -15,9 +15,9 @@ from hand_lanes import ContentStack, Lower, assert_at_rest, redis, words
 from ragkv.errors import StoreError
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.keys import as_tokens, chain_key
-from ragkv.kvstore.pages import PageShape
+from ragkv.kvstore.pages import PageShape, rows
 from ragkv.kvstore.pins import Pin
-from ragkv.kvstore.prefix_tree import is_detached, origin, rows
+from ragkv.kvstore.prefix_tree import is_detached, origin
 from ragkv.kvstore.prompt import Prompt, Result
 
 PAGE = 4

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ragkv.kvstore.device_tier import DeviceTier
-from ragkv.kvstore.pages import PagePool
-from ragkv.kvstore.prefix_tree import Chunk, rows
+from ragkv.kvstore.pages import PagePool, rows
+from ragkv.kvstore.prefix_tree import Chunk
 from ragkv.policies import POLICIES, make_policy
 
 PAGES, AFTER, PAGE_TOKENS = 8, 2, 4

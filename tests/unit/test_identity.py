@@ -5,7 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import KVQuantMode, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from engine_config import caches, config, spec
 from ragkv.config import Settings
@@ -16,7 +21,8 @@ from ragkv.connectors.vllm.identity import (
     load_structure,
     token_structure,
 )
-from ragkv.connectors.vllm.sizes import page_shape
+from ragkv.connectors.vllm.messages import Group
+from ragkv.connectors.vllm.sizes import page_shapes
 from ragkv.errors import LayoutError
 
 
@@ -57,8 +63,23 @@ def test_the_shape_of_an_engine_with_mla_is_one_vector_a_token_which_all_workers
     shape = examine(config(), caches(mla()))
     assert (shape.workers, shape.ranks) == (2, 1)
     assert (shape.geometry.kinds, shape.geometry.heads, shape.geometry.head_dim) == (1, 1, 576)
-    assert shape.page_bytes(5) == 5 * 3 * 576 * 2
-    assert page_shape(Settings(), shape).page_bytes == shape.page_bytes(Settings().memory.page_tokens)
+    assert page_shapes(Settings(), shape)[0].page_bytes == Settings().memory.page_tokens * 3 * 576 * 2
+
+
+def test_the_shape_of_an_engine_with_layers_of_several_kinds():
+    window = spec(SlidingWindowSpec, sliding_window=64)
+    groups = [window, spec(), window, spec(ChunkedLocalAttentionSpec, attention_chunk_size=32)]
+    shape = examine(config(), caches(*groups))
+    assert [(plane.window, plane.span, plane.groups) for plane in shape.planes] == [
+        (0, 0, (1,)),
+        (0, 32, (3,)),
+        (64, 0, (0, 2)),
+    ]
+    assert [plane.geometry.layers for plane in shape.planes] == [3, 3, 6]
+    assert [(group.number, group.plane) for group in shape.groups] == [(1, 0), (3, 1), (0, 2), (2, 2)]
+    pages = page_shapes(Settings(), shape)
+    assert [page.page_tokens for page in pages] == [32, 32, 16], "all take the same room"
+    assert engine_identity(config(), shape, 16) != identity()
 
 
 def test_the_shape_of_an_engine():
@@ -68,7 +89,7 @@ def test_the_shape_of_an_engine():
     assert (geometry.layers, geometry.heads, geometry.head_dim) == (3, 2, 64)
     assert (geometry.itemsize, geometry.block_tokens) == (2, 16)
     assert geometry.token_bytes == 2 * 3 * 2 * 64 * 2
-    assert shape.page_bytes(5) == 5 * geometry.token_bytes * 2
+    assert shape.groups == [Group(0, 0, 16)]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +105,10 @@ def test_the_shape_of_an_engine():
         ),
         ({"is_prefix_caching_supported": False}, [spec()], "cannot do without a prefix"),
         ({}, [], "0 groups"),
-        ({}, [spec(), spec()], "2 groups"),
-        ({}, [spec(SlidingWindowSpec, sliding_window=64)], "SlidingWindowSpec"),
+        ({}, [spec(), spec(head_size=32)], "heads of several sizes"),
+        ({}, [spec(SlidingWindowSpec, sliding_window=64)], "none of full attention"),
+        ({}, [spec(), spec(SlidingWindowSpec, sliding_window=64, dtype=torch.float32)], "several dtypes"),
+        ({}, [spec(), mla()], "MLAAttentionSpec"),
         ({"device_type": "cpu", "enable_prefix_caching": False}, [mla()], "MLA on a CPU"),
         ({}, [mla(cache_dtype_str="fp8_ds_mla", state_content_bytes=656)], "fp8_ds_mla"),
         ({}, [mla(tokens_per_state=4)], "4 tokens a state"),

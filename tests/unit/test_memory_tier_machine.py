@@ -31,8 +31,8 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.keys import as_tokens, chain_key
 from ragkv.kvstore.memory_tier import MemoryTier
+from ragkv.kvstore.pages import rows
 from ragkv.kvstore.pins import NEVER
-from ragkv.kvstore.prefix_tree import rows
 from ragkv.policies import POLICIES, make_policy
 
 PAGES, DEVICE_PAGES, OWNERS = 30, 12, ["desk 1", "desk 2"]

@@ -15,7 +15,8 @@ from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.keys import TOKEN_BYTES, as_tokens, chain_key
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.prefix_tree import PrefixTree, descendants, origin, rows, shared_tokens
+from ragkv.kvstore.pages import rows
+from ragkv.kvstore.prefix_tree import PrefixTree, descendants, origin, shared_tokens
 from ragkv.policies import POLICIES, make_policy
 
 SPACE = b"namespace of one"

@@ -5,7 +5,7 @@ import pytest
 
 from ragkv.config import Settings
 from ragkv.connectors.vllm.error_boundary import Faults
-from ragkv.connectors.vllm.messages import Job, StepOrders
+from ragkv.connectors.vllm.messages import DEVICE_MOVER, Job, StepOrders
 from ragkv.connectors.vllm.streams import Event, Ticket
 from ragkv.connectors.vllm.worker import WorkerSide
 from ragkv.kvstore.metrics import Metrics
@@ -46,7 +46,7 @@ class Kept(Equipment):
         return turn, self.fuser
 
     def make_movers(self, prepare, fusion_bytes):
-        self.made.append({False: Mover(prepare), True: Mover(prepare)})
+        self.made.append({0: Mover(prepare), DEVICE_MOVER: Mover(prepare)})
         return dict(self.made[-1])
 
 

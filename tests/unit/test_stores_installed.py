@@ -100,7 +100,7 @@ def test_the_suite_of_the_docs_is_this_one():
 
 def cache_of(metrics=None, **store):
     settings, metrics = Settings(memory={"capacity": "1MiB"}, store=store), metrics or Metrics()
-    return make_cache(settings, SHAPE, bytearray(64 * SHAPE.page_bytes), 64, metrics, Faults(metrics))
+    return make_cache(settings, [SHAPE], bytearray(64 * SHAPE.page_bytes), 64, metrics, Faults(metrics))
 
 
 def test_it_is_the_last_tier_where_a_setting_names_it(tmp_path):
@@ -108,7 +108,7 @@ def test_it_is_the_last_tier_where_a_setting_names_it(tmp_path):
     file.write_text(f"memory: {{capacity: 1MiB}}\ndisk: {{path: {tmp_path}/kv}}\n{YAML}")
     settings, metrics = read_settings(file=file, environ={}).settings, Metrics()
     assert has_lower_tier(settings) and settings.store.options == {"note": "mine"}
-    cache = make_cache(settings, SHAPE, bytearray(64 * SHAPE.page_bytes), 64, metrics, Faults(metrics))
+    cache = make_cache(settings, [SHAPE], bytearray(64 * SHAPE.page_bytes), 64, metrics, Faults(metrics))
     assert [(tier.name, tier.bit) for tier in cache.tiers] == [(m.DISK, 1), (m.STORE, 4)]
     cache.tick()
     gauges = metrics.drain()["gauges"]

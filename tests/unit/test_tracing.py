@@ -45,11 +45,11 @@ class Spans:
         self.tracer, self.flush = self.provider.get_tracer("ragkv"), self.provider.force_flush
         self.wall = count(10)
 
-    def side(self, cache, block_tokens, workers, metrics, faults, **more):
+    def side(self, cache, groups, workers, metrics, faults, **more):
         self.tracing = Tracing(
             self.tracer, lambda: self.flush(), workers, cache.token_bytes, faults.note, lambda: next(self.wall)
         )
-        return SchedulerSide(cache, block_tokens, workers, metrics, faults, listener=self.tracing, **more)
+        return SchedulerSide(cache, groups, workers, metrics, faults, listener=self.tracing, **more)
 
     def made(self):
         found = self._exporter.get_finished_spans()

@@ -9,9 +9,9 @@ import torch
 from ragkv.config import Settings
 from ragkv.connectors.vllm import equipment
 from ragkv.connectors.vllm.error_boundary import Faults
-from ragkv.connectors.vllm.identity import Shape
+from ragkv.connectors.vllm.identity import Layers, Shape
 from ragkv.connectors.vllm.layout import Geometry
-from ragkv.connectors.vllm.messages import Job, StepOrders, StepReport
+from ragkv.connectors.vllm.messages import DEVICE_MOVER, Job, StepOrders, StepReport
 from ragkv.connectors.vllm.streams import Ticket, compute_stream
 from ragkv.connectors.vllm.worker import LEAST_TOKENS, SOME_STEPS, WorkerSide
 from ragkv.kvstore import metrics as m
@@ -44,7 +44,8 @@ class Clock:
 
 def make_worker(monkeypatch, device_capacity, compute):
     """A worker, and its equipment."""
-    shape = Shape(GEOMETRY, tuple(f"layer.{n}" for n in range(LAYERS)), torch.bfloat16, 1, 1)
+    names = tuple(f"layer.{n}" for n in range(LAYERS))
+    shape = Shape((Layers(GEOMETRY, names, sizes=(LAYERS,)),), torch.bfloat16, 1, 1)
     monkeypatch.setattr(equipment, "examine", lambda vllm, cache: shape)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
     config = SimpleNamespace(
@@ -135,7 +136,7 @@ def test_device_rows_and_memory_rows_are_two_pools(made):
 def test_on_a_cpu_the_pool_is_an_ordinary_tensor_of_whole_pages(monkeypatch, more):
     size = DEVICE_PAGES * PAGE * GEOMETRY.token_bytes
     side, _, _, kept = make_worker(monkeypatch, size + more, None)
-    pool = kept.make_movers(None, 0)[True].tier.rows
+    pool = kept.make_movers(None, 0)[DEVICE_MOVER].tier.rows
     assert pool.device.type == "cpu" and pool.is_contiguous() and pool.nbytes == size
     side.close()
 

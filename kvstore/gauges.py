@@ -1,0 +1,32 @@
+"""The gauges of the tiers that have pages."""
+
+from ragkv.kvstore import metrics as m
+from ragkv.kvstore.device_tier import DeviceTier
+from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.pages import PagePool
+
+
+class Gauges:
+    """Set only where something has changed. `page_bytes`: of a page, in either tier."""
+
+    def __init__(self, metrics: Metrics, page_bytes: int) -> None:
+        self._metrics, self._page_bytes = metrics, page_bytes
+        self._reported: tuple[int, ...] = ()
+
+    def report(self, pinned: int, pool: PagePool, chunks: int, device: DeviceTier | None) -> None:
+        """`pinned`: pages that owners have pinned; `pool`: memory's pages; `chunks`: that memory has."""
+        now = (pinned, pool.used, chunks, *((device.used, len(device)) if device is not None else ()))
+        if now == self._reported:
+            return
+        self._reported = now
+        self._metrics.gauge(m.PINNED_BYTES, pinned * self._page_bytes)
+        self._report(m.MEMORY, pool, chunks)
+        if device is not None:
+            self._report(m.DEVICE, device, len(device))
+
+    def _report(self, tier: str, pages: PagePool | DeviceTier, chunks: int) -> None:
+        gauge = self._metrics.gauge
+        gauge(m.USED_PAGES, pages.used, tier=tier)
+        gauge(m.USED_BYTES, pages.used * self._page_bytes, tier=tier)
+        gauge(m.CAPACITY_BYTES, pages.pages * self._page_bytes, tier=tier)
+        gauge(m.CHUNKS, chunks, tier=tier)
