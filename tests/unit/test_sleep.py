@@ -98,6 +98,18 @@ def test_while_asleep_a_load_fails_and_is_told(worker):
     assert worker.take_invalid_blocks() == {0} and worker.take_finished() == (set(), {"r"})
 
 
+def test_where_blocks_do_not_tell_whose_they_are_failed_loads_are_told_by_request(unequipped, equipment):
+    equipment.by_request = True
+    unequipped.register({})
+    unequipped.let_go_of_caches()
+    assert step(unequipped, loads=True).failed == {1}
+    assert unequipped.take_unloaded() == {"r"} and not unequipped.take_unloaded()
+    unequipped.begin(StepOrders(given_up={"other": [3, 4]}, block_tokens=8))
+    unequipped.carry_out()
+    assert unequipped.take_unloaded() == {"other"} and unequipped.take_finished() == (set(), {"r", "other"})
+    assert unequipped.take_invalid_blocks() == set()
+
+
 def test_after_waking_nothing_is_read_from_the_device_tier_but_what_was_copied_there_since(worker):
     assert step(worker, device=True, stores=True).failed == step(worker, device=True, loads=True).failed == set()
     worker.let_go_of_caches()
