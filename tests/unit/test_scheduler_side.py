@@ -62,7 +62,7 @@ def test_a_local_hit_that_does_not_end_with_a_block(engine):
     request = engine.request(prompt)
     assert engine.side.lookup(request, 13) == 86
     blocks = list(range(20, 33))
-    engine.side.allocated(request, blocks, 86)
+    engine.side.allocated(request, [blocks], 86)
     (job,) = engine.side.take_orders().loads
     assert job.slots[0] == 21 * BLOCK + 5 and len(job.rows) == 86
     engine.side.report(StepReport({job.id: len(engine.workers)}), (), [request.request_id])

@@ -34,7 +34,7 @@ def test_what_is_stored_meanwhile_is_found_by_who_waits(engine):
     engine.run(prompt)
     assert engine.side.lookup(waiter, 0) == 59
     assert engine.side.lookup(waiter, 16) == 43
-    assert not engine.side.finished(waiter, [])[0]
+    assert not engine.side.finished(waiter, [[]])[0]
 
 
 def test_preempted_and_resumed_with_other_blocks(engine):
@@ -139,7 +139,7 @@ def test_a_failed_store_before_others_that_hold(engine):
     engine.step(budget=60, deliver=False)  # behind chunks that never came
     engine.deliver()
     assert engine.side.lookup(Request("probe", prompt), 0) == 0
-    engine.side.finished(Request("probe", prompt), [])
+    engine.side.finished(Request("probe", prompt), [[]])
     engine.finish(request)
     engine.settle()
     assert engine.run(prompt) == 99  # the finish wrote them anew
@@ -237,7 +237,7 @@ def test_disappoint(engine, monkeypatch):
 def test_disappoint_without_a_promise_spoils_nothing(engine):
     request = engine.request(text(1, 40))
     engine.side.lookup(request, 0)
-    engine.side.fail_allocation(request, [4, 5, 6], 0)
+    engine.side.fail_allocation(request, [[4, 5, 6]], 0)
     assert engine.side.take_orders().given_up == {}
 
 
@@ -245,7 +245,7 @@ def test_disappoint_keeps_vllms_own_blocks(engine):
     engine.run(text(1, 40))
     request = engine.request(text(1, 40))
     assert engine.side.lookup(request, 16) == 23
-    engine.side.fail_allocation(request, [4, 5, 6, 7, 8], 23)
+    engine.side.fail_allocation(request, [[4, 5, 6, 7, 8]], 23)
     assert engine.side.take_orders().given_up == {request.request_id: [6, 7, 8]}
     assert not engine.side.report(None, (), [request.request_id])
 
@@ -260,7 +260,7 @@ def test_reports_of_workers_come_apart():
     assert engine.side.lookup(probe, 0) == 0, "one worker has not written yet"
     engine.deliver(1)
     assert engine.side.lookup(probe, 0) == 99
-    engine.side.finished(probe, [])
+    engine.side.finished(probe, [[]])
 
 
 def test_reports_of_unknown_jobs_are_ignored(engine):

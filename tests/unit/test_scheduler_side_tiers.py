@@ -103,7 +103,7 @@ def test_the_engine_is_told_to_ask_again(alone, disk):
     disk.reads.run()
     assert alone.side.lookup(request, 0) == 99
     assert alone.side.lookup(request, 64) == 35
-    alone.side.finished(request, [])
+    alone.side.finished(request, [[]])
 
 
 def test_others_go_on_meanwhile(alone, disk):

@@ -344,7 +344,7 @@ def test_a_fault_at_the_end_leaves_nothing(spans, monkeypatch):
         engine.step()
         monkeypatch.setattr(engine.cache, "prepare_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # noted at the connector's border
-            engine.side.finished(request, [])
+            engine.side.finished(request, [[]])
         assert not spans.tracing.requests
 
 

@@ -69,7 +69,7 @@ class Watched(Engine):
             return orders(output)
 
         def watched_allocated(request, blocks, external):
-            if not self.trust.allocated(request.request_id, blocks, BLOCK):
+            if not self.trust.allocated(request.request_id, blocks[0], BLOCK):
                 side.taint(request.request_id)
             allocated(request, blocks, external)
 
