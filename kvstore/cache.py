@@ -368,7 +368,7 @@ class KVCache:
         pages = [chunk.device for chunk in chunks if device]
         return Store(prompt, *self._places(chunks, device=device), chunks, device, pages)
 
-    def _places(self, chunks: Sequence[Chunk], *, device: bool = False, plane: int = 0) -> tuple[Indices, Indices]:
+    def _places(self, chunks: Sequence[Chunk], *, device: bool) -> tuple[Indices, Indices]:
         """Rows in a paged tier, and positions in the prompt, of all tokens of chunks of one chain."""
         return rows(chunks, self.memory.page_tokens, device=device), positions_of(chunks)
 
@@ -381,8 +381,7 @@ class KVCache:
             if prompt.ttl is not None and chunk in self.memory:
                 self.memory.pins.expire(chunk, self._clock() + prompt.ttl)
         self._pin(prompt, store.chunks)
-        if not store.plane:
-            self.tiering.stored(store.chunks, store.number)
+        self.tiering.stored(store.chunks, store.number)
         if store.superseded is not None:
             self.memory.discard(store.superseded)
 

@@ -121,8 +121,8 @@ class Tiering:
     def demote(self, chunk: Chunk) -> None:
         """Memory evicts a chunk: give it to the tiers that should have it and could not take it when it was
         stored, and else, unless one has it, to the first that takes it."""
-        if is_detached(chunk) or chunk.plane:
-            return  # it came from there, or is for memory alone
+        if is_detached(chunk):
+            return  # it came from there
         lack = [t for t in self._tiers if not (chunk.stored_in & t.bit and t.keeps(address(chunk)))]
         lost = len(lack) == len(self._tiers)
         for tier in lack:
@@ -131,11 +131,12 @@ class Tiering:
                 lost = lost and not written
 
     def _write(self, chunk: Chunk, tier: StorageTier, *, copy: bool) -> bool:
-        """Order a chunk to be written, unless it is unconfirmed; its bytes are copied now, or it is pinned until
-        it is done. (An open tail is copied: it may have to make room for a longer one.)"""
+        """Order a chunk to be written, unless it is unconfirmed, or a window, which memory alone keeps; its bytes
+        are copied now, or it is pinned until it is done. (An open tail is copied: it may have to make room for a
+        longer one.)"""
         parent = chunk.parent
         assert parent is not None
-        if chunk in self._unconfirmed:
+        if chunk in self._unconfirmed or chunk.plane:
             return False
         tail, renewed = chunk.open, self._memory.pins.renewed(chunk)
         if not tail and not renewed and tier.knows(chunk.key):

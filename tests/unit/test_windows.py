@@ -16,7 +16,9 @@ from ragkv.kvstore.io_pool import Completions
 from ragkv.kvstore.keys import as_tokens
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages, PageShape, frame_bytes
+from ragkv.kvstore.pins import AT_ONCE
 from ragkv.kvstore.planes import Plane
+from ragkv.kvstore.prefix_tree import Chunk
 from ragkv.kvstore.prompt import Prompt, Result
 from ragkv.policies import make_policy
 
@@ -38,6 +40,8 @@ class Engine:
 
     planes: list
     pages: int = 400
+    round: int = 0  # that confirms what is stored
+    weights: int = 0  # 0: those of the namespace
 
     def __post_init__(self):
         self.shapes = [FULL, *(plane.shape for plane in self.planes)]
@@ -66,10 +70,10 @@ class Engine:
         for start, stop in zip([end, *stops], stops, strict=False):
             whole = max((cut for cut in chain.ends if cut <= stop), default=0)
             upto = stop if stop >= len(tokens) else whole
-            self.store(self.cache.prepare_store(prompt, upto), every)
+            self.store(self.cache.prepare_store(prompt, upto, self.round), every)
             if (stop >= len(tokens) if keep is None else keep(stop)) and upto:
                 live = [plane.first(start) for plane in self.planes]
-                for store in self.cache.windows.prepare_stores(prompt, upto, live):
+                for store in self.cache.windows.prepare_stores(prompt, upto, live, self.round):
                     assert store.positions.min() >= live[store.plane - 1], "of what the engine does not have"
                     self.store(store, every)
         self.check()
@@ -93,7 +97,7 @@ class Engine:
     def store(self, store, tokens):
         if store is not None:
             for row, position in zip(store.rows.tolist(), store.positions.tolist(), strict=True):
-                self.cell(row, store.plane)[:] = value(tokens, position, store.plane)
+                self.cell(row, store.plane)[:] = value(tokens, position, store.plane) ^ self.weights
             self.cache.complete_store(store, ok=True)
 
     def cell(self, row, plane):
@@ -165,6 +169,39 @@ def test_a_store_that_fails_leaves_nothing(engine):
     engine.store = store
     assert engine.ask(prompt)[0] in (0, 192), "where nothing is needed of chunks"
     assert engine.ask(prompt)[0] == 199
+
+
+def test_windows_of_other_weights_go_with_what_was_not_confirmed(engine):
+    """Their chunks were confirmed before: these stay."""
+    prompt = fresh(1, 300)
+    engine.ask(prompt, keep=lambda stop: False)
+    before = len(engine.cache)
+    engine.round, engine.weights = 1, 77
+    engine.ask(prompt)
+    assert engine.cache.unconfirmed == len(engine.cache) - before > 0
+    engine.cache.invalidate()
+    assert len(engine.cache) == before
+    engine.round, engine.weights = 2, 0
+    assert engine.ask(prompt)[0] in (0, 288), "where nothing is needed of chunks"
+    engine.cache.confirm(2)
+    assert engine.ask(prompt)[0] == 299 and not engine.cache.unconfirmed
+
+
+def test_a_window_whose_time_is_over_is_not_used_though_its_chunk_lives_on(engine):
+    prompt = fresh(1, 200)
+    engine.ask(prompt)
+    memory = engine.cache.memory
+    pins = memory.pins
+    windows = [chunk for chunk in memory.tree if chunk.plane]
+    for number in range(AT_ONCE):  # as many as one call lets go of, before them
+        pins.expire(Chunk(number.to_bytes(16), None, b"t" * 4), 1.0)
+    for window in windows:
+        pins.expire(window, 2.0)
+    pins.due(3.0)
+    assert pins.late
+    chain = TokenChain(SPACE, Chunker(16, 24, 32, TokenStructure.of(["a"])))
+    chain.extend(as_tokens(prompt))
+    assert memory.match(SPACE, chain, 199).windows == ()
 
 
 @given(st.data(), st.sampled_from(sorted(PLANES)), st.sampled_from([14, 40, 400]))
