@@ -166,7 +166,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         """The request was taken up, and waits until `num_external_tokens` are loaded into its blocks."""
         if self.scheduler_side is not None:
             side, tables = self.scheduler_side, blocks.get_block_ids()
-            if not self._trust.allocated(request.request_id, tables[side.main_group], side.block_tokens):
+            if not self._trust.allocated(request.request_id, tables, side.groups):
                 side.taint(request.request_id)
             self._allocated(request, tables, num_external_tokens)
 

@@ -135,14 +135,9 @@ class Jobs:
         self._loads.outdate(self._orders)
 
     @property
-    def block_tokens(self) -> int:
-        """Tokens of one of the engine's blocks, in plane 0."""
-        return self._block_tokens
-
-    @property
-    def main_group(self) -> int:
-        """Number of the first group of plane 0."""
-        return self._groups[0].number
+    def groups(self) -> Sequence[Group]:
+        """The engine's groups of layers, those of plane 0 first."""
+        return self._groups
 
     def ask(self, asked: Question) -> None:
         """What workers shall look at in this step goes with its orders, whatever becomes of the others."""

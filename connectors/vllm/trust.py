@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ragkv.connectors.vllm.calls import Calls
 from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.identity import Namespaces
-from ragkv.connectors.vllm.messages import Handshake, Question, StepReport, WeightsLook
+from ragkv.connectors.vllm.messages import Group, Handshake, Question, StepReport, Tables, WeightsLook
 from ragkv.connectors.vllm.weights import Rounds, WeightsWatch
 
 UNKNOWN = "ragkv: the model's weights cannot be looked at: nothing is shared with other engines or later starts"
@@ -81,9 +81,15 @@ class Trust:
         self._hits[request] = computed
         return self._blocks.hold(request, computed) and not self._watch.blind
 
-    def allocated(self, request: str, blocks: Sequence[int], block_tokens: int) -> bool:
+    def allocated(self, request: str, tables: Tables, groups: Sequence[Group]) -> bool:
         """vLLM gave a request blocks. Whether those that it found in its cache are of the weights of now."""
-        return self._blocks.allocated(request, blocks, -(-self._hits.get(request, 0) // block_tokens))
+        if not self._blocks.outdated:
+            return True
+        found, given = list[int](), list[int]()
+        for group in groups:
+            table, cut = tables[group.number], -(-self._hits.get(request, 0) // group.block_tokens)
+            found, given = [*found, *table[:cut]], [*given, *table[cut:]]
+        return self._blocks.allocated(request, [*found, *given], len(found))
 
     def scheduled(self, scheduler_output: Any) -> None:
         """Requests have got more blocks in a step."""
@@ -195,6 +201,7 @@ class OwnBlocks:
         self._old: set[str] = set()
         self._early: set[str] = set()  # requests that nobody else knows
         self._filled: set[int] = set()  # blocks that old requests have, or had
+        self._nothing: set[int] = set()  # the block that stands in tables where there is none
         self._outdated = False
 
     def hold(self, request: str, computed: int) -> bool:
@@ -211,7 +218,7 @@ class OwnBlocks:
             return True
         if request in self._old or not self._filled.isdisjoint(blocks[:found]):
             self._old.add(request)
-            self._filled.update(blocks)
+            self._filled |= {*blocks} - self._nothing
             return False
         self._filled.difference_update(blocks[found:])
         return True
@@ -222,10 +229,11 @@ class OwnBlocks:
             return
         cached = scheduler_output.scheduled_cached_reqs
         for request, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            if new is not None and request in self._old:
-                self._filled.update(new[0])
-            elif new is not None:
-                self._filled.difference_update(new[0])
+            blocks = {block for table in new or () for block in table} - self._nothing
+            if request in self._old:
+                self._filled |= blocks
+            else:
+                self._filled -= blocks
 
     def note(self, request: str) -> None:
         """A request that runs while nobody knows by which weights."""
@@ -233,7 +241,13 @@ class OwnBlocks:
 
     def bind(self, pool: Any) -> None:
         """The blocks of the engine."""
-        self._pool = pool
+        self._pool, nothing = pool, getattr(pool, "null_block", None)
+        self._nothing = set() if nothing is None else {nothing.block_id}
+
+    @property
+    def outdated(self) -> bool:
+        """Whether any block may be of other weights."""
+        return self._outdated
 
     def outdate(self, requests: Iterable[str]) -> None:
         """All blocks, and all that these requests will still compute, are of other weights."""

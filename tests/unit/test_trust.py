@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from hand_lanes import Lower
 from ragkv.connectors.vllm import calls, sampling
-from ragkv.connectors.vllm.messages import Handshake, Question, StepOrders, StepReport, WeightsLook, WeightsSample
+from ragkv.connectors.vllm.messages import (
+    Group,
+    Handshake,
+    Question,
+    StepOrders,
+    StepReport,
+    WeightsLook,
+    WeightsSample,
+)
 from ragkv.connectors.vllm.sampling import PARTS
 from ragkv.connectors.vllm.trust import OwnBlocks, Trust
 from ragkv.connectors.vllm.weights import Rounds, WeightsWatch
@@ -69,7 +77,7 @@ class Watched(Engine):
             return orders(output)
 
         def watched_allocated(request, blocks, external):
-            if not self.trust.allocated(request.request_id, blocks[0], BLOCK):
+            if not self.trust.allocated(request.request_id, blocks, [Group(0, 0, BLOCK)]):
                 side.taint(request.request_id)
             allocated(request, blocks, external)
 
@@ -418,7 +426,27 @@ def test_a_request_that_vllm_does_not_let_wait_is_not_forgotten(trust):
     trust.hear(StepReport(looks=[WeightsLook(number, rank, b"v" * 16) for rank in (0, 1)]), side)
     trust.over("r")
     trust.serves("x", 16)
-    assert not trust.allocated("x", [1, 2], 16), "it has computed on other weights, and goes on"
+    assert not trust.allocated("x", [[1, 2]], [Group(0, 0, 16)]), "it has computed on other weights, and goes on"
+
+
+def test_blocks_of_all_groups_of_layers_are_looked_at(trust):
+    """One table has no block where its layers' window is past; what stands there is no block of anybody."""
+    groups, pool = [Group(1, 0, 16), Group(0, 1, 32)], Pool(used=[1])
+    pool.null_block = pool.blocks[0]
+    trust.suspect()
+    trust.bind(pool)
+    trust.ready(SimpleNamespace(request_id="early", skip_reading_prefix_cache=True), Side())
+    number = trust.question(1, Side()).look
+    trust.hear(StepReport(looks=[WeightsLook(number, rank, b"v" * 16) for rank in (0, 1)]), Side())
+    assert not trust.allocated("early", [[0, 2], [1, 3, 4]], groups)
+    cached = SimpleNamespace(req_ids=["early"], new_block_ids=[([5], [6])])
+    trust.scheduled(SimpleNamespace(scheduled_cached_reqs=cached))
+    for name, window, full in (("a", [0, 5], [11]), ("b", [0, 12], [6]), ("c", [0, 2], [13])):
+        trust.serves(name, 64)
+        assert not trust.allocated(name, [window, full], groups), "a block of an old request"
+        trust.over(name)
+    trust.serves("d", 32)
+    assert trust.allocated("d", [[0, 9], [10]], groups), "no block of theirs"
 
 
 class OwnCache(Watched):
