@@ -103,7 +103,6 @@ def make_side(
     """The scheduler side of an engine, over its cache."""
     sizes, duties = settings.chunks, duties_of(vllm_config.kv_transfer_config)
     block_tokens, layers = shape.geometry.block_tokens, shape.geometry.layers
-    fusing = None if len(shape.planes) > 1 else Fusing(settings.fusion, cache, block_tokens, layers, metrics)
     return SchedulerSide(
         cache,
         shape.groups,
@@ -113,7 +112,7 @@ def make_side(
         chunker=Chunker(sizes.min_tokens, sizes.average_tokens, sizes.max_tokens, load_structure(vllm_config)),
         namespace_of=trust.namespaces.of,
         recorder=make_recorder(settings, faults),
-        fusing=fusing,
+        fusing=Fusing(settings.fusion, cache, block_tokens, layers, metrics),
         documents=DocumentStats(metrics, settings.fusion.documents),
         stores=duties.stores,
         loads=duties.loads,

@@ -21,7 +21,7 @@ from ragkv.connectors.vllm.sampling import WeightsObserver
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shapes, step_bytes
 from ragkv.connectors.vllm.streams import compute_stream
 from ragkv.connectors.vllm.tiles import RAW
-from ragkv.connectors.vllm.transfer import DirectMover, Mover, Part, PrepareRotation, Tier, make_mover
+from ragkv.connectors.vllm.transfer import DirectMover, Mover, PagePart, PrepareRotation, Tier, make_mover
 from ragkv.errors import FusionError
 from ragkv.kvstore.pages import frame_bytes
 from ragkv.kvstore.segment import Segment
@@ -53,6 +53,12 @@ class Equipment:
             for plane in self.shape.planes
         ]
         self.caches, self.by_request = self._found[0], len(self.shape.groups) > 1
+        every = sum(plane.geometry.token_bytes for plane in self.shape.planes)
+        self.shares = {  # of a token's bytes, by group
+            number: count * plane.geometry.token_bytes / len(plane.names) / every
+            for plane in self.shape.planes
+            for number, count in zip(plane.groups, plane.sizes, strict=True)
+        }
         self._pages = page_shapes(settings, self.shape)
         frame = frame_bytes(self._pages)
         size = memory_pages(settings, self._pages) * frame
@@ -107,10 +113,9 @@ class Equipment:
             row_bytes, start = page.row_elements * page.itemsize, 0
             for number, count in zip(plane.groups, plane.sizes, strict=True):
                 rows = page.kinds * page.page_tokens  # of a layer
-                part = Part(frame // row_bytes, page.layers * rows, start * rows)
+                part = PagePart(frame // row_bytes, page.layers * rows, start * rows)
                 geometry = replace(plane.geometry, layers=count)
-                whole = None if len(self.shape.groups) == 1 else part
-                tier = Tier(self._elements, geometry, page.page_tokens, ranks, rank, whole)
+                tier = Tier(self._elements, geometry, page.page_tokens, ranks, rank, part)
                 yield number, found[start : start + count], tier
                 start += count
 

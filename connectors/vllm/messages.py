@@ -154,16 +154,16 @@ class StepOrders(KVConnectorMetadata):
 class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler side: how many workers have done a job, and jobs that failed in any of them.
 
-    `prefills`, `copies`, `fusions`: (work, seconds) of forwards, (tokens, seconds) of loads, (work, seconds) of
-    fusions, for the gate. `unfused`: requests whose fusion failed. `times`: of what was to be timed, by number.
-    `handshakes`: of workers whose handshake could not be told at start. `looks`: at the weights. `samples`: of the
-    weights, of rounds that are over.
+    `prefills`, `copies`, `fusions`: (work, seconds) of forwards, (tokens, seconds) of loads (of a group of layers,
+    the group's share of each token), (work, seconds) of fusions, for the gate. `unfused`: requests whose fusion
+    failed. `times`: of what was to be timed, by number. `handshakes`: of workers whose handshake could not be told
+    at start. `looks`: at the weights. `samples`: of the weights, of rounds that are over.
     """
 
     done: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     prefills: list[tuple[float, float]] = field(default_factory=list)
-    copies: list[tuple[int, float]] = field(default_factory=list)
+    copies: list[tuple[float, float]] = field(default_factory=list)
     fusions: list[tuple[float, float]] = field(default_factory=list)
     unfused: set[str] = field(default_factory=set)
     times: dict[int, Times] = field(default_factory=dict)

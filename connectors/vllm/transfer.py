@@ -38,7 +38,7 @@ LEAST_PAGES = 4  # of half the staging buffer: smaller copies do not run at the 
 DIRECT_BYTES = 32 << 20  # that a copy within one device moves at once: what it needs beside them is as large
 
 
-class Part(NamedTuple):
+class PagePart(NamedTuple):
     """Where some layers' rows lie in a page: rows of a whole page and of a rank's share, and the first of theirs
     in a share."""
 
@@ -57,7 +57,7 @@ class Tier:
         page_tokens: int,
         ranks: int,
         rank: int,
-        part: "Part | None" = None,
+        part: PagePart | None = None,
     ) -> None:
         """`elements`: the whole segment, raw, one-dimensional, a whole number of pages. `part`: where in a page
         the layers' rows lie, if they are not all of it."""
@@ -65,7 +65,7 @@ class Tier:
         self.page_rows = geometry.kinds * geometry.layers * page_tokens
         rows = elements.view(-1, geometry.heads * geometry.head_dim)
         self.rows = widened(rows)  # the wider the elements, the fewer there are to copy
-        whole = Part(self.page_rows * ranks, self.page_rows, 0)
+        whole = PagePart(self.page_rows * ranks, self.page_rows, 0)
         self._part, self._whole = part or whole, part in (None, whole) and ranks == 1
         self._first = rank * self._part.rank_rows + self._part.first_row
         self.page_bytes = self._part.page_rows * geometry.heads * geometry.head_dim * geometry.itemsize

@@ -77,7 +77,6 @@ class WorkerSide:
         self._unloaded: set[str] = (
             set()
         )  # requests that vLLM must compute, where blocks do not tell whose they are
-        self._by_request = False
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Prove the layout of the engine's caches and open the memory tier."""
@@ -193,7 +192,7 @@ class WorkerSide:
 
     def _lose(self, request: str, blocks: list[int]) -> None:
         """What should have been loaded into these blocks of a request was not."""
-        if self._by_request:
+        if self._equipment is not None and self._equipment.by_request:
             self._unloaded.add(request)
         else:
             self._invalid.update(blocks)
@@ -251,7 +250,8 @@ class WorkerSide:
         if running.failed:
             self._lose(job.request, (job.slots // self._block_tokens).tolist())
         elif not job.device and running.seconds:
-            self._report.copies.append((len(job.rows), running.seconds))
+            share = self._equipment.shares[job.group] if self._equipment is not None else 1.0
+            self._report.copies.append((len(job.rows) * share, running.seconds))
         self._waiting[job.request] -= 1
         if not self._waiting[job.request]:
             del self._waiting[job.request]
@@ -266,7 +266,6 @@ class WorkerSide:
 
     def _begin_copying(self, made: Equipment) -> None:
         self._compute, self._copier = made.compute, made.make_copier(self._faults)
-        self._by_request = made.by_request
         self._weights = made.make_observer(self._faults)
         try:
             self._turn, self._fuser = made.make_fusion()

@@ -86,6 +86,11 @@ def test_a_model_that_is_served_answers_as_plain_vllm_does_and_hits_all_it_can(
         made.evict()
         asks = [Ask(each, TOKENS) for each in (document, first, other, turn, document)]
         plain.check(asks, made.answers(asks))
+        if kind.windows:
+            (told,) = made.answers([Ask(first, TOKENS, hints={"fuse": True})])
+            plain.check([Ask(first, TOKENS)], [told])
+            assert [each["decision"] for each in told.told["documents"]] == ["unsupported"]
+            assert "windows" in told.told["documents"][0]["reason"]
     if kind.windows:
         return
     with engine(folder, tmp_path) as restarted:  # all it knows is on disk

@@ -8,7 +8,7 @@ import torch
 
 from ragkv.connectors.vllm.layout import Geometry, probe
 from ragkv.connectors.vllm.streams import make_streams
-from ragkv.connectors.vllm.transfer import DirectMover, Part, StagedMover, Tier
+from ragkv.connectors.vllm.transfer import DirectMover, PagePart, StagedMover, Tier
 
 HEADS, DIM, BLOCK, BLOCKS, PAGE, PAGES, RANKS = 2, 4, 8, 12, 4, 20, 2
 GROUPS = (2, 1, 3)  # layers of each group of one plane
@@ -40,7 +40,7 @@ def movers_of(groups, staged):
     for rank in range(RANKS):
         for number, (geometry, _, found) in enumerate(groups):
             assert starts[number + 1] - starts[number] == 2 * PAGE * geometry.layers
-            tier = Tier(memory, geometry, PAGE, RANKS, rank, Part(frame, rows, starts[number]))
+            tier = Tier(memory, geometry, PAGE, RANKS, rank, PagePart(frame, rows, starts[number]))
             staging = 4 * PAGE * geometry.token_bytes
             made[rank, number] = (
                 StagedMover(found, tier, staging, CPU, make_streams(CPU)) if staged else DirectMover(found, tier)
@@ -78,7 +78,7 @@ def test_pages_that_others_share_are_copied_one_by_one():
     geometry = Geometry(1, HEADS, DIM, 2, BLOCK)
     memory = torch.zeros(PAGES * 3 * 2 * PAGE * HEADS * DIM, dtype=torch.int16)
     alone = Tier(memory, geometry, PAGE, 1, 0)
-    shared = Tier(memory, geometry, PAGE, 1, 0, Part(3 * 2 * PAGE, 3 * 2 * PAGE, 2 * PAGE))
+    shared = Tier(memory, geometry, PAGE, 1, 0, PagePart(3 * 2 * PAGE, 3 * 2 * PAGE, 2 * PAGE))
     pages = torch.arange(6).numpy()
     assert [count for _, _, count in alone.stretches(pages)] == [6]
     found = list(shared.stretches(pages))
