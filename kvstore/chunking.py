@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ragkv.kvstore.keys import Tokens, chain_keys
+from ragkv.kvstore.keys import Tokens, chain_key, chain_keys
 
 HASH_WINDOW = 16
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, from the golden ratio; inverse below is its inverse modulo 2**64
@@ -182,3 +182,12 @@ class TokenChain:
         ends = self._chunker.cut(self.tokens, start, self._named)
         self.keys += chain_keys(key, self.tokens.tobytes(), [start, *ends])
         self.ends += ends
+
+    def cuts(self, upto: int) -> list[tuple[int, bytes]]:
+        """End and key of each chunk of the first `upto` tokens, of which the last may be an open tail."""
+        upto, whole = min(upto, len(self.tokens)), bisect.bisect_right(self.ends, upto)
+        found = list(zip(self.ends[:whole], self.keys[:whole], strict=True))
+        end, key = found[-1] if found else (0, self._root_key)
+        if end < upto:
+            found.append((upto, chain_key(key, self.tokens[end:upto].tobytes())))
+        return found

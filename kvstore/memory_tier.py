@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore.admitting import Admitting
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.device_tier import DeviceTier
-from ragkv.kvstore.door import Door
 from ragkv.kvstore.gauges import Gauges
-from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
+from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import PagePool
 from ragkv.kvstore.pins import NEVER, Pins
@@ -64,7 +64,7 @@ class MemoryTier:
         self._pool, self._policy = PagePool(pages), policy
         self._classes = policy if isinstance(policy, Prioritized) else None
         self._metrics, self._evicting = metrics, evicting
-        self._door = Door(admission or Always(), metrics, self._pages, self._work)
+        self._admitting = Admitting(admission or Always(), metrics, self._pages, self._work)
         self._attention_tokens = attention_tokens
         self._gauges = Gauges(metrics, page_bytes)
         self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
@@ -104,7 +104,11 @@ class MemoryTier:
                 if self.pins.over(chunk):
                     found = Match(found.chunks[:number], chunk.position, shared=chunk.position)
                     break
-        return reachable(found, self.planes, have) if self.planes else found
+        if self.planes:
+            found = reachable(found, self.planes, have)
+            if self.pins.late and any(map(self.pins.over, found.windows)):
+                return Match((), 0, shared=found.shared)
+        return found
 
     def reserve(
         self,
@@ -123,12 +127,7 @@ class MemoryTier:
         up to token `asked`, and is not asked again: once seen is not twice. `until`: when all of them may go; one
         that is there already, and would have to go earlier, is kept until then.
         """
-        raw = chain.tokens[:upto].tobytes()
-        whole = bisect.bisect_right(chain.ends, len(raw) // TOKEN_BYTES)
-        cuts = list(zip(chain.ends[:whole], chain.keys[:whole], strict=True))
-        end, key = cuts[-1] if cuts else (0, namespace)
-        if tail := raw[TOKEN_BYTES * end :]:
-            cuts.append((len(raw) // TOKEN_BYTES, chain_key(key, tail)))
+        raw, cuts, whole = chain.tokens.tobytes(), chain.cuts(upto), bisect.bisect_right(chain.ends, upto)
         parent, start = self.tree.root(namespace), 0
         new: list[Chunk] = []
         for index, (end, key) in enumerate(cuts):
@@ -141,8 +140,8 @@ class MemoryTier:
             if chunk is None:
                 if index == whole and self._has_tail(parent, tokens):
                     break
-                if (start < asked and self._door.guarded) or not self._door.admits(key, tokens, start):
-                    self._door.see(cuts[index + 1 :], raw, max(asked, end))
+                if (start < asked and self._admitting.guarded) or not self._admitting.admits(key, tokens, start):
+                    self._admitting.see(cuts[index + 1 :], raw, max(asked, end))
                     break
                 chunk = self.reserve_chunk(key, parent, tokens, priority)
                 if chunk is None:

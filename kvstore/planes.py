@@ -1,8 +1,8 @@
 """Planes: the kinds of KV that a token has, where a model's layers are of several kinds.
 
-Plane 0 holds the KV of layers that attend to all tokens before; all chunks have it. The other planes are of layers
-that attend to a window, or to a chunk of positions; a prompt goes on at a position if what these layers attend to
-there is stored as well. That is kept only where prompts are likely to go on.
+Plane 0 holds the KV of layers that attend to all earlier tokens; every chunk has it. Each other plane is of
+layers that attend to a window, or to a chunk of positions. A prompt can continue at a position if what these
+layers attend to there is stored too. It is kept only at positions where prompts are likely to continue.
 """
 
 import functools
@@ -38,9 +38,9 @@ class Plane:
         return min(start, position)
 
     def kept_from(self, position: int, live: int) -> int | None:
-        """From which position on to keep what is needed to go on at `position`. None: the engine, which has what
-        follows `live`, has too little. Where it has more, that is for the position before too: the same prompt
-        again goes on there, since its last token must be computed; and for engines of other blocks."""
+        """From which position on to keep KV, so that a prompt can continue at `position`. None: the engine has too
+        little, its KV begins at `live`. If it has more, also what the position before needs (the same prompt again
+        continues there, since its last token is always computed), and what engines with other blocks need."""
         if live > self.first(position):
             return None
         return max(live, min(self.first(position), self.first(max(0, position - 1))) // KEPT * KEPT)
@@ -54,8 +54,8 @@ class Plane:
 
 
 class Window(Chunk):
-    """A plane's KV of the last tokens of its parent, from `position` on. It stands among the parent's children
-    under a mark that is no token, after all of them, and never matches a prompt by itself."""
+    """A plane's KV of the last tokens of its parent, from `position` on. It is a child of that chunk; its `tokens`
+    are a mark that no token has, which sorts after all tokens. So it never matches a prompt by itself."""
 
     __slots__ = ("plane",)
 
@@ -72,7 +72,7 @@ def window_of(chunk: Chunk, plane: int) -> Chunk | None:
 
 @functools.cache
 def _mark(plane: int) -> bytes:
-    """What stands for a plane where a chunk has tokens."""
+    """The `tokens` of a plane's windows."""
     return np.array([-1, plane], dtype="<i4").tobytes()
 
 

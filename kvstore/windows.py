@@ -1,12 +1,11 @@
 """Windows: what the planes of windows have of a prompt, loaded and stored beside plane 0."""
 
-import bisect
 from collections.abc import Sequence
 
 import numpy as np
 
 from ragkv.kvstore.chunking import TokenChain
-from ragkv.kvstore.keys import TOKEN_BYTES, chain_key
+from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.pages import rows
 from ragkv.kvstore.planes import window_of
@@ -64,13 +63,8 @@ def positions_of(chunks: Sequence[Chunk]) -> Indices:
 def _chunks_upto(memory: MemoryTier, namespace: bytes, chain: TokenChain, end: int) -> list[Chunk]:
     """The chunks of a chain's first `end` tokens, ready or being written; none where they end elsewhere."""
     raw, parent, start = chain.tokens.tobytes(), memory.tree.root(namespace), 0
-    whole = bisect.bisect_right(chain.ends, end)
-    cuts = list(zip(chain.ends[:whole], chain.keys[:whole], strict=True))
-    last, key = cuts[-1] if cuts else (0, namespace)
-    if last < end:
-        cuts.append((end, chain_key(key, raw[TOKEN_BYTES * last : TOKEN_BYTES * end])))
     found: list[Chunk] = []
-    for stop, key in cuts:
+    for stop, key in chain.cuts(end):
         chunk = memory.tree.get(key, parent, raw[TOKEN_BYTES * start : TOKEN_BYTES * stop])
         if chunk is None or not (chunk.ready or chunk.pins):
             return []

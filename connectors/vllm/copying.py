@@ -72,18 +72,15 @@ class Copier:
 
     def flush(self, requests: set[str]) -> None:
         """Order the rest of some requests' stores at once, so that later forwards write their blocks after it."""
-        for each in list(self._queues[False]):
-            if each.job.request in requests:
-                self._queues[False].remove(each)
-                if each.left:
-                    self._order(each, whole=True)
-                self._ordered.append(each)
+        self._order_now(lambda job: job.request in requests)
         for mover in self._movers.values():
             mover.fence_stores()
 
     def carry_out(self, orders: StepOrders) -> None:
         """Order the slices of this step: loads first, and at least one slice of a store."""
-        self._at_once()
+        for number in self._order_now(lambda job: job.at_once):
+            if number in self._movers:
+                self._movers[number].fence_stores()
         budget = self._step_tokens
         for is_load in (True, False):
             queue, first = self._queues[is_load], not is_load
@@ -94,16 +91,15 @@ class Copier:
                 if not queue[0].left:
                     self._ordered.append(queue.popleft())
 
-    def _at_once(self) -> None:
-        """Order what must be read before later forwards."""
-        due = [each for each in self._queues[False] if each.job.at_once]
-        for each in due:
+    def _order_now(self, due: Callable[[Job], bool]) -> set[int]:
+        """Order the whole rest of some stores; the movers that carry them out."""
+        found = [each for each in self._queues[False] if due(each.job)]
+        for each in found:
             self._queues[False].remove(each)
-            self._order(each, whole=True)
+            if each.left:
+                self._order(each, whole=True)
             self._ordered.append(each)
-        for mover in {each.job.mover for each in due}:
-            if mover in self._movers:
-                self._movers[mover].fence_stores()
+        return {each.job.mover for each in found}
 
     def collect(self) -> list[Running]:
         """The jobs that are over since the last call."""

@@ -30,7 +30,7 @@ _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁
 
 
 @dataclass(frozen=True)
-class Layers:
+class PlaneLayers:
     """The layers of one plane on one worker: their geometry, and their names, group by group of vLLM's; `sizes`:
     how many each group has. `window`, `span`: as of `ragkv.kvstore.planes.Plane`; both 0: plane 0."""
 
@@ -48,7 +48,7 @@ class Shape:
     dtype, and the tensor-parallel `workers`. `ranks`: the parts of a page, one a worker, or 1 where all workers
     hold the same (MLA)."""
 
-    planes: tuple[Layers, ...]
+    planes: tuple[PlaneLayers, ...]
     dtype: torch.dtype
     workers: int
     ranks: int
@@ -105,7 +105,7 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         raise LayoutError(
             f"{len(groups)} groups of KV cache (layers of several kinds); supported from vLLM 0.32 on"
         )
-    if len({groups[number].kv_cache_spec.dtype for number in range(len(groups))}) > 1:
+    if len({group.kv_cache_spec.dtype for group in groups}) > 1:
         raise LayoutError("KV caches of several dtypes; supported: one")
     return Shape(tuple(planes), groups[0].kv_cache_spec.dtype, workers, workers)
 
@@ -122,23 +122,19 @@ def _kind(spec: Any) -> tuple[int, ...]:
         raise LayoutError(
             f"KV cache of kind {type(spec).__name__}; supported: full, sliding and chunked attention"
         )
-    if getattr(spec, "non_causal", False):
-        raise LayoutError("attention that is not causal: KV depends on later tokens; supported: causal")
-    quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
-    if quantised not in ("NONE", "FP8_PER_TENSOR"):  # the others keep scales that no element tells of
-        raise LayoutError(f"KV quantised by {quantised}; supported: none, or fp8 with one scale a tensor")
+    _refuse_what_elements_do_not_tell(spec)
     if spec.head_size != getattr(spec, "head_size_v", spec.head_size):
         raise LayoutError(f"head sizes of K and V differ: {spec.head_size}, {spec.head_size_v}")
     return window, span, spec.num_kv_heads, spec.head_size, spec.block_size
 
 
-def _layers(groups: Any, numbers: list[int], kind: tuple[int, ...]) -> Layers:
+def _layers(groups: Any, numbers: list[int], kind: tuple[int, ...]) -> PlaneLayers:
     window, span, heads, head_size, block_tokens = kind
     names = tuple(name for number in numbers for name in groups[number].layer_names)
     itemsize = groups[numbers[0]].kv_cache_spec.dtype.itemsize
     geometry = Geometry(len(names), heads, head_size, itemsize, block_tokens)
     sizes = tuple(len(groups[number].layer_names) for number in numbers)
-    return Layers(geometry, names, tuple(numbers), sizes, window, span)
+    return PlaneLayers(geometry, names, tuple(numbers), sizes, window, span)
 
 
 def _latent(vllm_config: Any, group: Any, workers: int) -> Shape:
@@ -152,19 +148,24 @@ def _latent(vllm_config: Any, group: Any, workers: int) -> Shape:
         raise LayoutError(f"MLA cache of kind {spec.cache_dtype_str}; supported: elements of one dtype")
     if getattr(spec, "tokens_per_state", 1) != 1:
         raise LayoutError(f"MLA with {spec.tokens_per_state} tokens a state; supported: 1")
-    if getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE") not in ("NONE", "FP8_PER_TENSOR"):
-        raise LayoutError(
-            f"KV quantised by {spec.kv_quant_mode.name}; supported: none, or fp8 with one scale a tensor"
-        )
+    _refuse_what_elements_do_not_tell(spec)
     sizes = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size, 1
     names = tuple(group.layer_names)
-    layers = Layers(Geometry(len(names), *sizes), names, sizes=(len(names),))
+    layers = PlaneLayers(Geometry(len(names), *sizes), names, sizes=(len(names),))
     return Shape((layers,), spec.dtype, workers, 1)
 
 
+def _refuse_what_elements_do_not_tell(spec: Any) -> None:
+    if getattr(spec, "non_causal", False):
+        raise LayoutError("attention that is not causal: KV depends on later tokens; supported: causal")
+    quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
+    if quantised not in ("NONE", "FP8_PER_TENSOR"):  # the others keep scales that no element tells of
+        raise LayoutError(f"KV quantised by {quantised}; supported: none, or fp8 with one scale a tensor")
+
+
 def prefix_is_exact(vllm_config: Any) -> bool:
-    """Whether vLLM computes the same for MLA behind a cached prefix as without it. Its CPU backend does not (0.32:
-    not even one answer is the same as when its tokens are prefilled), and switches prefix caching off."""
+    """Whether vLLM computes the same with a cached prefix as without one, for MLA. Its CPU backend does not (in
+    0.32, decoded tokens differ from those that a prefill gives), and disables prefix caching."""
     device = getattr(getattr(vllm_config, "device_config", None), "device_type", None)
     return device != "cpu" or bool(vllm_config.cache_config.enable_prefix_caching)
 

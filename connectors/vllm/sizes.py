@@ -17,21 +17,18 @@ def page_shapes(settings: Settings, shape: Shape) -> list[PageShape]:
     """The pages of an engine's memory tier, of each plane. All take the same room: `memory.page_tokens` tokens of
     the plane whose tokens take most, and as many of the others as fit."""
     most = max(plane.geometry.token_bytes for plane in shape.planes)
-    made = []
-    for plane in shape.planes:
-        geometry = plane.geometry
-        made.append(
-            PageShape(
-                shape.ranks,
-                geometry.layers,
-                settings.memory.page_tokens * most // geometry.token_bytes,
-                geometry.heads * geometry.head_dim,
-                geometry.itemsize,
-                str(shape.dtype).removeprefix("torch."),
-                geometry.kinds,
-            )
+    return [
+        PageShape(
+            shape.ranks,
+            each.layers,
+            settings.memory.page_tokens * most // each.token_bytes,
+            each.heads * each.head_dim,
+            each.itemsize,
+            str(shape.dtype).removeprefix("torch."),
+            each.kinds,
         )
-    return made
+        for each in (plane.geometry for plane in shape.planes)
+    ]
 
 
 def planes(shape: Shape, pages: Sequence[PageShape]) -> list[Plane]:

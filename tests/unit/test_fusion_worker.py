@@ -7,7 +7,7 @@ import torch
 
 from ragkv.connectors.vllm import fusion_worker
 from ragkv.connectors.vllm.fusion_worker import make_turn, together
-from ragkv.connectors.vllm.identity import Layers, Shape
+from ragkv.connectors.vllm.identity import PlaneLayers, Shape
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.kvstore.fusion.rotation import Rotation
@@ -23,7 +23,7 @@ def prepared(monkeypatch, dtype, cache_dtype="auto"):
     geometry = Geometry(len(BY_LAYER), HEADS, DIM, dtype.itemsize, 16)
     stored = torch.uint8 if dtype.itemsize == 1 else dtype
     names = tuple(f"layer.{n}" for n in range(len(BY_LAYER)))
-    shape = Shape((Layers(geometry, names),), stored, 1, 1)
+    shape = Shape((PlaneLayers(geometry, names),), stored, 1, 1)
     config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=cache_dtype))
     return make_turn(config, shape, None)
 

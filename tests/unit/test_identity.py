@@ -112,6 +112,8 @@ def test_the_shape_of_an_engine():
         ({"device_type": "cpu", "enable_prefix_caching": False}, [mla()], "MLA on a CPU"),
         ({}, [mla(cache_dtype_str="fp8_ds_mla", state_content_bytes=656)], "fp8_ds_mla"),
         ({}, [mla(tokens_per_state=4)], "4 tokens a state"),
+        ({}, [mla(non_causal=True)], "not causal"),
+        ({}, [mla(kv_quant_mode=KVQuantMode.NVFP4)], "NVFP4"),
         ({}, [spec(head_size_v=32)], "head sizes of K and V differ: 64, 32"),
         ({}, [spec(non_causal=True)], "not causal"),
         ({}, [spec(kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)], "INT8_PER_TOKEN_HEAD"),

@@ -9,7 +9,7 @@ import torch
 from ragkv.config import Settings
 from ragkv.connectors.vllm import equipment
 from ragkv.connectors.vllm.error_boundary import Faults
-from ragkv.connectors.vllm.identity import Layers, Shape
+from ragkv.connectors.vllm.identity import PlaneLayers, Shape
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.messages import DEVICE_MOVER, Job, StepOrders, StepReport
 from ragkv.connectors.vllm.streams import Ticket, compute_stream
@@ -45,7 +45,7 @@ class Clock:
 def make_worker(monkeypatch, device_capacity, compute):
     """A worker, and its equipment."""
     names = tuple(f"layer.{n}" for n in range(LAYERS))
-    shape = Shape((Layers(GEOMETRY, names, sizes=(LAYERS,)),), torch.bfloat16, 1, 1)
+    shape = Shape((PlaneLayers(GEOMETRY, names, sizes=(LAYERS,)),), torch.bfloat16, 1, 1)
     monkeypatch.setattr(equipment, "examine", lambda vllm, cache: shape)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
     config = SimpleNamespace(

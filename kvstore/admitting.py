@@ -1,4 +1,4 @@
-"""What admission lets into memory."""
+"""Which chunks the admission policy lets into memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.policies.admission import AdmissionPolicy, Always
 
 
-class Door:
+class Admitting:
     """Asks a policy. `pages`: that some tokens take; `work`: to compute them, from a position on."""
 
     def __init__(
@@ -33,8 +33,8 @@ class Door:
         return admitted
 
     def see(self, cuts: Sequence[tuple[int, bytes]], raw: bytes, start: int) -> None:
-        """Let the policy see the chunks after one that it declined, from token `start` on: they cannot be kept
-        now, and else a chain would be seen one chunk deeper each time."""
+        """Ask the policy about the chunks after one that it declined, from token `start` on. They cannot be kept
+        now; but if the policy did not count them, each request would get one chunk further only."""
         for end, key in cuts:
             if end > start:
                 self.admits(key, raw[TOKEN_BYTES * start : TOKEN_BYTES * end], start)
