@@ -83,8 +83,8 @@ class Equipment:
         this engine cannot fuse."""
         if self._model is None:
             raise FusionError("the engine's model is not known")
-        turn = make_turn(self._vllm_config, self.shape, self._model)
-        return turn, make_fuser(self._vllm_config, self._kv_cache_config, self.shape, self._model, self.caches)
+        fuser = make_fuser(self._vllm_config, self._kv_cache_config, self.shape, self._model, self.caches)
+        return make_turn(self._vllm_config, self.shape, self._model), fuser
 
     def make_movers(self, prepare: PrepareRotation | None, fusion_bytes: int) -> dict[int, Mover]:
         """Movers of the memory tier, by group, and of a new and empty device tier, if there is to be one.

@@ -230,7 +230,7 @@ def test_equal_keys_with_other_tokens_are_refused():
 
 
 def test_a_collision_of_hashes_costs_the_store_and_nothing_else(monkeypatch):
-    for module in ("keys", "memory_tier"):
+    for module in ("keys", "chunking"):
         monkeypatch.setattr(f"ragkv.kvstore.{module}.chain_key", lambda parent, tokens: b"the same for all")
     metrics = Metrics()
     memory = MemoryTier(4, make_policy("lru"), 16, 1, metrics)
