@@ -34,6 +34,7 @@ from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import Pages, rows
 from ragkv.kvstore.pins import NEVER
 from ragkv.kvstore.planes import Plane
+from ragkv.kvstore.prefix_lookup import PrefixLookup
 from ragkv.kvstore.prefix_tree import Chunk, Match
 from ragkv.kvstore.promotion import Promotion
 from ragkv.kvstore.prompt import NO_MATCH, Indices, Load, Lookup, Prompt, Result, Store
@@ -53,7 +54,7 @@ class KVCache:
     """The memory tier, optionally a device tier above it, and the storage `tiers` below, the fastest first.
 
     `pages`: the memory tier's bytes. `attention_tokens`: the position at which a token's attention costs as much
-    as its other work. `planes`: those beside plane 0; what they have is in memory only. `deadline`: how long a
+    as its other work. `planes`: those beside plane 0. `deadline`: how long a
     request may wait for lower tiers, in seconds. `by_content`: whether `lookup_content` may be called. `note` is
     called with the kind and the cause of a fault. `clock`: monotonic seconds; `wall`: seconds since the epoch.
     """
@@ -99,6 +100,7 @@ class KVCache:
         codec = ChunkCodec(pages, wall)
         self.tiering = Tiering(self.memory, codec, self.tiers, completions, clock)
         self.promotion = Promotion(self.memory, codec, self.tiers, gate, completions, metrics, clock, deadline)
+        self.prefix = PrefixLookup(self.memory, codec, self.promotion)
         self.content = ContentLookup(self.memory, codec, self.promotion) if by_content else None
         self._waiting: dict[Prompt, int] = {}  # prompts that wait for lower tiers: pages that are kept for them
         self._flushing: deque[Chunk] | None = None  # what the flush under way has still to look at
@@ -128,7 +130,7 @@ class KVCache:
             match = self._match(prompt, limit, computed)
             prompt.fetched = True
             if self.tiers:
-                prompt.fetch = self.promotion.fetch(prompt.namespace, prompt.chain, match, computed, limit)
+                prompt.fetch = self.prefix.fetch(prompt.namespace, prompt.chain, match, computed, limit)
             if prompt.fetch is not None and self.promotion.waits(prompt.fetch, ANSWER_SECONDS):
                 return self._pending(prompt)
         tokens = self._match(prompt, limit, computed).length - computed
@@ -229,7 +231,7 @@ class KVCache:
         so that hot chunks can be copied from there. Returns the store into the device tier that is due, if any."""
         prompt.tail = prompt.match.whole_tail
         hot = self.memory.touch(prompt.match, prompt.priority, copy=exact)
-        self.tiering.touch(prompt.match.chunks)
+        self.tiering.touch((*prompt.match.chunks, *prompt.match.windows))
         return self._store(prompt, hot, device=True) if hot else None
 
     # --- store ---

@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from ragkv.errors import PayloadError
-from ragkv.kvstore.keys import chain_key, tail_key
+from ragkv.kvstore.keys import chain_key, mark, marked, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, origin
 
@@ -49,7 +49,8 @@ class Header:
     """What a payload says of itself. `namespace`, `key` and `parent`: 16 bytes each; `tokens`: little-endian
     int32 bytes, at least one token; `position`: the first token's index in the prompt; `open`: an open tail, its
     end is not a cut; `shape` and `dtype`: of the tensor; `created` and `expires`: seconds since the epoch, 0.0: it
-    never does.
+    never does. Of what a plane beside plane 0 has of a chunk `tokens` is the plane's mark (`ragkv.kvstore.keys`),
+    and `parent` is where the chunk lies.
 
     PayloadError("header"): a field that cannot be.
     """
@@ -73,8 +74,26 @@ class Header:
                 raise PayloadError("header", f"payload: {name} = {shown}; allowed: {allowed}")
 
     @property
+    def plane(self) -> int:
+        """Whose KV it is; 0: of layers that attend to all tokens."""
+        return marked(self.tokens)
+
+    @property
     def token_count(self) -> int:
-        return len(self.tokens) // _TOKEN_BYTES
+        """Tokens whose KV of plane 0 it holds."""
+        return 0 if self.plane else len(self.tokens) // _TOKEN_BYTES
+
+    @property
+    def address(self) -> bytes:
+        """Where it must lie."""
+        if self.plane:
+            return window_address(self.parent, self.plane)
+        return tail_key(self.parent) if self.open else self.key
+
+    def is_window_of(self, chunk: "Header") -> bool:
+        """Whether it is what another plane has of a chunk's end."""
+        end = self.position + self.shape[0] == chunk.position + chunk.token_count
+        return self.key == chain_key(chunk.key, self.tokens) and end and self.position >= chunk.position
 
     @property
     def raw_bytes(self) -> int:
@@ -159,13 +178,19 @@ def header_end(first: Buffer) -> int:
 def address(chunk: Chunk) -> bytes:
     """Where a chunk lies in the lower tiers: under its chain key; an open tail under `tail_key` of its parent, one
     for each parent, the latest, so that an engine that has just started finds it without knowing its tokens; a
-    detached chunk where the chunk lies that it is a copy of."""
+    detached chunk where the chunk lies that it is a copy of; what another plane has of a chunk at a place that
+    follows from the chunk's."""
     if isinstance(chunk.parent, DetachedRoot):
         return chunk.parent.source
-    if not chunk.open:
-        return chunk.key
     assert chunk.parent is not None
-    return tail_key(chunk.parent.key)
+    if chunk.plane:
+        return window_address(address(chunk.parent), chunk.plane)
+    return tail_key(chunk.parent.key) if chunk.open else chunk.key
+
+
+def window_address(chunk: bytes, plane: int) -> bytes:
+    """Where in the lower tiers that lies which a plane beside plane 0 has of the chunk that lies at `chunk`."""
+    return chain_key(chunk, mark(plane))
 
 
 class ChunkCodec:
@@ -184,15 +209,16 @@ class ChunkCodec:
         called while the chunk is pinned. `expires`: seconds since the epoch, 0.0 for never."""
         assert chunk.parent is not None
         namespace, position = origin(chunk)
+        shape = self.pages.shapes[chunk.plane]
         header = Header(
             namespace=namespace,
             key=chunk.key,
-            parent=chunk.parent.key,
+            parent=address(chunk.parent) if chunk.plane else chunk.parent.key,
             tokens=chunk.tokens,
             position=position,
             open=chunk.open,
-            shape=self.pages.shape.of(len(chunk)),
-            dtype=self.pages.shape.dtype,
+            shape=shape.of(len(chunk)),
+            dtype=shape.dtype,
             created=self.wall(),
             expires=expires,
         )
@@ -203,31 +229,38 @@ class ChunkCodec:
 
     def readers(self, chunks: Sequence[Chunk]) -> list[Callable[[Buffer], Header]]:
         """What checks a payload against all that is known of a reserved chunk, and fills the chunk's pages, for
-        each of some chunks of one namespace. It raises PayloadError."""
+        each of some chunks of one namespace. What another plane has of a chunk may begin later than was reserved:
+        where, its header says. It raises PayloadError."""
         namespace = origin(chunks[0])[0] if chunks else b""
         return [self._reader(chunk, namespace) for chunk in chunks]
 
     def _reader(self, chunk: Chunk, namespace: bytes) -> Callable[[Buffer], Header]:
-        parent, key, position = chunk.parent, address(chunk), chunk.position
+        parent, position = chunk.parent, chunk.position
+        key = chunk.key if chunk.plane else address(chunk)
         assert parent is not None
         detached = isinstance(parent, DetachedRoot)  # its parent is not known, but follows from its key
+        above = address(parent) if chunk.plane else parent.key
 
         def read(value: Buffer) -> Header:
             header, raw = self._decode(value, namespace)
-            follows = chain_key(header.parent, header.tokens) == key if detached else header.parent == parent.key
-            found = (header.key, header.tokens, header.position, header.open)
-            if not follows or found != (key, chunk.tokens, position, False):
+            follows = chain_key(header.parent, header.tokens) == key if detached else header.parent == above
+            starts = position == header.position or (chunk.plane and position < header.position < chunk.end)
+            found = (header.key, header.tokens, header.open)
+            if not (follows and starts) or found != (key, chunk.tokens, False):
                 raise PayloadError("tokens", "payload: it is of other tokens than its key says")
-            self.pages.fill(chunk, raw)
+            if chunk.plane and header.position + header.shape[0] != chunk.end:
+                raise PayloadError("tokens", "payload: it ends elsewhere than its chunk")
+            self.pages.fill(chunk, raw, header.shape[0])
             return header
 
         return read
 
-    def tail_reader(self, parent: Chunk) -> Callable[[Buffer], tuple[Header, memoryview]]:
-        """What checks a payload that should be the open tail after `parent`, of tokens yet unknown. It raises
-        PayloadError."""
-        namespace, position = origin(parent)
-        expected = parent.key, position + len(parent), True
+    def tail_reader(
+        self, namespace: bytes, parent: bytes, position: int
+    ) -> Callable[[Buffer], tuple[Header, memoryview]]:
+        """What checks a payload that should be the open tail after the chunk of key `parent`, which ends at
+        `position`, of tokens yet unknown. It raises PayloadError."""
+        expected = parent, position, True
 
         def read(value: Buffer) -> tuple[Header, memoryview]:
             header, raw = self._decode(value, namespace)
@@ -239,15 +272,22 @@ class ChunkCodec:
 
         return read
 
+    def window_reader(self, namespace: bytes) -> Callable[[Buffer], tuple[Header, memoryview]]:
+        """What checks a payload that may be what another plane has of a tail that is not known yet
+        (`Header.is_window_of`). It raises PayloadError."""
+        return lambda value: self._decode(value, namespace)
+
     def _decode(self, value: Buffer, namespace: bytes) -> tuple[Header, memoryview]:
         """Header and bytes of a payload that fits this engine. PayloadError."""
         header, raw = decode(value)
         if isinstance(header, AliasHeader):
             raise PayloadError("magic", "payload: it is an alias")
-        shape = self.pages.shape
+        shapes = self.pages.shapes
         if header.namespace != namespace:
             raise PayloadError("namespace", "payload: it is of another namespace")
-        if (header.shape, header.dtype) != (shape.of(header.token_count), shape.dtype):
+        shape = shapes[header.plane] if header.plane < len(shapes) else None
+        tokens = header.shape[0] if header.plane else header.token_count
+        if shape is None or (header.shape, header.dtype) != (shape.of(tokens), shape.dtype):
             raise PayloadError("shape", f"payload: {header.shape} {header.dtype} does not fit this engine")
         if header.expires and header.expires <= self.wall():
             raise PayloadError("expired", "payload: its time is over")

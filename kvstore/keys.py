@@ -4,6 +4,7 @@ All hashes are xxh3-128 over bytes laid out here, so they are equal on every mac
 xxh3 is fast, not collision-resistant: whoever looks a key up compares the tokens too.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 TOKEN_BYTES = 4
+MARK_BYTES = 8
 FORMAT_VERSION = 1
 
 Tokens = npt.NDArray[np.int32]
@@ -53,6 +55,18 @@ def tail_key(parent: bytes) -> bytes:
 def tail_keys(parents: Sequence[bytes]) -> list[bytes]:
     """As `tail_key`, of each of `parents`."""
     return [xxhash.xxh3_128_digest(b"tail" + parent) for parent in parents]
+
+
+@functools.cache
+def mark(plane: int) -> bytes:
+    """What stands for the tokens of what a plane beside plane 0 has of a chunk: none that a prompt could have."""
+    return np.array([-1, plane], dtype="<i4").tobytes()
+
+
+def marked(tokens: bytes) -> int:
+    """The plane whose mark `tokens` is; 0: they are tokens."""
+    first, plane = np.frombuffer(tokens, dtype="<i4", count=2).tolist() if len(tokens) == MARK_BYTES else (0, 0)
+    return plane if first == -1 and plane > 0 else 0
 
 
 def content_key(namespace: bytes, tokens: bytes) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.admitting import Admitting
+from ragkv.kvstore.admitting import Admitting, Costs
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.gauges import Gauges
@@ -64,9 +64,9 @@ class MemoryTier:
         self._pool, self._policy = PagePool(pages), policy
         self._classes = policy if isinstance(policy, Prioritized) else None
         self._metrics, self._evicting = metrics, evicting
-        self._admitting = Admitting(admission or Always(), metrics, self._pages, self._work)
-        self._attention_tokens = attention_tokens
-        self._gauges = Gauges(metrics, page_bytes)
+        self._costs = Costs(page_tokens, attention_tokens)
+        self._admitting = Admitting(admission or Always(), metrics, self._costs)
+        self._gauges = Gauges(metrics, page_bytes, ["full", *(plane.name for plane in self.planes)])
         self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
 
     @property
@@ -99,11 +99,10 @@ class MemoryTier:
         """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now. The engine has
         the first `have` tokens itself, in all planes."""
         found = self.tree.match(self.tree.root(namespace), chain, limit)
-        if self.pins.late:  # up to the first chunk whose time is over and which `tick` has not come to yet
-            for number, chunk in enumerate(found.chunks):
-                if self.pins.over(chunk):
-                    found = Match(found.chunks[:number], chunk.position, shared=chunk.position)
-                    break
+        over = next(filter(self.pins.over, found.chunks), None) if self.pins.late else None
+        if over is not None:  # its time is over, and `tick` has not come to it yet
+            before = found.chunks[: found.chunks.index(over)]
+            found = Match(before, over.position, shared=over.position)
         if self.planes:
             found = reachable(found, self.planes, have)
             if self.pins.late and any(map(self.pins.over, found.windows)):
@@ -133,7 +132,8 @@ class MemoryTier:
         for index, (end, key) in enumerate(cuts):
             tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
             chunk = self.tree.get(key, parent, tokens)
-            if chunk is not None and chunk.open and index < whole:
+            closed = index < whole and end != chain.loose
+            if chunk is not None and chunk.open and closed:
                 chunk.open, chunk.stored_in = False, 0  # no tail any more: lower tiers have it elsewhere now
             if chunk is not None and self.pins.outlive(chunk, until):
                 chunk.stored_in = 0  # lower tiers were told the earlier expiry
@@ -146,7 +146,7 @@ class MemoryTier:
                 chunk = self.reserve_chunk(key, parent, tokens, priority)
                 if chunk is None:
                     break
-                chunk.open = index == whole
+                chunk.open = not closed
                 self.pins.expire(chunk, until)
                 new.append(chunk)
             elif not chunk.ready and not chunk.pins:  # its writer gave up: write it again
@@ -166,8 +166,7 @@ class MemoryTier:
         where the policy has classes."""
         above = [parent] if parent.pages else []
         self.pin(above)  # the victims must not be the new chunks' ancestors
-        pages = [self._pages(tokens) for _, tokens in chain]
-        free = self._pool.free
+        pages, free = [self._costs.pages(tokens) for _, tokens in chain], self._pool.free
         fit = bisect.bisect_right(list(accumulate(pages)), free + self._policy.evictable)
         new = self.tree.insert(parent, chain[:fit])
         if len(new) < len(chain):
@@ -197,6 +196,18 @@ class MemoryTier:
             self.pin([new])
         self.unpin([chunk])
         return new
+
+    def shorten(self, window: Window, position: int) -> None:
+        """A reserved window begins later than was thought: give back what it needs no more."""
+        window.position = position
+        pages = PAGE_NUMBER_BYTES * -(-len(window) // self.planes[window.plane - 1].shape.page_tokens)
+        if pages < len(window.pages):
+            self._pool.give_back(window.pages[pages:], window.plane)
+            window.pages = window.pages[:pages]
+            self._policy.unpin(window)
+            self._policy.remove(window)
+            self._weigh(window, window.parent, 0)
+            self._policy.pin(window)
 
     def reserve_detached(self, namespace: bytes, source: bytes, tokens: bytes, position: int) -> Chunk | None:
         """As `reserve_chunk`, for a copy of the chunk of key `source`, which began at token `position` of a prompt
@@ -283,12 +294,12 @@ class MemoryTier:
         self.pins.forget()
 
     def everything(self) -> list[Chunk]:
-        """All chunks of plane 0 that can be read, detached ones too, parents before their children."""
-        return [chunk for chunk in self.tree if chunk.ready and not chunk.plane]
+        """All that can be read, detached chunks and other planes' too, parents before their children."""
+        return [chunk for chunk in self.tree if chunk.ready]
 
     def cost(self, chunk: Chunk) -> float:
         """Work to compute a chunk, in tokens at the beginning of a prompt."""
-        return (chunk.end - chunk.position) * self._token_work(chunk.position)
+        return self._costs.work(len(chunk), chunk.position)
 
     def lose_copies(self, chunks: Iterable[Chunk]) -> None:
         """Their copies in the device tier could not be read: they are in memory only."""
@@ -306,7 +317,7 @@ class MemoryTier:
         self.pins.check_integrity()
         chunks = [*self.tree, *self._doomed]
         if self.tree.contents is not None:
-            self.tree.contents.check_integrity(self.everything())
+            self.tree.contents.check_integrity([chunk for chunk in self.everything() if not chunk.plane])
         owned = [page for chunk in chunks for page in memoryview(chunk.pages).cast("i")]
         assert len(owned) == len(set(owned)) == self._pool.used, "pages and chunks disagree"
         assert all(chunk.pins >= 0 for chunk in chunks)
@@ -319,16 +330,17 @@ class MemoryTier:
         self, chain: Sequence[Chunk], pages: Sequence[int], parent: Chunk | None, priority: int
     ) -> None:
         """Give so many free pages to each chunk of a chain, and the chunks to the policy."""
-        taken, start = self._pool.take(sum(pages[: len(chain)])), 0
+        taken, start = self._pool.take(sum(pages[: len(chain)]), chain[0].plane if chain else 0), 0
         priority = min(priority, self.classes - 1)
         for chunk, count in zip(chain, pages, strict=False):
             end = start + count * PAGE_NUMBER_BYTES
             chunk.pages, start = taken[start:end], end
-            if self._classes is None:
-                self._policy.insert(chunk, parent, count, self.cost(chunk))
-            else:
-                self._classes.insert(chunk, parent, count, self.cost(chunk), priority)
+            self._weigh(chunk, parent, priority)
             parent = chunk
+
+    def _weigh(self, chunk: Chunk, parent: Chunk | None, priority: int) -> None:
+        of_class = () if self._classes is None else (priority,)
+        self._policy.insert(chunk, parent, chunk.page_count, self.cost(chunk), *of_class)
 
     def _evict(self, victims: list[Chunk]) -> None:
         """Let victims of the policy go; what their pages hold is lost with the next `take`."""
@@ -345,17 +357,6 @@ class MemoryTier:
         """Whether a longer child of `parent` holds an open tail, and need not go before it."""
         child, shared = longest_shared(parent, tokens)
         return child is not None and shared == len(tokens) // TOKEN_BYTES and not self.pins.expiry(child)
-
-    def _pages(self, tokens: bytes) -> int:
-        return -(-len(tokens) // (TOKEN_BYTES * self.page_tokens))
-
-    def _work(self, tokens: bytes, position: int) -> float:
-        """Of a token, 1 and what it attends to (Kaplan et al. 2020, "Scaling Laws for Neural Language Models",
-        section 2.1)."""
-        return len(tokens) / TOKEN_BYTES * self._token_work(position)
-
-    def _token_work(self, position: int) -> float:
-        return 1.0 + position / self._attention_tokens
 
     def _doom(self, gone: list[Chunk], reason: str) -> None:
         if gone:
@@ -379,7 +380,7 @@ class MemoryTier:
 
     def _free(self, chunk: Chunk) -> None:
         """A chunk's pages are not its own any more."""
-        self._pool.give_back(chunk.pages)
+        self._pool.give_back(chunk.pages, chunk.plane)
         self.pins.left(chunk)
         self._drop_copy(chunk, m.SUPERSEDED)
 

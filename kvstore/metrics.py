@@ -15,6 +15,7 @@ HIT_TOKENS = "ragkv_hit_tokens_total"
 STORED_TOKENS = "ragkv_stored_tokens_total"
 LOOKUPS = "ragkv_lookups_total"
 USED_BYTES = "ragkv_used_bytes"
+PLANE_BYTES = "ragkv_memory_plane_bytes"
 USED_PAGES = "ragkv_used_pages"
 CAPACITY_BYTES = "ragkv_capacity_bytes"
 CHUNKS = "ragkv_stored_chunks"
@@ -94,6 +95,13 @@ METRICS: dict[str, Metric] = {
             LOOKUPS, "counter", "Lookups of requests, by result (hit, miss).", ("result",), (("hit",), ("miss",))
         ),
         Metric(USED_BYTES, "gauge", "Bytes in use, by tier.", ("tier",)),
+        Metric(
+            PLANE_BYTES,
+            "gauge",
+            "Bytes in use in memory, by kind of layers (full attention; window_N, chunk_N: layers that attend to N"
+            " tokens).",
+            ("plane",),
+        ),
         Metric(USED_PAGES, "gauge", "Pages in use, by tier.", ("tier",)),
         Metric(CAPACITY_BYTES, "gauge", "Byte budget, by tier.", ("tier",)),
         Metric(CHUNKS, "gauge", "Stored chunks, by tier.", ("tier",)),

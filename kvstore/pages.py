@@ -1,6 +1,7 @@
 """Pages: which are free, their shape, and the bytes of chunks in them, out for storing, in for loading."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,10 +45,11 @@ class PageShape:
 
 
 class PagePool:
-    """`pages` pages; the budget is the pages: there are never more in use."""
+    """`pages` pages; the budget is the pages: there are never more in use. `held`: pages in use, by plane."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
+        self.held: Counter[int] = Counter()
         self._free = list(range(pages - 1, -1, -1))  # from the end: lowest first, so that copies run together
 
     @property
@@ -60,23 +62,26 @@ class PagePool:
         """Pages not in use."""
         return len(self._free)
 
-    def take(self, pages: int) -> bytes:
-        """`pages` free pages as int32 bytes. IndexError: fewer are free."""
+    def take(self, pages: int, plane: int = 0) -> bytes:
+        """`pages` free pages as int32 bytes, for a plane. IndexError: fewer are free."""
         if pages > len(self._free):
             raise IndexError(f"pages: {pages} asked for, {len(self._free)} free")
         cut = len(self._free) - pages
         taken = self._free[cut:][::-1]
         del self._free[cut:]
+        self.held[plane] += pages
         return np.array(taken, dtype=np.int32).tobytes()
 
-    def give_back(self, pages: bytes) -> None:
+    def give_back(self, pages: bytes, plane: int = 0) -> None:
         """Take back what `take` gave."""
         self._free.extend(np.frombuffer(pages, dtype=np.int32)[::-1].tolist())
+        self.held[plane] -= len(pages) // PAGE_NUMBER_BYTES
 
     def check_integrity(self) -> None:
         """Raise AssertionError where a page is free twice, or is none."""
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert all(0 <= page < self.pages for page in self._free)
+        assert sum(self.held.values()) == self.used and min(self.held.values(), default=0) >= 0
 
 
 def frame_bytes(shapes: Sequence[PageShape]) -> int:
@@ -90,8 +95,8 @@ class Pages:
     other planes (`ragkv.kvstore.planes`). Threads may use it for chunks that nobody else writes."""
 
     def __init__(self, buffer: bytearray | memoryview, shape: PageShape, others: Sequence[PageShape] = ()) -> None:
-        self.shape, self._shapes = shape, (shape, *others)
-        self.frame_bytes = frame_bytes(self._shapes)
+        self.shape, self.shapes = shape, (shape, *others)
+        self.frame_bytes = frame_bytes(self.shapes)
         self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, self.frame_bytes)
 
     def __len__(self) -> int:
@@ -104,12 +109,12 @@ class Pages:
 
     def size(self, chunk: Chunk) -> int:
         """Bytes of a chunk's KV, without what its last page has free."""
-        return len(chunk) * self._shapes[chunk.plane].token_bytes
+        return len(chunk) * self.shapes[chunk.plane].token_bytes
 
     def parts(self, chunk: Chunk, *, copy: bool = False) -> list[memoryview]:
         """The raw bytes of a chunk, in order. Views of the tier, which hold as long as the chunk is pinned, or
         copies. Never a byte that is not the chunk's own (what a page has free may be another tenant's)."""
-        shape = self._shapes[chunk.plane]
+        shape = self.shapes[chunk.plane]
         full, rest = divmod(len(chunk), shape.page_tokens)
         pages = _numbers(chunk)
         parts = self._whole(pages[:full], shape)
@@ -119,13 +124,15 @@ class Pages:
             parts.append(self._rows(int(pages[full]), shape)[:, :rest].copy().reshape(-1))  # not in one piece
         return [part.data for part in parts]
 
-    def fill(self, chunk: Chunk, raw: memoryview) -> None:
-        """Write a chunk's raw bytes into its pages. ValueError: not as many as the chunk needs."""
-        if len(raw) != self.size(chunk):
-            raise ValueError(f"pages: {len(raw)} bytes for a chunk of {self.size(chunk)}")
+    def fill(self, chunk: Chunk, raw: memoryview, tokens: int | None = None) -> None:
+        """Write the raw bytes of a chunk, or of so many `tokens`, from its first page on. ValueError: there are
+        more or fewer bytes."""
+        shape, tokens = self.shapes[chunk.plane], len(chunk) if tokens is None else tokens
+        if len(raw) != tokens * shape.token_bytes or tokens > len(chunk):
+            size = tokens * shape.token_bytes
+            raise ValueError(f"pages: {len(raw)} bytes for {tokens} of {len(chunk)} tokens, which take {size}")
         source: Bytes = np.frombuffer(raw, dtype=np.uint8)
-        shape = self._shapes[chunk.plane]
-        full, rest = divmod(len(chunk), shape.page_tokens)
+        full, rest = divmod(tokens, shape.page_tokens)
         pages, at = _numbers(chunk), 0
         for part in self._whole(pages[:full], shape):
             part[:] = source[at : at + len(part)]

@@ -5,14 +5,12 @@ layers that attend to a window, or to a chunk of positions. A prompt can continu
 layers attend to there is stored too. It is kept only at positions where prompts are likely to continue.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
-import numpy as np
-
-from ragkv.kvstore.keys import chain_key
+from ragkv.kvstore.keys import chain_key, mark
 from ragkv.kvstore.pages import PageShape
 from ragkv.kvstore.prefix_tree import Chunk, Match, child_of
 
@@ -29,6 +27,11 @@ class Plane:
     window: int = 0
     span: int = 0
     block_tokens: int = 1
+
+    @property
+    def name(self) -> str:
+        """As metrics have it."""
+        return f"window_{self.window}" if self.window else f"chunk_{self.span}"
 
     def first(self, position: int, grain: int | None = None) -> int:
         """From which position on KV must be there for a prompt to go on at `position`, in whole blocks (or in
@@ -60,30 +63,20 @@ class Window(Chunk):
     __slots__ = ("plane",)
 
     def __init__(self, parent: Chunk, plane: int, position: int) -> None:
-        mark = _mark(plane)
-        super().__init__(chain_key(parent.key, mark), parent, mark)
+        tokens = mark(plane)
+        super().__init__(chain_key(parent.key, tokens), parent, tokens)
         self.plane, self.position, self.end = plane, position, parent.end
 
 
 def window_of(chunk: Chunk, plane: int) -> Chunk | None:
     """What a plane has of a chunk, ready or not."""
-    return child_of(chunk, _mark(plane))
-
-
-@functools.cache
-def _mark(plane: int) -> bytes:
-    """The `tokens` of a plane's windows."""
-    return np.array([-1, plane], dtype="<i4").tobytes()
+    return child_of(chunk, mark(plane))
 
 
 def reachable(match: Match, planes: Sequence[Plane], have: int) -> Match:
     """Of a match the longest beginning at whose end the prompt can go on, with what it takes of `planes` (numbered
     from 1). The engine has the first `have` tokens itself. A match no longer than that is as good as none."""
-    end, before = match.length, -1
-    while end != before and end > have:  # each plane may shorten it further
-        before = end
-        for number, plane in enumerate(planes, 1):
-            end = _reach(match.chunks, number, plane, end, have)
+    end = reach(match.chunks, planes, match.length, have, _start_of)
     chunks = tuple(chunk for chunk in match.chunks if chunk.position < end)
     windows = [
         window
@@ -96,21 +89,62 @@ def reachable(match: Match, planes: Sequence[Plane], have: int) -> Match:
     return replace(match, chunks=chunks, length=end, whole_tail=tail, windows=kept)
 
 
-def _reach(chunks: Sequence[Chunk], number: int, plane: Plane, limit: int, have: int) -> int:
-    """The last position up to `limit` at which a plane has all that is needed; 0: there is none.
+class _Spanning(Protocol):
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+
+Span = TypeVar("Span", bound=_Spanning)  # some of a prompt's tokens
+
+
+def reach(
+    spans: Sequence[Span],
+    planes: Sequence[Plane],
+    limit: int,
+    have: int,
+    start_of: Callable[[Span, int], int | None],
+) -> int:
+    """The last position up to `limit` at which a prompt can go on; not more than `have`, which the engine has
+    itself: there is none. `start_of`: from where on a plane has the tokens of one of `spans`, up to its end; None:
+    it has none of them."""
+    end, before = limit, -1
+    while end != before and end > have:  # each plane may shorten it further
+        before = end
+        for number, plane in enumerate(planes, 1):
+            end = _reach(spans, number, plane, end, have, start_of)
+    return end
+
+
+def _reach(
+    spans: Sequence[Span],
+    number: int,
+    plane: Plane,
+    limit: int,
+    have: int,
+    start_of: Callable[[Span, int], int | None],
+) -> int:
+    """The last position up to `limit` at which one plane has all that is needed; 0: there is none.
 
     What is needed begins no later at a lower position. So of what the plane has without a gap, from `start` on,
     either all can be used, up to `stop`, or nothing.
     """
     start = stop = limit
-    for chunk in reversed(chunks):
-        if chunk.position >= stop:
+    for span in reversed(spans):
+        if span.position >= stop:
             continue
-        window = window_of(chunk, number)
-        if window is not None and window.ready and window.position < stop:
-            start = window.position
+        first = start_of(span, number)
+        if first is not None and first < stop:
+            start = first
             if max(plane.first(stop), have) >= start:
                 return max(stop, plane.free(limit))
-        if start > chunk.position:
-            start = stop = chunk.position
+        if start > span.position:
+            start = stop = span.position
     return plane.free(limit)
+
+
+def _start_of(chunk: Chunk, number: int) -> int | None:
+    window = window_of(chunk, number)
+    return window.position if window is not None and window.ready else None

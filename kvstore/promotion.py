@@ -2,23 +2,22 @@
 
 A fetch asks which tiers hold what (one question a tier, where the tier must be asked), lets the gate decide,
 reserves room, and reads. It is over when all has come or its deadline has passed; what comes later is there for
-the next request. Fetches that lack the same chunk wait for the same read.
+the next request. Fetches that lack the same chunk wait for the same read. What is asked for and read of a prompt
+is in `ragkv.kvstore.prefix_lookup`, and of contents in `ragkv.kvstore.content_lookup`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ragkv.kvstore import metrics as m
-from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.codec import ChunkCodec, Header
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.io_pool import Completions, Wanted
-from ragkv.kvstore.keys import TOKEN_BYTES, tail_key, tail_keys
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
-from ragkv.kvstore.prefix_tree import Chunk, Match, has_open_child, shared_tokens
+from ragkv.kvstore.planes import Window
+from ragkv.kvstore.prefix_tree import Chunk
 from ragkv.kvstore.prompt import Fetch
 from ragkv.kvstore.storage_tier import StorageTier
 
@@ -36,46 +35,6 @@ class Read:
     beside: Wanted | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A chunk of a prompt that memory lacks: its key, its tokens, and their positions."""
-
-    key: bytes
-    tokens: bytes
-    start: int
-    end: int
-
-
-@dataclass(slots=True)
-class Prefix:
-    """What a fetch of a prompt's prefix is for: `have` tokens the request has without it, `limit` it can use.
-    `tail`: an open tail that was read, to be attached to a chunk once all before it has come."""
-
-    chain: TokenChain
-    have: int
-    limit: int
-    tail: tuple[StorageTier, Chunk, Header, memoryview] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What memory lacks of a prompt: the parts after `parent`, the last chunk that is ready or on its way, which
-    ends at `end`; then `rest`, tokens after the last cut. `loading`: chunks on their way up to `parent`."""
-
-    parent: Chunk
-    end: int
-    parts: list[Part]
-    rest: bytes
-    loading: list[Chunk]
-    has_tail: bool  # memory has an open tail after `parent`
-
-    def keys(self) -> list[bytes]:
-        """Keys of all of it: the parts, and a tail after each of them."""
-        parts = [part.key for part in self.parts]
-        open_end = (self.rest or parts) and not self.has_tail
-        return parts + tail_keys([*parts, self.parent.key] if open_end else parts)
-
-
 class Promotion:
     """`tiers`: from the quickest to the slowest. `deadline`: seconds that a request may wait."""
 
@@ -90,107 +49,10 @@ class Promotion:
         clock: Callable[[], float],
         deadline: float,
     ) -> None:
-        self._memory, self._codec, self._tiers, self._gate = memory, codec, tuple(tiers), gate
+        self._memory, self._codec, self._tiers, self.gate = memory, codec, tuple(tiers), gate
         self._completions, self._metrics, self._clock, self._deadline = completions, metrics, clock, deadline
         self._token_bytes = codec.pages.shape.token_bytes
         self.loading: dict[Chunk, list[Fetch]] = {}  # chunks that are being read, and who waits for them
-
-    # --- of a prompt's prefix ---
-
-    def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
-        """Begin to bring up what lower tiers have of a prompt's first `limit` tokens, beyond a match in memory and
-        what the engine has `computed` itself; None where there is nothing, or it is not worth the wait."""
-        have = max(match.length, computed)
-        if limit - have < self._memory.page_tokens or self._gate.small(limit - have) or not self.readable:
-            return None
-        prefix = Prefix(chain, have, limit)
-        gap = self._gap(namespace, prefix)
-        keys = gap.keys()
-        if not keys and not gap.loading:
-            return None
-        probes = self.probes(limit - have, limit - gap.end, have) if keys else False
-        if probes is None:
-            return None
-        load, complete = (functools.partial(each, prefix=prefix) for each in (self._load, self._attach))
-        return self.begin(namespace, keys, load, complete, probes=probes, coming=bool(gap.loading))
-
-    def _gap(self, namespace: bytes, prefix: Prefix) -> Gap:
-        """What memory lacks now. Nothing, where a chunk on the way is being computed by another request."""
-        chain, parent = prefix.chain, self._memory.tree.root(namespace)
-        raw = chain.tokens.tobytes()
-        parts: list[Part] = []
-        loading: list[Chunk] = []
-        start = behind = 0
-        for end, key in zip(chain.ends, chain.keys, strict=True):
-            if start >= prefix.limit:
-                break
-            tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
-            chunk = None if parts else self._memory.tree.get(key, parent, tokens)
-            if chunk is None:
-                parts.append(Part(key, tokens, start, end))
-            elif chunk.ready or chunk in self.loading:
-                loading += [chunk] if chunk in self.loading else []
-                parent, behind = chunk, end
-            else:
-                return Gap(parent, behind, [], b"", loading, has_tail=False)
-            start = end
-        rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * prefix.limit]
-        return Gap(parent, behind, parts, rest, loading, has_open_child(parent))
-
-    def _load(self, fetch: Fetch, prefix: Prefix) -> None:
-        """Reserve room for the parts that lower tiers have without a gap, and order their reads."""
-        gap = self._gap(fetch.namespace, prefix)  # again: memory may have changed since it was asked
-        for chunk in gap.loading:
-            self.join(fetch, chunk)
-        run: list[Part] = []
-        sizes: dict[str, int] = {}
-        for part in gap.parts:
-            tier = fetch.holders.get(part.key)
-            if tier is None:
-                break
-            sizes[tier.name] = sizes.get(tier.name, 0) + part.end - part.start
-            run.append(part)
-        gain = min(run[-1].end, prefix.limit) - prefix.have if run else 0
-        if run and not self.worth(fetch, gain, sizes, prefix.have):
-            return
-        new = self._memory.reserve_chain(gap.parent, [(part.key, part.tokens) for part in run])
-        wanted = [Wanted(chunk.key, accept) for chunk, accept in zip(new, self._codec.readers(new), strict=True)]
-        self.read(fetch, [Read(chunk, fetch.holders[chunk.key], w) for chunk, w in zip(new, wanted, strict=True)])
-        parent = new[-1] if new else gap.parent
-        if len(new) == len(run) and (run or not gap.has_tail):
-            rest = b"".join(part.tokens for part in gap.parts[len(run) :]) + gap.rest
-            tier = fetch.holders.get(tail_key(parent.key)) if rest else None
-            if tier is not None:
-                self._read_tail(fetch, prefix, tier, parent, rest)
-
-    def _read_tail(self, fetch: Fetch, prefix: Prefix, tier: StorageTier, parent: Chunk, rest: bytes) -> None:
-        def done(found: list[Any]) -> None:
-            if found[0] is not None and shared_tokens(found[0][0].tokens, rest):
-                prefix.tail = (tier, parent, *found[0])
-
-        self.read_beside(fetch, tier, [Wanted(tail_key(parent.key), self._codec.tail_reader(parent))], done)
-
-    def _attach(self, fetch: Fetch, prefix: Prefix) -> None:
-        """Put an open tail into memory, if all before it came and is still there."""
-        if prefix.tail is None:
-            return
-        tier, parent, header, raw = prefix.tail
-        prefix.tail = None
-        if parent.parent is None:
-            parent = self._memory.tree.root(fetch.namespace)
-        elif not parent.ready or parent not in self._memory:
-            return
-        if self._memory.tree.get(header.key, parent, header.tokens) is not None:
-            return
-        chunk = self._memory.reserve_chunk(header.key, parent, header.tokens)
-        if chunk is not None:
-            chunk.open = True
-            self._codec.pages.fill(chunk, raw)
-            self._arrived(tier, {chunk: header}, {chunk: [fetch]})
-            fetch.sources[chunk] = tier.name
-            fetch.result = "loaded"
-
-    # --- of any chunks ---
 
     @property
     def readable(self) -> bool:
@@ -259,8 +121,8 @@ class Promotion:
         would not pay even from the quickest tier, and is tried all the same. None: it is declined."""
         quickest = next(tier.name for tier in self._tiers if tier.readable)
         sizes = {quickest: lacking * self._token_bytes}
-        pays = self._gate.pays(tokens, sizes, start)
-        if self._gate.allows(tokens, quickest, sizes, start):
+        pays = self.gate.pays(tokens, sizes, start)
+        if self.gate.allows(tokens, quickest, sizes, start):
             return not pays
         self._metrics.count(m.GATE_DECISIONS, tier=quickest, decision="decline")
         return None
@@ -269,9 +131,9 @@ class Promotion:
         """Whether `gain` tokens from a position on are worth reading so many tokens of each tier; noted."""
         slowest = [tier.name for tier in self._tiers if tier.name in tokens][-1]
         sizes = {name: count * self._token_bytes for name, count in tokens.items()}
-        if gain > 0 and self._gate.small(gain):
+        if gain > 0 and self.gate.small(gain):
             decision = "small"
-        elif gain > 0 and (fetch.probes or self._gate.allows(gain, slowest, sizes, start)):
+        elif gain > 0 and (fetch.probes or self.gate.allows(gain, slowest, sizes, start)):
             fetch.sizes |= sizes
             decision = "load"
         else:
@@ -292,7 +154,7 @@ class Promotion:
                 self._read_batch(batch)
                 batch, size = [], 0
             batch.append(each)
-            size += (each.chunk.end - each.chunk.position) * self._token_bytes
+            size += self._codec.pages.size(each.chunk)
             self.loading[each.chunk] = [fetch]
             fetch.loading += 1
             fetch.sources[each.chunk] = each.tier.name
@@ -348,7 +210,7 @@ class Promotion:
             headers = {read.chunk: header for read, header in zip(batch, found, strict=False)}
             came = {chunk: header for chunk, header in headers.items() if header is not None}
             waiting = {chunk: self.loading.pop(chunk) for chunk in headers}
-            self._arrived(tier, came, waiting)
+            self.arrived(tier, came, waiting)
             for chunk, fetches in waiting.items():
                 if chunk not in came:
                     self._memory.abandon(chunk)
@@ -359,10 +221,12 @@ class Promotion:
         beside = [read.beside for read in batch if read.beside is not None]
         tier.read([read.wanted for read in batch] + beside, done)
 
-    def _arrived(self, tier: StorageTier, came: dict[Chunk, Header], waiting: dict[Chunk, list[Fetch]]) -> None:
+    def arrived(self, tier: StorageTier, came: dict[Chunk, Header], waiting: dict[Chunk, list[Fetch]]) -> None:
         """Chunks have come; each stays at least until those that wait for it have used it."""
         for chunk in came:
             chunk.stored_in |= tier.bit
+            if isinstance(chunk, Window):
+                self._memory.shorten(chunk, came[chunk].position)
         users = [(fetch, chunk) for chunk in came for fetch in waiting[chunk] if not (fetch.over or fetch.gone)]
         for fetch, chunk in users:
             fetch.kept.append(chunk)
@@ -371,7 +235,8 @@ class Promotion:
         for chunk, header in came.items():
             if header.expires and chunk in self._memory:
                 self._memory.pins.expire(chunk, self._clock() + header.expires - self._codec.wall())
-        self._metrics.count(m.PROMOTED_TOKENS, sum(c.end - c.position for c in came), tier=tier.name)
+        tokens = sum(len(chunk) for chunk in came if not chunk.plane)
+        self._metrics.count(m.PROMOTED_TOKENS, tokens, tier=tier.name)
 
     def _loaded(self, fetch: Fetch) -> None:
         """One read has ended, well or not. With the last, the fetch is over."""
@@ -382,7 +247,7 @@ class Promotion:
         fetch.complete(fetch)
         if fetch.result == "loaded" and len(fetch.sizes) == 1:  # else it is not clear whose time it was
             ((name, size),) = fetch.sizes.items()
-            self._gate.tier(name).note(size, fetch.spent)
+            self.gate.tier(name).note(size, fetch.spent)
         if not fetch.over:
             self._end(fetch, fetch.result)
 

@@ -131,26 +131,26 @@ class Tiering:
                 lost = lost and not written
 
     def _write(self, chunk: Chunk, tier: StorageTier, *, copy: bool) -> bool:
-        """Order a chunk to be written, unless it is unconfirmed, or a window, which memory alone keeps; its bytes
-        are copied now, or it is pinned until it is done. (An open tail is copied: it may have to make room for a
-        longer one.)"""
+        """Order a chunk to be written, unless it is unconfirmed; its bytes are copied now, or it is pinned until
+        it is done. (An open tail is copied: it may have to make room for a longer one.)"""
         parent = chunk.parent
         assert parent is not None
-        if chunk in self._unconfirmed or chunk.plane:
+        if chunk in self._unconfirmed:
             return False
         tail, renewed = chunk.open, self._memory.pins.renewed(chunk)
-        if not tail and not renewed and tier.knows(chunk.key):
+        again = tail or renewed or chunk.plane > 0  # another may lie there, of a plane one that begins later
+        if not again and tier.knows(chunk.key):
             chunk.stored_in |= tier.bit
             self._alias(chunk, tier)
             return True
         expires = self._expires(chunk)
         write = Write(
             key=address(chunk),
-            parent=None if parent.parent is None else parent.key,
+            parent=None if parent.parent is None or parent.open else parent.key,  # what a tail holds may change
             size=self._codec.size(chunk),
             cost=self._memory.cost(chunk),
             make=lambda: self._codec.writer(chunk, expires=expires, copy=copy),
-            replaces=tail or renewed,
+            replaces=again,
         )
 
         def done(ok: bool) -> None:
@@ -174,7 +174,7 @@ class Tiering:
     def _alias(self, chunk: Chunk, tier: StorageTier) -> None:
         """Let a chunk be found by its tokens in a tier that has it. (Not an open tail: what lies in its place
         changes, and the same tokens are seldom cut again in the same place.)"""
-        if self.aliases is not None and not chunk.open:
+        if self.aliases is not None and not (chunk.open or chunk.plane):
             self.aliases.offer(tier, chunk, self._expires(chunk))
 
     def _aliased(self, chunks: Sequence[Chunk], tier: StorageTier) -> Iterator[bytes]:

@@ -324,7 +324,7 @@ class Stack:
     def fetch(self, tokens, named=(), computed=0):
         match = self.match(tokens, named)
         chain = self.chain(tokens, named)
-        return self._lifted(self.promotion.fetch(self.SPACE, chain, match, computed, len(tokens)))
+        return self._lifted(self.cache.prefix.fetch(self.SPACE, chain, match, computed, len(tokens)))
 
     def _lifted(self, lift):
         """A request waits for it, until `let_go`."""

@@ -55,13 +55,9 @@ def make_cache(
     `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
     memory, device, placement = settings.memory, settings.device, settings.placement
     copies, attention_tokens = device_pages(settings, pages[0]), 12.0 * hidden_size
-    tiers: list[StorageTier] = []
+    copies = 0 if planes else copies
     completions = Completions()
-    if not planes:
-        tiers = _tiers(settings, completions, metrics, faults, stores=stores)
-    else:
-        copies = 0
-        logger.warning("ragkv: layers of several kinds: their KV is kept in memory only, not on disk or in Redis")
+    tiers = _tiers(settings, completions, metrics, faults, stores=stores)
     return KVCache(
         Pages(buffer, pages[0], pages[1:]),
         _memory_policy(settings),

@@ -277,10 +277,10 @@ class SchedulerSide(Jobs):
             self._faults.note("hints", "; ".join(hints.problems))
         if hints.unpin is not None:
             self._cache.unpin(tenant, hints.unpin)
-        named = hints.boundaries
+        loose = None
         if len(self._groups) > 1:  # a chunk ends with the prompt, so that what windows hold there has a place
-            named = tuple(sorted({*named, int(request.num_prompt_tokens)}))
-        chain = TokenChain(namespace, self._chunker, named)
+            loose = int(request.num_prompt_tokens)
+        chain = TokenChain(namespace, self._chunker, hints.boundaries, loose)
         state = RequestState(
             request, Prompt(namespace, chain, tenant, hints.priority, hints.ttl, hints.pin), hints
         )

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore.codec import Header, decode, header_end, read_header
-from ragkv.kvstore.keys import tail_key
 from ragkv.kvstore.stores.folder import Folder
 
 FIRST_BYTES = 4096  # holds the header of a chunk of up to 900 tokens
@@ -33,11 +32,12 @@ class Value(NamedTuple):
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over a folder. `oldest` and `newest`: times of last use, 0.0 where there is nothing. `bad`: values with
-    a header or a size that cannot be."""
+    """Sums over a folder. `window_bytes`: of values of layers with windows. `oldest` and `newest`: times of last
+    use, 0.0 where there is nothing. `bad`: values with a header or a size that cannot be."""
 
     files: int = 0
     bytes: int = 0
+    window_bytes: int = 0
     tokens: int = 0
     namespaces: int = 0
     bad: int = 0
@@ -120,6 +120,7 @@ class Inventory:
                 totals.bad += 1
             else:
                 totals.tokens += value.header.token_count
+                totals.window_bytes += value.size if value.header.plane else 0
                 namespaces.add(value.header.namespace)
         totals.namespaces = len(namespaces)
         totals.quarantined = self._folder.quarantined()
@@ -151,5 +152,4 @@ def _read(descriptor: int, key: bytes, size: int, *, whole: bool) -> tuple[Heade
         return None, error.reason
     except OSError:
         return None, "io"
-    where = tail_key(header.parent) if header.open else header.key
-    return (header, None) if where == key else (None, "key")
+    return (header, None) if header.address == key else (None, "key")

@@ -15,7 +15,7 @@ from typing import Any
 VOCABULARY = 2048
 WINDOW = 96  # tokens; no multiple of any block size
 S, F, C = "sliding_attention", "full_attention", "chunked_attention"
-EXACT, IN_MEMORY, REFUSED = "exact", "exact, in memory only", "not yet"
+EXACT, REFUSED = "exact", "not yet"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Kind:
     @property
     def reuse(self) -> str:
         """The table's last column."""
-        return REFUSED if not self.served else IN_MEMORY if self.windows else EXACT
+        return EXACT if self.served else REFUSED
 
     @property
     def slug(self) -> str:

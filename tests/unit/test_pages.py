@@ -117,7 +117,7 @@ def test_a_wrong_number_of_bytes_is_refused_and_writes_nothing(world, more):
     shape, buffer, chunks = world
     pages, before = Pages(buffer, shape), bytes(buffer)
     size = pages.size(chunks[0])
-    with pytest.raises(ValueError, match=f"for a chunk of {size}"):
+    with pytest.raises(ValueError, match=f"which take {size}"):
         pages.fill(chunks[0], memoryview(bytes(max(0, size + more) or size + 1)))
     assert bytes(buffer) == before
 

@@ -1,7 +1,7 @@
 """Planes of windows in the cache, against an engine that knows what every token's KV must be in every plane."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hand_lanes import HandClock, HandCompletions, Lower, Recorded, assert_at_rest, redis
+from ragkv.benchmarks.internal.faulty_stores import now_and_then
 from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
+from ragkv.kvstore.codec import address, decode, encode
 from ragkv.kvstore.gate import Gate
-from ragkv.kvstore.io_pool import Completions
-from ragkv.kvstore.keys import as_tokens
-from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.keys import as_tokens, mark
+from ragkv.kvstore.metrics import EXPIRED
 from ragkv.kvstore.pages import Pages, PageShape, frame_bytes
 from ragkv.kvstore.pins import AT_ONCE
 from ragkv.kvstore.planes import Plane
@@ -40,25 +42,56 @@ class Engine:
 
     planes: list
     pages: int = 400
+    lowers: tuple = ()
     round: int = 0  # that confirms what is stored
     weights: int = 0  # 0: those of the namespace
 
     def __post_init__(self):
         self.shapes = [FULL, *(plane.shape for plane in self.planes)]
         self.frame = frame_bytes(self.shapes)
+        self.start()
+
+    def start(self):
+        """A new process, over what lies in lower tiers."""
         self.buffer = np.zeros((self.pages, self.frame), dtype=np.uint8)
-        pages = Pages(self.buffer.data, FULL, self.shapes[1:])
+        pages, clock, metrics = Pages(self.buffer.data, FULL, self.shapes[1:]), HandClock(), Recorded()
+        completions = HandCompletions(clock)
+        tiers = [each.open(clock, metrics, completions, 1 << n) for n, each in enumerate(self.lowers)]
         self.cache = KVCache(
-            pages, make_policy("lru"), [], Gate(active=False), Completions(), Metrics(), planes=self.planes
+            pages,
+            make_policy("lru"),
+            tiers,
+            Gate(active=False),
+            completions,
+            metrics,
+            planes=self.planes,
+            clock=clock,
         )
+        self.settle()
+
+    def work(self):
+        """What lower tiers have to do is done. Whether there was any."""
+        self.cache.tick()
+        return sum(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)) > 0
+
+    def settle(self):
+        while self.work():
+            pass
+        self.cache.tick()
+
+    def forget(self):
+        """Memory loses all."""
+        self.settle()
+        self.cache.reset()
 
     def ask(self, tokens, computed=0, step=64, keep=None, answer=()):
         """How many tokens were hit beyond `computed`; what was loaded is checked, what was computed is stored."""
-        chain = TokenChain(SPACE, Chunker(16, 24, 32, TokenStructure.of(["a"])))
+        chain = TokenChain(SPACE, Chunker(16, 24, 32, TokenStructure.of(["a"])), (), len(tokens))
         chain.extend(as_tokens(tokens))
         prompt = Prompt(SPACE, chain)
         self.cache.tick()
-        found = self.cache.lookup(prompt, computed, len(tokens) - 1)
+        while (found := self.cache.lookup(prompt, computed, len(tokens) - 1)).result is Result.PENDING:
+            assert self.work() or prompt.fetch.over, "it waits for nothing"
         end = computed + found.tokens
         if found.result is Result.HIT:
             self.load(prompt, tokens, computed, end)
@@ -76,6 +109,7 @@ class Engine:
                 for store in self.cache.windows.prepare_stores(prompt, upto, live, self.round):
                     assert store.positions.min() >= live[store.plane - 1], "of what the engine does not have"
                     self.store(store, every)
+        self.settle()
         self.check()
         return found.tokens, shared
 
@@ -108,7 +142,9 @@ class Engine:
         return whole.reshape(shape.layers * shape.kinds, shape.page_tokens)[:, offset]
 
     def check(self):
-        self.cache.memory.check_integrity()
+        assert_at_rest(self.cache)
+        for lower in self.lowers:
+            lower.check()
 
 
 def value(tokens, position, plane):
@@ -204,13 +240,136 @@ def test_a_window_whose_time_is_over_is_not_used_though_its_chunk_lives_on(engin
     assert memory.match(SPACE, chain, 199).windows == ()
 
 
-@given(st.data(), st.sampled_from(sorted(PLANES)), st.sampled_from([14, 40, 400]))
-def test_whatever_is_asked_no_kv_is_wrong(data, planes, pages):
-    engine = Engine(PLANES[planes], pages)
+LOWERS = {"disk": Lower, "back": lambda: Lower(through=False), "redis": redis}
+
+
+@pytest.fixture(params=LOWERS)
+def lower(request):
+    return LOWERS[request.param]()
+
+
+@pytest.mark.parametrize("planes", PLANES)
+def test_after_a_restart_the_same_prompt_and_the_next_turn_are_hit_to_the_end(planes, lower):
+    first, answer = fresh(1, 300), fresh(2, 10)
+    turn = [*first, *answer, *fresh(3, 40)]
+    engine = Engine(PLANES[planes], lowers=(lower,))
+    engine.ask(first, answer=answer)
+    engine.cache.close(1.0)
+    for prompt, hit in ((first, 299), (turn, 310)):
+        engine.start()
+        assert engine.ask(prompt)[0] == hit
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask(turn)[0] == 349, "what the last turn left"
+
+
+@pytest.mark.parametrize("planes", PLANES)
+def test_windows_that_memory_lost_come_back(planes, lower):
+    first, answer = fresh(1, 300), fresh(2, 10)
+    engine = Engine(PLANES[planes], lowers=(lower,))
+    engine.ask(first, answer=answer)
+    if not lower.through:
+        engine.cache.flush(), engine.settle()
+    for prompt, hit in ((first, 299), ([*first, *answer, *fresh(3, 40)], 310)):
+        memory = engine.cache.memory
+        memory.forget([chunk for chunk in memory.tree if chunk.plane], EXPIRED)
+        assert engine.ask(prompt)[0] == hit
+
+
+def test_a_longer_window_takes_the_place_of_a_shorter_one(lower):
+    first = fresh(1, 300)
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.ask(first)  # of the chunk from 248 to 266 it keeps what position 300 needs
+    engine.ask([*first[:270], *fresh(4, 29)], step=10, keep=lambda stop: True)
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask([*first[:266], *fresh(5, 60)])[0] == 266
+
+
+def test_windows_that_are_used_are_used_below_too(lower):
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    prompt = fresh(1, 300)
+    engine.ask(prompt)
+    engine.cache.flush(), engine.settle()
+    before = {key: used for key, (_, used) in lower.values.values.items()}
+    engine.ask(prompt)
+    windows = [address(chunk) for chunk in engine.cache.memory.tree if chunk.plane and chunk.end > 299 - 20]
+    assert windows and all(lower.values.values[key][1] > before[key] for key in windows)
+
+
+def test_what_leads_nowhere_is_left_below(lower):
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    first = fresh(1, 300)
+    engine.ask(first)
+    engine.cache.close(1.0)
+    engine.start()
+    lower.store.read.clear()
+    assert engine.ask([*first[:150], *fresh(5, 100)])[0] == 0
+    assert lower.store.read == [], "no window lies in the middle"
+
+
+def test_a_tail_of_other_tokens_takes_no_windows_along(lower):
+    """Of two tails behind one chunk the later lies below, while the windows are still the earlier's."""
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    first, second = ([*fresh(1, 280), *fresh(seed, 5)] for seed in (2, 3))
+    engine.ask(first)
+    engine.ask(second, keep=lambda stop: False)
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask(second)[0] < 280
+
+
+FORGED = {
+    "longer": lambda header: replace(header, shape=(header.shape[0] + 1, *header.shape[1:])),
+    "shorter": lambda header: replace(header, shape=(header.shape[0] - 1, *header.shape[1:])),
+    "earlier": lambda header: replace(header, position=header.position - 1),
+    "later": lambda header: replace(header, position=header.position + 1),
+    "other plane": lambda header: replace(header, tokens=mark(2)),
+    "key": lambda header: replace(header, key=b"k" * 16),
+    "parent": lambda header: replace(header, parent=b"p" * 16),
+    "dtype": lambda header: replace(header, dtype="int8", shape=(*header.shape[:-1], 4 * header.shape[-1])),
+    "heads": lambda header: replace(header, shape=(header.shape[0], 3, 1, *header.shape[3:])),
+    "namespace": lambda header: replace(header, namespace=b"n" * 16),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_window_that_does_not_fit_is_not_taken(what):
+    engine, lower = Engine(PLANES["window"], lowers=(disk := Lower(),)), disk
+    prompt = fresh(1, 300)
+    engine.ask(prompt)
+    engine.cache.close(1.0)
+    for key, (value, used) in list(lower.values.values.items()):
+        header, raw = decode(value)
+        if header.plane:
+            header = FORGED[what](header)
+            raw = bytes(raw)[: header.raw_bytes].ljust(header.raw_bytes, b"x")
+            lower.values.values[key] = b"".join(map(bytes, encode(header, [raw]))), used
+    engine.start()
+    assert engine.ask(prompt)[0] == 0
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask(prompt)[0] == 299, "they are written anew"
+
+
+@given(st.data(), st.sampled_from(sorted(PLANES)), st.sampled_from([14, 40, 400]), st.sampled_from(sorted(LOWERS)))
+def test_whatever_is_asked_no_kv_is_wrong(data, planes, pages, lower):
+    lowers = (LOWERS[lower](),) if data.draw(st.booleans()) else ()
+    for each in lowers:
+        each.plan = now_and_then(data.draw(st.sampled_from([0.0, 0.1])), data.draw(st.integers(0, 99)))
+    engine = Engine(PLANES[planes], pages, lowers)
     trunk = fresh(7, 260)
     for number in range(data.draw(st.integers(1, 8))):
+        what = data.draw(st.sampled_from(["nothing", "nothing", "restart", "forget"]))
+        if what == "restart":
+            engine.cache.close(1.0)
+            engine.start()
+        elif what == "forget":
+            engine.forget()
         cut = data.draw(st.integers(0, len(trunk)))
         prompt = [*trunk[:cut], *fresh(number % 3 + 20, data.draw(st.integers(1, 60)))]
         step = data.draw(st.sampled_from([8, 33, 64, 500]))
         marks = data.draw(st.sampled_from([None, lambda stop: True, lambda stop: stop % 2 == 0]))
-        engine.ask(prompt, 0, step, marks, fresh(50 + number, data.draw(st.sampled_from([0, 0, 5, 40]))))
+        answer = fresh(number + 50, data.draw(st.sampled_from([0, 1, 9, 40])))
+        computed = data.draw(st.sampled_from([0, 0, 1, 2])) * BLOCK * 5
+        engine.ask(prompt, min(computed, (len(prompt) - 1) // BLOCK * BLOCK), step, marks, answer)

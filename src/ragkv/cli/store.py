@@ -44,7 +44,8 @@ def list_values(
     for value in listed:
         tokens, space = f"bad: {printable(str(value.fault))}", ""
         if value.header:
-            tokens, space = str(value.header.token_count), value.header.namespace.hex()[:SHORT]
+            header, space = value.header, value.header.namespace.hex()[:SHORT]
+            tokens = f"window of {header.shape[0]}" if header.plane else str(header.token_count)
         row = (value.key.hex()[: 2 * SHORT], Text(tokens), rough_size(value.size), _date(value.used), space)
         table.add_row(*row)
     Console().print(table)
@@ -146,7 +147,7 @@ def stats(folder: FolderArgument, as_json: JsonFlag = False) -> None:
     _print_fields(
         shown
         | {name: _date(totals[name]) for name in ("oldest", "newest")}
-        | {"bytes": rough_size(totals["bytes"])}
+        | {name: rough_size(totals[name]) for name in ("bytes", "window_bytes")}
     )
 
 
@@ -162,6 +163,7 @@ def _fields(value: Value) -> dict[str, object]:
     if header is not None:
         fields |= {
             "tokens": header.token_count,
+            "plane": header.plane,
             "namespace": header.namespace.hex(),
             "parent": header.parent.hex(),
             "position": header.position,

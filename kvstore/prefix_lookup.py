@@ -1,0 +1,339 @@
+"""What lower tiers have of a prompt's prefix: which keys to ask for, what to read of them, and in which order it
+enters memory.
+
+Beyond what memory has, a prompt goes on in whole chunks, found by the prompt's own cuts; then in tails, whose
+tokens are known once they are read. Where a model has several planes, it can only go on where each has what its
+layers attend to: then windows are read as well, and no chunk behind the last position that can be reached. How far
+a window reaches back is known once it is read. Until then it is taken to be enough; if not, what was read for
+nothing is there for the next request.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ragkv.kvstore.chunking import TokenChain
+from ragkv.kvstore.codec import ChunkCodec, Header, address, window_address
+from ragkv.kvstore.io_pool import Wanted
+from ragkv.kvstore.keys import TOKEN_BYTES, tail_key, tail_keys
+from ragkv.kvstore.memory_tier import MemoryTier
+from ragkv.kvstore.planes import reach, window_of
+from ragkv.kvstore.prefix_tree import Chunk, Match, has_open_child, shared_tokens
+from ragkv.kvstore.promotion import Promotion, Read
+from ragkv.kvstore.prompt import Fetch
+from ragkv.kvstore.storage_tier import StorageTier
+
+MOST_TAILS = 8  # behind one another
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A chunk of a prompt that memory lacks: its key (for a tail its address), its tokens, and their positions."""
+
+    key: bytes
+    tokens: bytes
+    position: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A tail that was read, and what other planes have of it."""
+
+    tier: StorageTier
+    header: Header
+    raw: memoryview
+    windows: list[tuple[Header, memoryview]]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """What a fetch of a prompt's prefix is for: `have` tokens the request has without it, of which the engine has
+    `computed` itself; `limit` it can use. `tails`: what was read, to be attached to `parent`, one behind the
+    other, once all before it has come."""
+
+    chain: TokenChain
+    computed: int
+    have: int
+    limit: int
+    parent: Chunk | None = None
+    tails: list[Tail] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a prompt may go on: behind `chunks` in memory, ready or on their way, the last of them `parent`, which
+    is the prompt's up to position `upto`, come `parts` of lower tiers, and then maybe a tail of `rest`, the
+    tokens that are left. `has_tail`: memory has one behind `parent`."""
+
+    parent: Chunk
+    upto: int
+    chunks: list[Chunk]
+    parts: list[Part]
+    rest: bytes
+    has_tail: bool
+
+    def wanted(self) -> list[bytes]:
+        """Keys of all of it: the parts, and a tail after each of them."""
+        parts = [part.key for part in self.parts]
+        open_end = (self.rest or parts) and not self.has_tail
+        return parts + tail_keys([*parts, self.parent.key] if open_end else parts)
+
+    @property
+    def spans(self) -> list[Chunk | Part]:
+        """All of it, but for a tail."""
+        return [*self.chunks, *self.parts]
+
+    @property
+    def end(self) -> int:
+        """Where it ends, but for a tail."""
+        return self.parts[-1].end if self.parts else self.upto
+
+    def held(self, fetch: Fetch) -> "Way":
+        """The way as far as lower tiers have its parts without a gap."""
+        count = next((n for n, part in enumerate(self.parts) if part.key not in fetch.holders), len(self.parts))
+        rest = b"".join(part.tokens for part in self.parts[count:]) + self.rest
+        return replace(self, parts=self.parts[:count], rest=rest)
+
+    def tail(self) -> Part | None:
+        """What may be read of a tail."""
+        if not self.rest or (self.has_tail and not self.parts):
+            return None
+        key = self.parts[-1].key if self.parts else self.parent.key
+        return Part(tail_key(key), self.rest, self.end, self.end + len(self.rest) // TOKEN_BYTES)
+
+
+class PrefixLookup:
+    """Of a memory tier and the tiers below it."""
+
+    def __init__(self, memory: MemoryTier, codec: ChunkCodec, promotion: Promotion) -> None:
+        self._memory, self._codec, self._promotion = memory, codec, promotion
+        self._planes = list(enumerate(memory.planes, 1))
+
+    def fetch(self, namespace: bytes, chain: TokenChain, match: Match, computed: int, limit: int) -> Fetch | None:
+        """Begin to bring up what lower tiers have of a prompt's first `limit` tokens, beyond a match in memory and
+        what the engine has `computed` itself; None where there is nothing, or it is not worth the wait."""
+        have, promotion = max(match.length, computed), self._promotion
+        short = limit - have < self._memory.page_tokens or promotion.gate.small(limit - have)
+        if short or not promotion.readable:
+            return None
+        prefix = Prefix(chain, computed, have, limit)
+        ways, loading = self._ways(namespace, prefix)
+        keys = [key for way in ways for key in way.wanted()] + self._window_keys(ways)
+        if not keys and not loading:
+            return None
+        lacking = max(0, limit - ways[0].upto)
+        probes = promotion.probes(limit - have, lacking, have) if keys else False
+        if probes is None:
+            return None
+        load, complete = (functools.partial(each, prefix=prefix) for each in (self._load, self._attach))
+        return promotion.begin(namespace, keys, load, complete, probes=probes, coming=bool(loading))
+
+    def _ways(self, namespace: bytes, prefix: Prefix) -> tuple[list[Way], list[Chunk]]:
+        """How the prompt may go on, and what is on its way of that. Along its own cuts: not at all, where a chunk
+        is being computed by another request. With several planes also along what memory has in other cuts."""
+        chain, memory, parent = prefix.chain, self._memory, self._memory.tree.root(namespace)
+        raw = chain.tokens.tobytes()
+        parts: list[Part] = []
+        chunks: list[Chunk] = []
+        start, known = 0, True
+        for end, key in zip(chain.ends, chain.keys, strict=True):
+            if start >= prefix.limit:
+                break
+            tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
+            chunk = None if parts else memory.tree.get(key, parent, tokens)
+            if chunk is None:
+                parts.append(Part(key, tokens, start, end))
+            elif chunk.ready or chunk in self._promotion.loading:
+                chunks.append(chunk)
+                parent = chunk
+            else:
+                known = False
+                break
+            start = end
+        rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * prefix.limit] if known else b""
+        ways = [Way(parent, parent.end, chunks, parts, rest, known and has_open_child(parent))]
+        if self._planes:
+            ways += self._beside(namespace, prefix, chunks)
+        loading = [chunk for chunk in chunks if chunk in self._promotion.loading]
+        for way in ways if self._planes else ():
+            windows = (window_of(chunk, number) for chunk in way.chunks for number, _ in self._planes)
+            loading += [window for window in windows if window in self._promotion.loading]
+        return ways, list(dict.fromkeys(loading))
+
+    def _beside(self, namespace: bytes, prefix: Prefix, chunks: list[Chunk]) -> list[Way]:
+        """The way along what memory has behind `chunks`, which ends where the prompt is not cut."""
+        found = self._memory.tree.match(self._memory.tree.root(namespace), prefix.chain, prefix.limit)
+        if len(found.chunks) <= len(chunks) or found.chunks[: len(chunks)] != tuple(chunks):
+            return []
+        last, rest = found.chunks[-1], b""
+        if found.length == last.end:
+            rest = prefix.chain.tokens[found.length : prefix.limit].tobytes()
+        return [Way(last, found.length, list(found.chunks), [], rest, has_open_child(last))]
+
+    def _window_keys(self, ways: Sequence[Way]) -> list[bytes]:
+        keys = (
+            self._key(each, number)
+            for way in ways
+            for each in way.spans
+            for number, _ in self._planes
+            if isinstance(each, Part) or window_of(each, number) is None
+        )
+        return list(dict.fromkeys(keys))
+
+    def _load(self, fetch: Fetch, prefix: Prefix) -> None:
+        """Reserve room for what leads furthest, and order its reads."""
+        promotion = self._promotion
+        ways, loading = self._ways(fetch.namespace, prefix)  # again: memory may have changed since it was asked
+        for chunk in loading:
+            promotion.join(fetch, chunk)
+        held = [way.held(fetch) for way in ways]
+        reached = [self._reach(fetch, prefix, way) for way in held]
+        way, end = held[reached.index(max(reached))], max(reached)
+        tail = way.tail() if end >= way.end else None
+        tier = fetch.holders.get(tail.key) if tail is not None else None
+        run = [part for part in way.parts if part.position < end]
+        windows = self._windows(fetch, prefix, way, min(end, way.end))
+        if (run or windows) and not self._worth(fetch, prefix, run, windows, end):
+            return
+        self._memory.pin(way.chunks[-1:])
+        new = self._memory.reserve_chain(way.parent, [(part.key, part.tokens) for part in run])
+        wanted = [Wanted(chunk.key, accept) for chunk, accept in zip(new, self._codec.readers(new), strict=True)]
+        reads = [Read(chunk, fetch.holders[chunk.key], w) for chunk, w in zip(new, wanted, strict=True)]
+        promotion.read(fetch, reads + self._reserve_windows(fetch, windows, new))
+        self._memory.unpin(way.chunks[-1:])
+        if tail is not None and tier is not None and len(new) == len(way.parts):
+            prefix.parent = new[-1] if new else way.parent
+            self._read_tail(fetch, prefix, tier, prefix.parent.key, tail)
+
+    def _worth(
+        self,
+        fetch: Fetch,
+        prefix: Prefix,
+        run: Sequence[Part],
+        windows: Sequence[tuple[Chunk | Part, int]],
+        end: int,
+    ) -> bool:
+        """What the gate says of reading these, so that the prompt can go on at `end`."""
+        whole = self._codec.pages.shape.token_bytes
+        wanted: list[tuple[bytes, Chunk | Part, float]] = [(part.key, part, 1.0) for part in run]
+        for each, number in windows:
+            share = self._memory.planes[number - 1].shape.token_bytes / whole
+            wanted.append((self._key(each, number), each, share))
+        sizes: dict[str, int] = {}
+        for key, each, share in wanted:
+            name = fetch.holders[key].name
+            sizes[name] = sizes.get(name, 0) + round((each.end - each.position) * share)
+        return self._promotion.worth(fetch, min(end, prefix.limit) - prefix.have, sizes, prefix.have)
+
+    def _reach(self, fetch: Fetch, prefix: Prefix, way: Way) -> int:
+        """Up to where the prompt can go on, if what lower tiers hold is what it takes."""
+        if not self._planes:
+            return way.end
+        tail = way.tail()
+        tail = tail if tail is not None and tail.key in fetch.holders else None
+        spans = way.spans + ([tail] if tail is not None else [])
+
+        def start_of(each: Chunk | Part, number: int) -> int | None:
+            window = window_of(each, number) if isinstance(each, Chunk) else None
+            if window is not None and (window.ready or window in self._promotion.loading):
+                return window.position
+            if each is tail or (window is None and self._key(each, number) in fetch.holders):
+                return self._first(each, number)
+            return None
+
+        limit = min(way.end if tail is None else tail.end, prefix.limit)
+        return reach(spans, self._memory.planes, limit, prefix.computed, start_of)
+
+    def _windows(self, fetch: Fetch, prefix: Prefix, way: Way, end: int) -> list[tuple[Chunk | Part, int]]:
+        """What lower tiers hold, and memory lacks, of what it takes to go on at `end`, or behind it in a tail."""
+        return [
+            (each, number)
+            for number, plane in self._planes
+            for each in way.spans
+            if each.position < end and each.end > max(prefix.computed, plane.first(end))
+            if isinstance(each, Part) or window_of(each, number) is None
+            if self._key(each, number) in fetch.holders
+        ]
+
+    def _reserve_windows(
+        self, fetch: Fetch, windows: Sequence[tuple[Chunk | Part, int]], new: Sequence[Chunk]
+    ) -> list[Read]:
+        """Room for windows, those of parts behind the chunks that are `new`."""
+        by_key, reads = {chunk.key: chunk for chunk in new}, []
+        for each, number in windows:
+            chunk = by_key.get(each.key) if isinstance(each, Part) else each
+            if chunk is None or chunk not in self._memory:
+                continue
+            window = self._memory.reserve_window(chunk, number, self._first(chunk, number))
+            if window is not None:
+                key, (accept,) = self._key(each, number), self._codec.readers([window])
+                reads.append(Read(window, fetch.holders[key], Wanted(key, accept)))
+        return reads
+
+    def _first(self, each: Chunk | Part, number: int) -> int:
+        """Where a plane's KV of a chunk begins at the earliest."""
+        kept = self._memory.planes[number - 1].kept_from(each.end, 0)
+        assert kept is not None
+        return max(each.position, kept)
+
+    def _key(self, each: Chunk | Part, number: int) -> bytes:
+        return window_address(each.key if isinstance(each, Part) else address(each), number)
+
+    def _read_tail(self, fetch: Fetch, prefix: Prefix, tier: StorageTier, parent: bytes, tail: Part) -> None:
+        """Order a tail behind the chunk of key `parent` to be read, and what other planes may have of it."""
+        numbers = [n for n, _ in self._planes if tier.knows(window_address(tail.key, n)) is not False]
+        codec, space = self._codec, fetch.namespace
+        wanted = [Wanted(tail.key, codec.tail_reader(space, parent, tail.position))]
+        for number in numbers:
+            key = window_address(tail.key, number)
+            wanted.append(Wanted(key, codec.window_reader(space)))
+
+        def done(found: list[Any]) -> None:
+            shared = shared_tokens(found[0][0].tokens, tail.tokens) if found[0] is not None else 0
+            if not shared:
+                return
+            header, raw = found[0]
+            whole, end = shared == header.token_count, tail.position + header.token_count
+            windows = [each for each in found[1:] if each is not None and each[0].is_window_of(header)]
+            prefix.tails.append(Tail(tier, header, raw, windows))
+            rest = tail.tokens[TOKEN_BYTES * shared :]
+            behind = Part(tail_key(header.key), rest, end, tail.end)
+            more = self._planes and whole and rest and len(prefix.tails) < MOST_TAILS and not fetch.over
+            if more and tier.knows(behind.key) is not False:
+                self._read_tail(fetch, prefix, tier, header.key, behind)
+
+        self._promotion.read_beside(fetch, tier, wanted, done)
+
+    def _attach(self, fetch: Fetch, prefix: Prefix) -> None:
+        """Put tails into memory, if all before them came and is still there."""
+        tails, prefix.tails, parent = prefix.tails, [], prefix.parent
+        if not tails or parent is None:
+            return
+        if parent.parent is None:
+            parent = self._memory.tree.root(fetch.namespace)
+        elif not parent.ready or parent not in self._memory:
+            return
+        for tail in tails:
+            chunk = self._memory.tree.get(tail.header.key, parent, tail.header.tokens)
+            if chunk is None:
+                chunk = self._memory.reserve_chunk(tail.header.key, parent, tail.header.tokens)
+                if chunk is None:
+                    return
+                chunk.open = True
+                self._arrived(fetch, tail.tier, chunk, tail.header, tail.raw)
+            elif not chunk.ready:
+                return
+            for header, raw in tail.windows:
+                if window_of(chunk, header.plane) is None:
+                    window = self._memory.reserve_window(chunk, header.plane, header.position)
+                    if window is not None:
+                        self._arrived(fetch, tail.tier, window, header, raw)
+            parent = chunk
+
+    def _arrived(self, fetch: Fetch, tier: StorageTier, chunk: Chunk, header: Header, raw: memoryview) -> None:
+        self._codec.pages.fill(chunk, raw, len(chunk))
+        self._promotion.arrived(tier, {chunk: header}, {chunk: [fetch]})
+        fetch.sources[chunk] = tier.name
+        fetch.result = "loaded"
