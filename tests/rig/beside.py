@@ -112,6 +112,11 @@ def engine_facts(llm: Any) -> dict[str, Any]:
     }
 
 
+def groups(llm: Any) -> int:
+    """Groups of layers, each with a table of blocks of its own."""
+    return len(scheduler(llm).kv_cache_config.kv_cache_groups)
+
+
 def scheduler(llm: Any) -> Any:
     """vLLM's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler
@@ -195,9 +200,9 @@ def watch_fusion(llm: Any, asks: Sequence[Ask]) -> tuple[list[Answer], list[dict
     return answers, seen
 
 
-def farthest_attention(_llm: Any) -> float:
+def farthest_attention(_llm: Any, window: tuple[int, int] = (-1, -1)) -> float:
     """The largest difference between vLLM's attention kernel and what the rig has in its place: prefill, decoding,
-    and the end of a prompt, in blocks in any order."""
+    and the end of a prompt, in blocks in any order. `window`: as vLLM counts it, without the token itself."""
     import torch
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
@@ -216,7 +221,7 @@ def farthest_attention(_llm: Any) -> float:
         "max_seqlen_k": max(lengths),
         "softmax_scale": 32**-0.5,
         "causal": True,
-        "window_size": (-1, -1),
+        "window_size": window,
         "block_table": torch.randperm(12, dtype=torch.int32).view(4, 3),
         "softcap": 0,
         "q_descale": None,

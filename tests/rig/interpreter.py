@@ -79,8 +79,10 @@ def write(key, value, key_cache, value_cache, slots, _kv_cache_dtype, k_scale, v
 
 def attend(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table, k_descale, v_descale, **others):
     """Attention of queries [tokens, heads, dim] over paged caches [blocks, block_size, kv_heads, dim], as vLLM's
-    `unified_attention` does: of each sequence the last tokens ask, each for itself and all before it."""
-    assert others["causal"] and tuple(others["window_size"]) == (-1, -1) and not others["softcap"]
+    `unified_attention` does: of each sequence the last tokens ask, each for itself and all before it, or so many
+    of them as its window has."""
+    back, ahead = others["window_size"]
+    assert others["causal"] and ahead == min(back, 0) and not others["softcap"]
     assert all(others.get(name) is None for name in ("alibi_slopes", "sinks", "output_scale", "mm_prefix_range"))
     for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
         if begin == end:
@@ -93,8 +95,9 @@ def attend(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table,
         )
         queries = q[begin:end].float().unflatten(1, (keys.shape[1], -1))
         scores = torch.einsum("thgd,shd->hgts", queries, keys) * softmax_scale
-        later = torch.arange(length) > torch.arange(length - (end - begin), length)[:, None]
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        asked = torch.arange(length - (end - begin), length)[:, None]
+        unseen = (torch.arange(length) > asked) | ((back >= 0) & (torch.arange(length) < asked - back))
+        weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
         out[begin:end] = torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2)
 
 

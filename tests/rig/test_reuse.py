@@ -22,9 +22,10 @@ def test_the_cache_is_written_as_vllms_kernel_does(rig):
     assert rig.call(beside.same_writes)
 
 
-def test_attention_is_what_vllms_kernel_computes(rig):
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0)], ids=["full", "window"])
+def test_attention_is_what_vllms_kernel_computes(rig, window):
     """In its place three of the four combinations take a quicker function."""
-    assert rig.call(beside.farthest_attention) < 1e-5
+    assert rig.call(beside.farthest_attention, window) < 1e-5
 
 
 def test_answers_depend_on_the_whole_prompt(plain, fresh):
