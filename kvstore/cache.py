@@ -134,8 +134,8 @@ class KVCache:
             if prompt.fetch is not None and self.promotion.waits(prompt.fetch, ANSWER_SECONDS):
                 return self._pending(prompt)
         tokens = self._match(prompt, limit, computed).length - computed
-        worth = tokens > 0 and self._worth(prompt, tokens, computed)
-        return Lookup(Result.HIT, tokens) if worth else Lookup(Result.MISS)
+        hit = tokens > 0 and self._worth(prompt, tokens, computed)
+        return Lookup(Result.HIT, tokens) if hit else Lookup(Result.MISS)
 
     def lookup_content(self, prompt: Prompt, start: int, limit: int, *, idle: bool = False) -> Lookup:
         """Which tokens of the prompt between positions `start` and `limit` are stored at any position: a HIT's are
@@ -273,7 +273,8 @@ class KVCache:
 
     def pin(self, prompt: Prompt, limit: int) -> None:
         """Pin what memory holds of a prompt's first `limit` tokens; what is stored later is pinned then."""
-        self._pin(prompt, self._match(prompt, limit, limit).chunks)
+        match = self._match(prompt, limit, 0)
+        self._pin(prompt, (*match.chunks, *match.windows))
 
     def unpin(self, tenant: bytes, owner: str) -> None:
         """Release all pins of a tenant's owner."""
@@ -325,8 +326,6 @@ class KVCache:
         written = self.tiering.close(seconds)
         self._pages.close()
         return written
-
-    # --- inside ---
 
     def _match(self, prompt: Prompt, limit: int, computed: int) -> Match:
         """Match in memory, and keep it; an engine asks again in every step while a request waits."""
@@ -393,7 +392,7 @@ class KVCache:
             return
         for chunk in chunks:
             if (pin.end is not None and chunk.position >= pin.end) or chunk not in self.memory:
-                return
+                continue
             if not self.memory.pins.hold(pin.owner, chunk, self._clock() + pin.seconds, prompt.tenant):
                 prompt.pins_refused = True
                 self._note("pins", PINNED_ALL)

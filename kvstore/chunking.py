@@ -195,6 +195,11 @@ class TokenChain:
         self.keys += chain_keys(key, self.tokens.tobytes(), [start, *ends])
         self.ends += ends
 
+    def behind(self, end: int, key: bytes) -> list[tuple[int, bytes]]:
+        """End and key of each decided chunk, if the tokens were cut at `end`, behind a chunk of that key."""
+        ends = self._chunker.cut(self.tokens, end, self._named)
+        return list(zip(ends, chain_keys(key, self.tokens.tobytes(), [end, *ends]), strict=True))
+
     def cuts(self, upto: int) -> list[tuple[int, bytes]]:
         """End and key of each chunk of the first `upto` tokens, of which the last may be an open tail."""
         upto, whole = min(upto, len(self.tokens)), bisect.bisect_right(self.ends, upto)

@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from ragkv.errors import PayloadError
-from ragkv.kvstore.keys import chain_key, mark, marked, tail_key
+from ragkv.kvstore.keys import chain_key, marked, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, origin
 
@@ -50,7 +50,7 @@ class Header:
     int32 bytes, at least one token; `position`: the first token's index in the prompt; `open`: an open tail, its
     end is not a cut; `shape` and `dtype`: of the tensor; `created` and `expires`: seconds since the epoch, 0.0: it
     never does. Of what a plane beside plane 0 has of a chunk `tokens` is the plane's mark (`ragkv.kvstore.keys`),
-    and `parent` is where the chunk lies.
+    and `parent` the chunk's key.
 
     PayloadError("header"): a field that cannot be.
     """
@@ -86,14 +86,7 @@ class Header:
     @property
     def address(self) -> bytes:
         """Where it must lie."""
-        if self.plane:
-            return window_address(self.parent, self.plane)
         return tail_key(self.parent) if self.open else self.key
-
-    def is_window_of(self, chunk: "Header") -> bool:
-        """Whether it is what another plane has of a chunk's end."""
-        end = self.position + self.shape[0] == chunk.position + chunk.token_count
-        return self.key == chain_key(chunk.key, self.tokens) and end and self.position >= chunk.position
 
     @property
     def raw_bytes(self) -> int:
@@ -178,19 +171,13 @@ def header_end(first: Buffer) -> int:
 def address(chunk: Chunk) -> bytes:
     """Where a chunk lies in the lower tiers: under its chain key; an open tail under `tail_key` of its parent, one
     for each parent, the latest, so that an engine that has just started finds it without knowing its tokens; a
-    detached chunk where the chunk lies that it is a copy of; what another plane has of a chunk at a place that
-    follows from the chunk's."""
+    detached chunk where the chunk lies that it is a copy of."""
     if isinstance(chunk.parent, DetachedRoot):
         return chunk.parent.source
+    if not chunk.open:
+        return chunk.key
     assert chunk.parent is not None
-    if chunk.plane:
-        return window_address(address(chunk.parent), chunk.plane)
-    return tail_key(chunk.parent.key) if chunk.open else chunk.key
-
-
-def window_address(chunk: bytes, plane: int) -> bytes:
-    """Where in the lower tiers that lies which a plane beside plane 0 has of the chunk that lies at `chunk`."""
-    return chain_key(chunk, mark(plane))
+    return tail_key(chunk.parent.key)
 
 
 class ChunkCodec:
@@ -213,7 +200,7 @@ class ChunkCodec:
         header = Header(
             namespace=namespace,
             key=chunk.key,
-            parent=address(chunk.parent) if chunk.plane else chunk.parent.key,
+            parent=chunk.parent.key,
             tokens=chunk.tokens,
             position=position,
             open=chunk.open,
@@ -235,15 +222,13 @@ class ChunkCodec:
         return [self._reader(chunk, namespace) for chunk in chunks]
 
     def _reader(self, chunk: Chunk, namespace: bytes) -> Callable[[Buffer], Header]:
-        parent, position = chunk.parent, chunk.position
-        key = chunk.key if chunk.plane else address(chunk)
+        parent, key, position = chunk.parent, address(chunk), chunk.position
         assert parent is not None
         detached = isinstance(parent, DetachedRoot)  # its parent is not known, but follows from its key
-        above = address(parent) if chunk.plane else parent.key
 
         def read(value: Buffer) -> Header:
             header, raw = self._decode(value, namespace)
-            follows = chain_key(header.parent, header.tokens) == key if detached else header.parent == above
+            follows = chain_key(header.parent, header.tokens) == key if detached else header.parent == parent.key
             starts = position == header.position or (chunk.plane and position < header.position < chunk.end)
             found = (header.key, header.tokens, header.open)
             if not (follows and starts) or found != (key, chunk.tokens, False):
@@ -271,11 +256,6 @@ class ChunkCodec:
             return header, raw
 
         return read
-
-    def window_reader(self, namespace: bytes) -> Callable[[Buffer], tuple[Header, memoryview]]:
-        """What checks a payload that may be what another plane has of a tail that is not known yet
-        (`Header.is_window_of`). It raises PayloadError."""
-        return lambda value: self._decode(value, namespace)
 
     def _decode(self, value: Buffer, namespace: bytes) -> tuple[Header, memoryview]:
         """Header and bytes of a payload that fits this engine. PayloadError."""

@@ -25,7 +25,8 @@ class Gauges:
         self._reported = now
         self._metrics.gauge(m.PINNED_BYTES, pinned * self._page_bytes)
         self._report(m.MEMORY, pool, chunks)
-        for name, pages in zip(self._planes, held, strict=True):
+        for name in dict.fromkeys(self._planes):  # two planes may differ in their heads alone
+            pages = sum(count for each, count in zip(self._planes, held, strict=True) if each == name)
             self._metrics.gauge(m.PLANE_BYTES, pages * self._page_bytes, plane=name)
         if device is not None:
             self._report(m.DEVICE, device, len(device))

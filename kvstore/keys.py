@@ -57,6 +57,11 @@ def tail_keys(parents: Sequence[bytes]) -> list[bytes]:
     return [xxhash.xxh3_128_digest(b"tail" + parent) for parent in parents]
 
 
+def window_key(chunk: bytes, plane: int) -> bytes:
+    """Key of what a plane beside plane 0 has of a chunk, given the chunk's."""
+    return chain_key(chunk, mark(plane))
+
+
 @functools.cache
 def mark(plane: int) -> bytes:
     """What stands for the tokens of what a plane beside plane 0 has of a chunk: none that a prompt could have."""

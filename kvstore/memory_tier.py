@@ -157,8 +157,7 @@ class MemoryTier:
 
     def reserve_chunk(self, key: bytes, parent: Chunk, tokens: bytes, priority: int = 0) -> Chunk | None:
         """As `reserve_chain`, for one chunk; None where there is no room."""
-        new = self.reserve_chain(parent, [(key, tokens)], priority)
-        return new[0] if new else None
+        return next(iter(self.reserve_chain(parent, [(key, tokens)], priority)), None)
 
     def reserve_chain(self, parent: Chunk, chain: Sequence[tuple[bytes, bytes]], priority: int = 0) -> list[Chunk]:
         """Room for chunks of these keys and tokens, the first behind `parent`, each other behind the one before;
@@ -259,8 +258,8 @@ class MemoryTier:
         self.used_by(match.windows)
         if self.device is None or not copy or any(map(is_detached, match.chunks)):
             return []
-        whole = sum(map(len, match.chunks)) == match.length  # else the engine holds only a part of the last
-        return self.device.used_now(match.chunks if whole else match.chunks[:-1])
+        part = sum(map(len, match.chunks)) > match.length  # of the last is all that the engine holds
+        return self.device.used_now(match.chunks[:-1] if part else match.chunks)
 
     def used_by(self, chunks: Sequence[Chunk], priority: int = 0) -> None:
         """Note a use of chunks, root first, by a request of that priority; their priority can only rise."""
@@ -389,8 +388,9 @@ class MemoryTier:
             self._metrics.count(m.EVICTED_CHUNKS, tier=m.DEVICE, reason=reason)
 
     def _drop_window(self, chunk: Chunk, plane: int) -> None:
-        if (window := window_of(chunk, plane)) is not None:
-            self._drop_leaf(window, m.SUPERSEDED)
+        window = window_of(chunk, plane)
+        if window is not None and window not in self.pins.pinned and (window.ready or not window.pins):
+            self.forget([window], m.SUPERSEDED)  # whoever reads it keeps its pages
 
     def _drop_leaf(self, chunk: Chunk, reason: str) -> bool:
         if chunk not in self.tree or chunk.pins or chunk.children:

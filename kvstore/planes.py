@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from ragkv.kvstore.keys import chain_key, mark
+from ragkv.kvstore.keys import mark, window_key
 from ragkv.kvstore.pages import PageShape
 from ragkv.kvstore.prefix_tree import Chunk, Match, child_of
 
+WIDEST = 512  # blocks of engines whose windows can be read, or divisors of it
 KEPT = 128  # what is kept begins at a multiple, so that engines of smaller blocks find theirs whole
 
 
@@ -48,6 +49,10 @@ class Plane:
             return None
         return max(live, min(self.first(position), self.first(max(0, position - 1))) // KEPT * KEPT)
 
+    def earliest(self, position: int) -> int:
+        """From which position on any engine may have kept KV, so that a prompt can continue at `position`."""
+        return min(self.first(position, WIDEST), self.first(max(0, position - 1), WIDEST))
+
     def free(self, position: int) -> int:
         """The last position up to this one where nothing is needed."""
         if self.window > 1:
@@ -63,14 +68,19 @@ class Window(Chunk):
     __slots__ = ("plane",)
 
     def __init__(self, parent: Chunk, plane: int, position: int) -> None:
-        tokens = mark(plane)
-        super().__init__(chain_key(parent.key, tokens), parent, tokens)
+        super().__init__(window_key(parent.key, plane), parent, mark(plane))
         self.plane, self.position, self.end = plane, position, parent.end
 
 
 def window_of(chunk: Chunk, plane: int) -> Chunk | None:
     """What a plane has of a chunk, ready or not."""
     return child_of(chunk, mark(plane))
+
+
+def is_longest(chunk: Chunk, planes: Sequence[Plane]) -> bool:
+    """Whether it is a window that begins as early as any that its plane keeps of that chunk."""
+    kept = planes[chunk.plane - 1].kept_from(chunk.end, 0) if chunk.plane else None
+    return kept is not None and chunk.parent is not None and chunk.position <= max(chunk.parent.position, kept)
 
 
 def reachable(match: Match, planes: Sequence[Plane], have: int) -> Match:

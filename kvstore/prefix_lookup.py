@@ -1,8 +1,8 @@
 """What lower tiers have of a prompt's prefix: which keys to ask for, what to read of them, and in which order it
 enters memory.
 
-Beyond what memory has, a prompt goes on in whole chunks, found by the prompt's own cuts; then in tails, whose
-tokens are known once they are read. Where a model has several planes, it can only go on where each has what its
+Beyond what memory has, a prompt goes on in whole chunks, found by the prompt's own cuts; then in a tail, whose
+tokens are known once it is read. Where a model has several planes, it can only go on where each has what its
 layers attend to: then windows are read as well, and no chunk behind the last position that can be reached. How far
 a window reaches back is known once it is read. Until then it is taken to be enough; if not, what was read for
 nothing is there for the next request.
@@ -10,13 +10,13 @@ nothing is there for the next request.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ragkv.kvstore.chunking import TokenChain
-from ragkv.kvstore.codec import ChunkCodec, Header, address, window_address
+from ragkv.kvstore.codec import ChunkCodec, Header
 from ragkv.kvstore.io_pool import Wanted
-from ragkv.kvstore.keys import TOKEN_BYTES, tail_key, tail_keys
+from ragkv.kvstore.keys import TOKEN_BYTES, tail_key, tail_keys, window_key
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.planes import reach, window_of
 from ragkv.kvstore.prefix_tree import Chunk, Match, has_open_child, shared_tokens
@@ -24,7 +24,7 @@ from ragkv.kvstore.promotion import Promotion, Read
 from ragkv.kvstore.prompt import Fetch
 from ragkv.kvstore.storage_tier import StorageTier
 
-MOST_TAILS = 8  # behind one another
+MOST_TAILS = 4  # behind one another; a prompt and its answer leave one each
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +39,25 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """A tail that was read, and what other planes have of it."""
+    """A tail that was read, to be attached to `parent`, once all before it has come."""
 
     tier: StorageTier
+    parent: Chunk
     header: Header
     raw: memoryview
-    windows: list[tuple[Header, memoryview]]
 
 
 @dataclass(slots=True)
 class Prefix:
     """What a fetch of a prompt's prefix is for: `have` tokens the request has without it, of which the engine has
-    `computed` itself; `limit` it can use. `tails`: what was read, to be attached to `parent`, one behind the
-    other, once all before it has come."""
+    `computed` itself; `limit` it can use. `tail`: that was read last. `tails`: how many were."""
 
     chain: TokenChain
     computed: int
     have: int
     limit: int
-    parent: Chunk | None = None
-    tails: list[Tail] = field(default_factory=list)
+    tail: Tail | None = None
+    tails: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +119,15 @@ class PrefixLookup:
             return None
         prefix = Prefix(chain, computed, have, limit)
         ways, loading = self._ways(namespace, prefix)
-        keys = [key for way in ways for key in way.wanted()] + self._window_keys(ways)
+        keys = self._wanted(ways, prefix)
         if not keys and not loading:
             return None
         lacking = max(0, limit - ways[0].upto)
         probes = promotion.probes(limit - have, lacking, have) if keys else False
         if probes is None:
             return None
-        load, complete = (functools.partial(each, prefix=prefix) for each in (self._load, self._attach))
+        load = functools.partial(self._load, prefix=prefix)
+        complete = functools.partial(self._attach, prefix=prefix)
         return promotion.begin(namespace, keys, load, complete, probes=probes, coming=bool(loading))
 
     def _ways(self, namespace: bytes, prefix: Prefix) -> tuple[list[Way], list[Chunk]]:
@@ -163,24 +163,33 @@ class PrefixLookup:
         return ways, list(dict.fromkeys(loading))
 
     def _beside(self, namespace: bytes, prefix: Prefix, chunks: list[Chunk]) -> list[Way]:
-        """The way along what memory has behind `chunks`, which ends where the prompt is not cut."""
-        found = self._memory.tree.match(self._memory.tree.root(namespace), prefix.chain, prefix.limit)
+        """The way along what memory has behind `chunks`, which ends where the prompt is not cut, and on from
+        there: the request that stored it was cut there."""
+        chain = prefix.chain
+        found = self._memory.tree.match(self._memory.tree.root(namespace), chain, prefix.limit)
         if len(found.chunks) <= len(chunks) or found.chunks[: len(chunks)] != tuple(chunks):
             return []
-        last, rest = found.chunks[-1], b""
-        if found.length == last.end:
-            rest = prefix.chain.tokens[found.length : prefix.limit].tobytes()
-        return [Way(last, found.length, list(found.chunks), [], rest, has_open_child(last))]
+        last, start = found.chunks[-1], found.length
+        parts: list[Part] = []
+        rest = b""
+        if start == last.end:
+            for end, key in chain.behind(start, last.key):
+                if start < prefix.limit:
+                    parts.append(Part(key, chain.tokens[start:end].tobytes(), start, end))
+                    start = end
+            rest = chain.tokens[start : prefix.limit].tobytes()
+        return [Way(last, found.length, list(found.chunks), parts, rest, has_open_child(last))]
 
-    def _window_keys(self, ways: Sequence[Way]) -> list[bytes]:
-        keys = (
-            self._key(each, number)
+    def _wanted(self, ways: Sequence[Way], prefix: Prefix) -> list[bytes]:
+        """Keys of all that may lead on, once each; of windows those that a position beyond `have` may need."""
+        windows = (
+            window_key(each.key, number)
             for way in ways
+            for number, plane in self._planes
             for each in way.spans
-            for number, _ in self._planes
-            if isinstance(each, Part) or window_of(each, number) is None
+            if each.end > plane.first(prefix.have) and self._lacks(each, number)
         )
-        return list(dict.fromkeys(keys))
+        return list(dict.fromkeys([*(key for way in ways for key in way.wanted()), *windows]))
 
     def _load(self, fetch: Fetch, prefix: Prefix) -> None:
         """Reserve room for what leads furthest, and order its reads."""
@@ -190,7 +199,8 @@ class PrefixLookup:
             promotion.join(fetch, chunk)
         held = [way.held(fetch) for way in ways]
         reached = [self._reach(fetch, prefix, way) for way in held]
-        way, end = held[reached.index(max(reached))], max(reached)
+        end = max(reached)
+        way = next(way for way, reach in zip(reversed(held), reversed(reached), strict=True) if reach == end)
         tail = way.tail() if end >= way.end else None
         tier = fetch.holders.get(tail.key) if tail is not None else None
         run = [part for part in way.parts if part.position < end]
@@ -204,8 +214,7 @@ class PrefixLookup:
         promotion.read(fetch, reads + self._reserve_windows(fetch, windows, new))
         self._memory.unpin(way.chunks[-1:])
         if tail is not None and tier is not None and len(new) == len(way.parts):
-            prefix.parent = new[-1] if new else way.parent
-            self._read_tail(fetch, prefix, tier, prefix.parent.key, tail)
+            self._read_tail(fetch, prefix, tier, new[-1] if new else way.parent, tail)
 
     def _worth(
         self,
@@ -220,7 +229,7 @@ class PrefixLookup:
         wanted: list[tuple[bytes, Chunk | Part, float]] = [(part.key, part, 1.0) for part in run]
         for each, number in windows:
             share = self._memory.planes[number - 1].shape.token_bytes / whole
-            wanted.append((self._key(each, number), each, share))
+            wanted.append((window_key(each.key, number), each, share))
         sizes: dict[str, int] = {}
         for key, each, share in wanted:
             name = fetch.holders[key].name
@@ -239,8 +248,9 @@ class PrefixLookup:
             window = window_of(each, number) if isinstance(each, Chunk) else None
             if window is not None and (window.ready or window in self._promotion.loading):
                 return window.position
-            if each is tail or (window is None and self._key(each, number) in fetch.holders):
-                return self._first(each, number)
+            if each is tail or (window is None and window_key(each.key, number) in fetch.holders):
+                kept = self._memory.planes[number - 1].kept_from(each.end, 0)
+                return None if kept is None else max(each.position, kept)
             return None
 
         limit = min(way.end if tail is None else tail.end, prefix.limit)
@@ -253,8 +263,7 @@ class PrefixLookup:
             for number, plane in self._planes
             for each in way.spans
             if each.position < end and each.end > max(prefix.computed, plane.first(end))
-            if isinstance(each, Part) or window_of(each, number) is None
-            if self._key(each, number) in fetch.holders
+            if self._lacks(each, number) and window_key(each.key, number) in fetch.holders
         ]
 
     def _reserve_windows(
@@ -266,74 +275,50 @@ class PrefixLookup:
             chunk = by_key.get(each.key) if isinstance(each, Part) else each
             if chunk is None or chunk not in self._memory:
                 continue
-            window = self._memory.reserve_window(chunk, number, self._first(chunk, number))
+            first = max(each.position, self._memory.planes[number - 1].earliest(each.end))
+            window = self._memory.reserve_window(chunk, number, first)
             if window is not None:
-                key, (accept,) = self._key(each, number), self._codec.readers([window])
-                reads.append(Read(window, fetch.holders[key], Wanted(key, accept)))
+                (accept,) = self._codec.readers([window])
+                reads.append(Read(window, fetch.holders[window.key], Wanted(window.key, accept)))
         return reads
 
-    def _first(self, each: Chunk | Part, number: int) -> int:
-        """Where a plane's KV of a chunk begins at the earliest."""
-        kept = self._memory.planes[number - 1].kept_from(each.end, 0)
-        assert kept is not None
-        return max(each.position, kept)
+    @staticmethod
+    def _lacks(each: Chunk | Part, number: int) -> bool:
+        return isinstance(each, Part) or window_of(each, number) is None
 
-    def _key(self, each: Chunk | Part, number: int) -> bytes:
-        return window_address(each.key if isinstance(each, Part) else address(each), number)
-
-    def _read_tail(self, fetch: Fetch, prefix: Prefix, tier: StorageTier, parent: bytes, tail: Part) -> None:
-        """Order a tail behind the chunk of key `parent` to be read, and what other planes may have of it."""
-        numbers = [n for n, _ in self._planes if tier.knows(window_address(tail.key, n)) is not False]
-        codec, space = self._codec, fetch.namespace
-        wanted = [Wanted(tail.key, codec.tail_reader(space, parent, tail.position))]
-        for number in numbers:
-            key = window_address(tail.key, number)
-            wanted.append(Wanted(key, codec.window_reader(space)))
+    def _read_tail(self, fetch: Fetch, prefix: Prefix, tier: StorageTier, parent: Chunk, tail: Part) -> None:
+        accept = self._codec.tail_reader(fetch.namespace, parent.key, tail.position)
 
         def done(found: list[Any]) -> None:
-            shared = shared_tokens(found[0][0].tokens, tail.tokens) if found[0] is not None else 0
-            if not shared:
-                return
-            header, raw = found[0]
-            whole, end = shared == header.token_count, tail.position + header.token_count
-            windows = [each for each in found[1:] if each is not None and each[0].is_window_of(header)]
-            prefix.tails.append(Tail(tier, header, raw, windows))
-            rest = tail.tokens[TOKEN_BYTES * shared :]
-            behind = Part(tail_key(header.key), rest, end, tail.end)
-            more = self._planes and whole and rest and len(prefix.tails) < MOST_TAILS and not fetch.over
-            if more and tier.knows(behind.key) is not False:
-                self._read_tail(fetch, prefix, tier, header.key, behind)
+            if found[0] is not None and shared_tokens(found[0][0].tokens, tail.tokens):
+                prefix.tail = Tail(tier, parent, *found[0])
 
-        self._promotion.read_beside(fetch, tier, wanted, done)
+        self._promotion.read_beside(fetch, tier, [Wanted(tail.key, accept)], done)
 
-    def _attach(self, fetch: Fetch, prefix: Prefix) -> None:
-        """Put tails into memory, if all before them came and is still there."""
-        tails, prefix.tails, parent = prefix.tails, [], prefix.parent
-        if not tails or parent is None:
-            return
+    def _attach(self, fetch: Fetch, prefix: Prefix) -> bool:
+        """Put an open tail into memory, if all before it came and is still there. With several planes the prompt
+        may go on behind it (a prompt's answer lies there), and needs its windows: whether these are asked for."""
+        tail, prefix.tail = prefix.tail, None
+        if tail is None:
+            return False
+        parent, header = tail.parent, tail.header
         if parent.parent is None:
             parent = self._memory.tree.root(fetch.namespace)
         elif not parent.ready or parent not in self._memory:
-            return
-        for tail in tails:
-            chunk = self._memory.tree.get(tail.header.key, parent, tail.header.tokens)
-            if chunk is None:
-                chunk = self._memory.reserve_chunk(tail.header.key, parent, tail.header.tokens)
-                if chunk is None:
-                    return
-                chunk.open = True
-                self._arrived(fetch, tail.tier, chunk, tail.header, tail.raw)
-            elif not chunk.ready:
-                return
-            for header, raw in tail.windows:
-                if window_of(chunk, header.plane) is None:
-                    window = self._memory.reserve_window(chunk, header.plane, header.position)
-                    if window is not None:
-                        self._arrived(fetch, tail.tier, window, header, raw)
-            parent = chunk
-
-    def _arrived(self, fetch: Fetch, tier: StorageTier, chunk: Chunk, header: Header, raw: memoryview) -> None:
-        self._codec.pages.fill(chunk, raw, len(chunk))
-        self._promotion.arrived(tier, {chunk: header}, {chunk: [fetch]})
-        fetch.sources[chunk] = tier.name
+            return False
+        if self._memory.tree.get(header.key, parent, header.tokens) is not None:
+            return False
+        chunk = self._memory.reserve_chunk(header.key, parent, header.tokens)
+        if chunk is None:
+            return False
+        chunk.open = True
+        self._codec.pages.fill(chunk, tail.raw)
+        self._promotion.arrived(tail.tier, {chunk: header}, {chunk: [fetch]})
+        fetch.sources[chunk] = tail.tier.name
         fetch.result = "loaded"
+        prefix.tails += 1
+        if not self._planes or fetch.over or prefix.tails >= MOST_TAILS:
+            return False
+        ways, _ = self._ways(fetch.namespace, prefix)
+        self._promotion.ask_again(fetch, self._wanted(ways, prefix))
+        return True

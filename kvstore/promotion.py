@@ -64,13 +64,14 @@ class Promotion:
         namespace: bytes,
         keys: Sequence[bytes],
         load: Callable[[Fetch], None],
-        complete: Callable[[Fetch], None] = lambda fetch: None,
+        complete: Callable[[Fetch], bool] = lambda fetch: False,
         *,
         probes: bool,
         coming: bool,
     ) -> Fetch | None:
         """Find out which tiers hold which keys; then `load` orders reads, and `complete` is called when they have
-        ended. None where no tier has any, unless some chunk is `coming` that is waited for."""
+        ended, and says whether it went on (`ask_again`). None where no tier has any, unless some chunk is `coming`
+        that is waited for."""
         now = self._clock()
         fetch = Fetch(
             namespace=namespace,
@@ -81,15 +82,18 @@ class Promotion:
             complete=complete,
             probes=probes,
         )
-        for tier in self._tiers:
-            known = tier.known(keys)
-            _note_holder(fetch, tier, known)
-            if unsure := [key for key, answer in known.items() if answer is None]:
-                self._ask(fetch, tier, unsure)
+        self._find(fetch, keys)
         if not coming and not fetch.holders and fetch.asking == 1:
             return None
         self._answered(fetch)
         return fetch
+
+    def ask_again(self, fetch: Fetch, keys: Sequence[bytes]) -> None:
+        """In `complete`: find out which tiers hold more keys; then `load` and `complete` are called once more."""
+        fetch.asking += 1
+        fetch.loading += 1
+        self._find(fetch, keys)
+        self._answered(fetch)
 
     def waits(self, fetch: Fetch, answer_seconds: float = 0.0, load_seconds: float = 0.0) -> bool:
         """Whether a request should go on waiting. Blocks for at most `answer_seconds` while tiers have not said
@@ -134,7 +138,8 @@ class Promotion:
         if gain > 0 and self.gate.small(gain):
             decision = "small"
         elif gain > 0 and (fetch.probes or self.gate.allows(gain, slowest, sizes, start)):
-            fetch.sizes |= sizes
+            for name, size in sizes.items():
+                fetch.sizes[name] = fetch.sizes.get(name, 0) + size
             decision = "load"
         else:
             decision, fetch.result = "decline", "declined"
@@ -182,6 +187,13 @@ class Promotion:
         if answered > fetch.since:
             fetch.spent += answered - fetch.since
         fetch.since = self._clock()
+
+    def _find(self, fetch: Fetch, keys: Sequence[bytes]) -> None:
+        for tier in self._tiers:
+            known = tier.known(keys)
+            _note_holder(fetch, tier, known)
+            if unsure := [key for key, answer in known.items() if answer is None]:
+                self._ask(fetch, tier, unsure)
 
     def _ask(self, fetch: Fetch, tier: StorageTier, keys: list[bytes]) -> None:
         def done(answers: list[bool]) -> None:
@@ -244,7 +256,8 @@ class Promotion:
         if fetch.loading:
             return
         self.spend(fetch)
-        fetch.complete(fetch)
+        if fetch.complete(fetch):
+            return
         if fetch.result == "loaded" and len(fetch.sizes) == 1:  # else it is not clear whose time it was
             ((name, size),) = fetch.sizes.items()
             self.gate.tier(name).note(size, fetch.spent)

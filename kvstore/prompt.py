@@ -42,7 +42,7 @@ class Fetch:
     began: float
     deadline: float
     load: Callable[["Fetch"], None]  # called with the last answer: orders the reads
-    complete: Callable[["Fetch"], None] = lambda fetch: None  # called with the last read
+    complete: Callable[["Fetch"], bool] = lambda fetch: False  # called with the last read: whether it goes on
     holders: dict[bytes, StorageTier] = field(default_factory=dict)  # by key, the quickest tier that has it
     asking: int = 1  # questions without an answer, and the one that the fetch itself is
     loading: int = 1  # reads that have not ended, and the same

@@ -14,6 +14,7 @@ from ragkv.kvstore.io_pool import Completions, Write
 from ragkv.kvstore.keys import content_key
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import RESET
+from ragkv.kvstore.planes import is_longest
 from ragkv.kvstore.prefix_tree import Chunk, is_detached, origin
 from ragkv.kvstore.storage_tier import StorageTier
 
@@ -76,12 +77,14 @@ class Tiering:
         self._memory.forget(dropped, RESET)
 
     def touch(self, chunks: Sequence[Chunk]) -> None:
-        """A chain was used, root first, or detached chunks: the tiers that hold them note that too."""
+        """A chain was used, root first, or detached chunks, then windows: tiers that hold them note that too."""
         for tier in self._tiers:
             held = [chunk for chunk in chunks if chunk.stored_in & tier.bit]
             keys = [address(chunk) for chunk in held]
             if self.aliases is not None:
-                keys = [key for pair in zip(keys, self._aliased(held, tier), strict=True) for key in pair]
+                whole = [chunk for chunk in held if not chunk.plane]
+                pairs = zip(keys, self._aliased(whole, tier), strict=False)
+                keys = [key for pair in pairs for key in pair] + keys[len(whole) :]
             if keys:
                 tier.touch(keys)
         if self.aliases is not None:
@@ -138,7 +141,7 @@ class Tiering:
         if chunk in self._unconfirmed:
             return False
         tail, renewed = chunk.open, self._memory.pins.renewed(chunk)
-        again = tail or renewed or chunk.plane > 0  # another may lie there, of a plane one that begins later
+        again = tail or renewed or is_longest(chunk, self._memory.planes)  # else what lies there is as good
         if not again and tier.knows(chunk.key):
             chunk.stored_in |= tier.bit
             self._alias(chunk, tier)

@@ -83,7 +83,7 @@ def _lacking(chunks: Sequence[Chunk], plane: int, first: int) -> list[tuple[Chun
             continue
         if window is not None and (window.ready or window.pins) and window.position <= start:
             continue
-        if window is not None and window.pins:
+        if window is not None and window.pins and not window.ready:
             return []
         lacking.append((chunk, start))
     return lacking

@@ -54,6 +54,11 @@ class RequestState:
     turn: int = 0  # of its conversation, 0 for none
     counted: bool = False  # among the requests of its turn
 
+    @property
+    def places(self) -> list[int]:
+        """Where other prompts are likely to part from this one: where one has, and where its documents end."""
+        return sorted({self.junction, *(each.end for each in self.hints.documents[-1:])})
+
     def extend(self) -> None:
         """Let the chain hold all tokens that the request has by now."""
         chain = self.prompt.chain

@@ -291,18 +291,18 @@ class SchedulerSide(Jobs):
         return state
 
     def _store_new(self, state: RequestState, upto: int) -> None:
-        """Store what a step completes: whole chunks now and then, the open tail when the prompt ends."""
+        """Store what a step completes: whole chunks now and then, the open tail when the prompt ends; and what
+        windows hold there, and where others are likely to part."""
         prompt_ends = state.stored < state.request.num_prompt_tokens <= upto
-        if not prompt_ends and upto - state.stored < self._chunker.max_tokens:
+        places = [place for place in state.places if state.stored < place <= upto] if self._stride else []
+        if not (prompt_ends or places) and upto - state.stored < self._chunker.max_tokens:
             return
         state.extend()
         if not prompt_ends:
             upto = max((end for end in state.prompt.chain.ends if end <= upto), default=0)
         self._store(state, upto)
-        if 0 < state.junction <= upto:  # others are likely to part there too
-            ends = [end for end in state.prompt.chain.ends if end <= state.junction]
-            self._store_windows(state, max(ends, default=0))
-            state.junction = 0
+        for place in places:
+            self._store_windows(state, max((end for end in state.prompt.chain.ends if end <= place), default=0))
         if prompt_ends or upto - state.marked >= self._stride:
             self._store_windows(state, upto)
         state.stored = max(state.stored, upto)

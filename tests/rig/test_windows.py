@@ -86,6 +86,19 @@ def test_prompts_that_part(rig, plain, fresh):
     plain.check([Ask(each) for each in (prompt, near, far, next_far)], found)
 
 
+def test_the_next_question_about_a_document_that_hints_name(rig, plain, fresh):
+    """Its end is one of the places, however long the questions are."""
+    document = fresh(170)
+    first, second = ((*document, *fresh(size)) for size in (120, 60))
+    asks = [Ask(each, hints={"documents": [{"id": "10-K", "start": 0, "end": 170}]}) for each in (first, second)]
+    found = []
+    for each in asks:
+        found.append(rig.answer(each.prompt, hints=each.hints))
+        rig.evict()
+    assert [answer.cached for answer in found] == [0, 170]
+    plain.check(asks, found)
+
+
 def test_a_prompt_in_several_steps_beside_others(rig, plain, fresh):
     known, long = fresh(90), fresh(STEP + 120)
     rig.answer(known)

@@ -13,18 +13,19 @@ from hand_lanes import HandClock, HandCompletions, Lower, Recorded, assert_at_re
 from ragkv.benchmarks.internal.faulty_stores import now_and_then
 from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
-from ragkv.kvstore.codec import address, decode, encode
+from ragkv.kvstore.codec import decode, encode
 from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.keys import as_tokens, mark
 from ragkv.kvstore.metrics import EXPIRED
 from ragkv.kvstore.pages import Pages, PageShape, frame_bytes
-from ragkv.kvstore.pins import AT_ONCE
+from ragkv.kvstore.pins import AT_ONCE, Pin
 from ragkv.kvstore.planes import Plane
 from ragkv.kvstore.prefix_tree import Chunk
 from ragkv.kvstore.prompt import Prompt, Result
 from ragkv.policies import make_policy
 
-SPACE, BLOCK = b"s" * 16, 4
+SPACE, BLOCK, END = b"s" * 16, 4, 1001
+STRUCTURE = TokenStructure.of([*["a"] * END, "\n\n"])  # a paragraph ends with `END`
 FULL = PageShape(1, 1, 8, 1, 4, "float32")
 SLIDING = PageShape(1, 3, 3, 1, 4, "float32")
 CHUNKED = PageShape(1, 2, 4, 1, 4, "float32")
@@ -55,7 +56,7 @@ class Engine:
         """A new process, over what lies in lower tiers."""
         self.buffer = np.zeros((self.pages, self.frame), dtype=np.uint8)
         pages, clock, metrics = Pages(self.buffer.data, FULL, self.shapes[1:]), HandClock(), Recorded()
-        completions = HandCompletions(clock)
+        self.clock, completions = clock, HandCompletions(clock)
         tiers = [each.open(clock, metrics, completions, 1 << n) for n, each in enumerate(self.lowers)]
         self.cache = KVCache(
             pages,
@@ -68,6 +69,11 @@ class Engine:
             clock=clock,
         )
         self.settle()
+
+    def chain(self, tokens):
+        chain = TokenChain(SPACE, Chunker(16, 24, 32, STRUCTURE), (), len(tokens))
+        chain.extend(as_tokens(tokens))
+        return chain
 
     def work(self):
         """What lower tiers have to do is done. Whether there was any."""
@@ -84,17 +90,18 @@ class Engine:
         self.settle()
         self.cache.reset()
 
-    def ask(self, tokens, computed=0, step=64, keep=None, answer=()):
+    def ask(self, tokens, computed=0, step=64, keep=None, answer=(), pin=None):
         """How many tokens were hit beyond `computed`; what was loaded is checked, what was computed is stored."""
-        chain = TokenChain(SPACE, Chunker(16, 24, 32, TokenStructure.of(["a"])), (), len(tokens))
-        chain.extend(as_tokens(tokens))
-        prompt = Prompt(SPACE, chain)
+        chain = self.chain(tokens)
+        prompt = Prompt(SPACE, chain, pin=pin)
         self.cache.tick()
         while (found := self.cache.lookup(prompt, computed, len(tokens) - 1)).result is Result.PENDING:
             assert self.work() or prompt.fetch.over, "it waits for nothing"
         end = computed + found.tokens
         if found.result is Result.HIT:
             self.load(prompt, tokens, computed, end)
+        if pin is not None:
+            self.cache.pin(prompt, len(tokens) - 1)
         shared = prompt.match.shared
         self.cache.release(prompt)
         every = [*tokens, *answer]
@@ -181,6 +188,18 @@ def test_a_prompt_that_leaves_early_goes_on_where_planes_allow_and_marks_the_pla
     assert engine.ask(other)[0] == 249
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["at once", "stored before"])
+def test_what_is_pinned_can_go_on_however_much_comes_after(stored):
+    engine, prompt = Engine(PLANES["window"]), fresh(1, 300)
+    pin = Pin("desk 7", 100.0)
+    if stored:
+        engine.ask(prompt)
+    engine.ask(prompt, pin=pin)
+    for seed in range(2, 9):
+        engine.ask(fresh(seed, 300))
+    assert engine.ask(prompt)[0] == 299
+
+
 def test_windows_take_less_than_all_of_their_plane():
     engine = Engine(PLANES["window"])
     engine.ask(fresh(1, 600))
@@ -248,19 +267,21 @@ def lower(request):
     return LOWERS[request.param]()
 
 
+@pytest.mark.parametrize("size", [10, 100, 400])
 @pytest.mark.parametrize("planes", PLANES)
-def test_after_a_restart_the_same_prompt_and_the_next_turn_are_hit_to_the_end(planes, lower):
-    first, answer = fresh(1, 300), fresh(2, 10)
+def test_after_a_restart_the_same_prompt_and_the_next_turn_are_hit_to_the_end(planes, lower, size):
+    """However long the answer is: it was cut from where its prompt ended, where the next turn has no cut."""
+    first, answer = fresh(1, 300), fresh(2, size)
     turn = [*first, *answer, *fresh(3, 40)]
     engine = Engine(PLANES[planes], lowers=(lower,))
     engine.ask(first, answer=answer)
     engine.cache.close(1.0)
-    for prompt, hit in ((first, 299), (turn, 310)):
+    for prompt, hit in ((first, 299), (turn, 300 + size)):
         engine.start()
         assert engine.ask(prompt)[0] == hit
     engine.cache.close(1.0)
     engine.start()
-    assert engine.ask(turn)[0] == 349, "what the last turn left"
+    assert engine.ask(turn)[0] == len(turn) - 1, "what the last turn left"
 
 
 @pytest.mark.parametrize("planes", PLANES)
@@ -286,6 +307,75 @@ def test_a_longer_window_takes_the_place_of_a_shorter_one(lower):
     assert engine.ask([*first[:266], *fresh(5, 60)])[0] == 266
 
 
+def test_a_shorter_window_does_not_take_the_place_of_a_longer_one(lower):
+    first = fresh(1, 300)
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.ask([*first[:270], *fresh(4, 29)], step=10, keep=lambda stop: True)
+    for seed in (5, 6):
+        engine.cache.close(1.0)
+        engine.start()
+        assert engine.ask([*first[:266], *fresh(seed, 60)])[0] == 266
+        engine.cache.close(1.0)
+        engine.start()
+        engine.ask(first, computed=280)  # which stores what position 300 needs
+
+
+def test_a_longer_window_does_not_wait_until_a_shorter_one_is_written():
+    lower, first = Lower(), fresh(1, 300)
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.settle, engine.check = engine.cache.tick, lambda: None  # the disk is slow
+    engine.ask(first)
+    assert lower.writes.jobs
+    engine.ask([*first[:270], *fresh(4, 29)], step=10, keep=lambda stop: True)
+    del engine.settle, engine.check
+    engine.settle()
+    assert engine.ask([*first[:266], *fresh(5, 60)])[0] == 266
+
+
+def test_windows_are_of_one_tail_whatever_lies_in_its_place(lower):
+    """Of two tails behind one chunk memory has the first without its windows; below lies the second."""
+    first, second = ([*fresh(1, 280), *fresh(seed, 5)] for seed in (2, 3))
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.ask(first), engine.ask(second)
+    engine.cache.flush(), engine.settle()
+    memory = engine.cache.memory
+    memory.forget([chunk for chunk in memory.tree if chunk.plane], EXPIRED)
+    assert engine.ask(first)[0] == 284 and not lower.notes
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask(second)[0] == 284
+
+
+def test_a_prompt_that_ends_where_the_next_turn_is_cut(lower):
+    """Its last chunk is a tail, and then is none."""
+    first, answer = [*fresh(1, 299), END], fresh(2, 10)
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.ask(first, answer=answer)
+    engine.ask([*first, *answer, *fresh(3, 40)])
+    engine.cache.close(1.0)
+    engine.start()
+    assert engine.ask([*first, *fresh(4, 50)])[0] == 300
+
+
+def test_time_that_an_answer_lies_here_is_not_the_tiers(lower):
+    first, answer = fresh(1, 300), fresh(2, 10)
+    engine = Engine(PLANES["window"], lowers=(lower,))
+    engine.ask(first, answer=answer)
+    engine.cache.close(1.0)
+    engine.start()
+    turn = [*first, *answer, *fresh(3, 40)]
+    prompt = Prompt(SPACE, engine.chain(turn))
+    assert engine.cache.lookup(prompt, 0, len(turn) - 1).result is Result.PENDING
+    steps = 0
+    while not prompt.fetch.over:
+        lower.reads.run()
+        engine.clock.now += 0.1  # a step of the engine
+        engine.cache.tick()
+        steps += 1
+    assert steps > 2 and prompt.fetch.spent < 0.1 and sum(prompt.fetch.sizes.values()) > 300 * FULL.token_bytes
+    engine.cache.release(prompt)
+
+
 def test_windows_that_are_used_are_used_below_too(lower):
     engine = Engine(PLANES["window"], lowers=(lower,))
     prompt = fresh(1, 300)
@@ -293,7 +383,7 @@ def test_windows_that_are_used_are_used_below_too(lower):
     engine.cache.flush(), engine.settle()
     before = {key: used for key, (_, used) in lower.values.values.items()}
     engine.ask(prompt)
-    windows = [address(chunk) for chunk in engine.cache.memory.tree if chunk.plane and chunk.end > 299 - 20]
+    windows = [chunk.key for chunk in engine.cache.memory.tree if chunk.plane and chunk.end > 299 - 20]
     assert windows and all(lower.values.values[key][1] > before[key] for key in windows)
 
 
@@ -370,6 +460,6 @@ def test_whatever_is_asked_no_kv_is_wrong(data, planes, pages, lower):
         prompt = [*trunk[:cut], *fresh(number % 3 + 20, data.draw(st.integers(1, 60)))]
         step = data.draw(st.sampled_from([8, 33, 64, 500]))
         marks = data.draw(st.sampled_from([None, lambda stop: True, lambda stop: stop % 2 == 0]))
-        answer = fresh(number + 50, data.draw(st.sampled_from([0, 1, 9, 40])))
+        answer = fresh(number + 50, data.draw(st.sampled_from([0, 1, 9, 40, 120])))
         computed = data.draw(st.sampled_from([0, 0, 1, 2])) * BLOCK * 5
         engine.ask(prompt, min(computed, (len(prompt) - 1) // BLOCK * BLOCK), step, marks, answer)
