@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from ragkv.errors import PayloadError
-from ragkv.kvstore.keys import chain_key, marked, tail_key
+from ragkv.kvstore.keys import MARK_BYTES, chain_key, marked, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, origin
 
@@ -76,7 +76,7 @@ class Header:
     @property
     def plane(self) -> int:
         """Whose KV it is; 0: of layers that attend to all tokens."""
-        return marked(self.tokens)
+        return marked(self.tokens) if len(self.tokens) == MARK_BYTES else 0
 
     @property
     def token_count(self) -> int:

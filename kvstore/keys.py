@@ -70,7 +70,9 @@ def mark(plane: int) -> bytes:
 
 def marked(tokens: bytes) -> int:
     """The plane whose mark `tokens` is; 0: they are tokens."""
-    first, plane = np.frombuffer(tokens, dtype="<i4", count=2).tolist() if len(tokens) == MARK_BYTES else (0, 0)
+    if len(tokens) != MARK_BYTES:
+        return 0
+    first, plane = np.frombuffer(tokens, dtype="<i4").tolist()
     return plane if first == -1 and plane > 0 else 0
 
 

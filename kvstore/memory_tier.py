@@ -64,7 +64,7 @@ class MemoryTier:
         self._pool, self._policy = PagePool(pages), policy
         self._classes = policy if isinstance(policy, Prioritized) else None
         self._metrics, self._evicting = metrics, evicting
-        self._costs = Costs(page_tokens, attention_tokens)
+        self._costs, self._page = Costs(page_tokens, attention_tokens), TOKEN_BYTES * page_tokens
         self._admitting = Admitting(admission or Always(), metrics, self._costs)
         self._gauges = Gauges(metrics, page_bytes, ["full", *(plane.name for plane in self.planes)])
         self._doomed: list[Chunk] = []  # removed while pinned, parents first: each leaves once nothing pins it
@@ -165,7 +165,7 @@ class MemoryTier:
         where the policy has classes."""
         above = [parent] if parent.pages else []
         self.pin(above)  # the victims must not be the new chunks' ancestors
-        pages, free = [self._costs.pages(tokens) for _, tokens in chain], self._pool.free
+        pages, free = [-(-len(tokens) // self._page) for _, tokens in chain], self._pool.free
         fit = bisect.bisect_right(list(accumulate(pages)), free + self._policy.evictable)
         new = self.tree.insert(parent, chain[:fit])
         if len(new) < len(chain):
@@ -298,7 +298,7 @@ class MemoryTier:
 
     def cost(self, chunk: Chunk) -> float:
         """Work to compute a chunk, in tokens at the beginning of a prompt."""
-        return self._costs.work(len(chunk), chunk.position)
+        return (chunk.end - chunk.position) * (1.0 + chunk.position / self._costs.attention_tokens)  # as `Costs`
 
     def lose_copies(self, chunks: Iterable[Chunk]) -> None:
         """Their copies in the device tier could not be read: they are in memory only."""

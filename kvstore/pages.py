@@ -127,10 +127,11 @@ class Pages:
     def fill(self, chunk: Chunk, raw: memoryview, tokens: int | None = None) -> None:
         """Write the raw bytes of a chunk, or of so many `tokens`, from its first page on. ValueError: there are
         more or fewer bytes."""
-        shape, tokens = self.shapes[chunk.plane], len(chunk) if tokens is None else tokens
-        if len(raw) != tokens * shape.token_bytes or tokens > len(chunk):
-            size = tokens * shape.token_bytes
-            raise ValueError(f"pages: {len(raw)} bytes for {tokens} of {len(chunk)} tokens, which take {size}")
+        shape, most = self.shapes[chunk.plane], chunk.end - chunk.position
+        tokens = most if tokens is None else tokens
+        size = tokens * shape.token_bytes
+        if len(raw) != size or tokens > most:
+            raise ValueError(f"pages: {len(raw)} bytes for {tokens} of {most} tokens, which take {size}")
         source: Bytes = np.frombuffer(raw, dtype=np.uint8)
         full, rest = divmod(tokens, shape.page_tokens)
         pages, at = _numbers(chunk), 0

@@ -78,8 +78,8 @@ def window_of(chunk: Chunk, plane: int) -> Chunk | None:
 
 
 def is_longest(chunk: Chunk, planes: Sequence[Plane]) -> bool:
-    """Whether it is a window that begins as early as any that its plane keeps of that chunk."""
-    kept = planes[chunk.plane - 1].kept_from(chunk.end, 0) if chunk.plane else None
+    """Whether a window begins as early as any that its plane keeps of that chunk."""
+    kept = planes[chunk.plane - 1].kept_from(chunk.end, 0)
     return kept is not None and chunk.parent is not None and chunk.position <= max(chunk.parent.position, kept)
 
 

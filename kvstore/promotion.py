@@ -159,7 +159,7 @@ class Promotion:
                 self._read_batch(batch)
                 batch, size = [], 0
             batch.append(each)
-            size += self._codec.pages.size(each.chunk)
+            size += (each.chunk.end - each.chunk.position) * self._token_bytes
             self.loading[each.chunk] = [fetch]
             fetch.loading += 1
             fetch.sources[each.chunk] = each.tier.name
@@ -247,7 +247,7 @@ class Promotion:
         for chunk, header in came.items():
             if header.expires and chunk in self._memory:
                 self._memory.pins.expire(chunk, self._clock() + header.expires - self._codec.wall())
-        tokens = sum(len(chunk) for chunk in came if not chunk.plane)
+        tokens = sum(chunk.end - chunk.position for chunk in came if not chunk.plane)
         self._metrics.count(m.PROMOTED_TOKENS, tokens, tier=tier.name)
 
     def _loaded(self, fetch: Fetch) -> None:

@@ -141,7 +141,9 @@ class Tiering:
         if chunk in self._unconfirmed:
             return False
         tail, renewed = chunk.open, self._memory.pins.renewed(chunk)
-        again = tail or renewed or is_longest(chunk, self._memory.planes)  # else what lies there is as good
+        again = (
+            tail or renewed or (chunk.plane > 0 and is_longest(chunk, self._memory.planes))
+        )  # else what lies there is as good
         if not again and tier.knows(chunk.key):
             chunk.stored_in |= tier.bit
             self._alias(chunk, tier)
