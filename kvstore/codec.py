@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from ragkv.errors import PayloadError
-from ragkv.kvstore.keys import MARK_BYTES, chain_key, marked, tail_key
+from ragkv.kvstore.keys import chain_key, marked, tail_key
 from ragkv.kvstore.pages import Pages
 from ragkv.kvstore.prefix_tree import Chunk, DetachedRoot, origin
 
@@ -76,7 +76,7 @@ class Header:
     @property
     def plane(self) -> int:
         """Whose KV it is; 0: of layers that attend to all tokens."""
-        return marked(self.tokens) if len(self.tokens) == MARK_BYTES else 0
+        return marked(self.tokens)
 
     @property
     def token_count(self) -> int:
@@ -265,8 +265,9 @@ class ChunkCodec:
         shapes = self.pages.shapes
         if header.namespace != namespace:
             raise PayloadError("namespace", "payload: it is of another namespace")
-        shape = shapes[header.plane] if header.plane < len(shapes) else None
-        tokens = header.shape[0] if header.plane else header.token_count
+        plane = header.plane
+        shape = shapes[plane] if plane < len(shapes) else None
+        tokens = header.shape[0] if plane else len(header.tokens) // _TOKEN_BYTES
         if shape is None or (header.shape, header.dtype) != (shape.of(tokens), shape.dtype):
             raise PayloadError("shape", f"payload: {header.shape} {header.dtype} does not fit this engine")
         if header.expires and header.expires <= self.wall():

@@ -298,7 +298,7 @@ class MemoryTier:
 
     def cost(self, chunk: Chunk) -> float:
         """Work to compute a chunk, in tokens at the beginning of a prompt."""
-        return (chunk.end - chunk.position) * (1.0 + chunk.position / self._costs.attention_tokens)  # as `Costs`
+        return self._costs.work(chunk.end - chunk.position, chunk.position)
 
     def lose_copies(self, chunks: Iterable[Chunk]) -> None:
         """Their copies in the device tier could not be read: they are in memory only."""

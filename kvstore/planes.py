@@ -47,11 +47,15 @@ class Plane:
         continues there, since its last token is always computed), and what engines with other blocks need."""
         if live > self.first(position):
             return None
-        return max(live, min(self.first(position), self.first(max(0, position - 1))) // KEPT * KEPT)
+        return max(live, self.kept(position))
+
+    def kept(self, position: int) -> int:
+        """As `kept_from`, where the engine has everything."""
+        return self.first(max(0, position - 1)) // KEPT * KEPT
 
     def earliest(self, position: int) -> int:
         """From which position on any engine may have kept KV, so that a prompt can continue at `position`."""
-        return min(self.first(position, WIDEST), self.first(max(0, position - 1), WIDEST))
+        return self.first(max(0, position - 1), WIDEST)
 
     def free(self, position: int) -> int:
         """The last position up to this one where nothing is needed."""
@@ -79,8 +83,8 @@ def window_of(chunk: Chunk, plane: int) -> Chunk | None:
 
 def is_longest(chunk: Chunk, planes: Sequence[Plane]) -> bool:
     """Whether a window begins as early as any that its plane keeps of that chunk."""
-    kept = planes[chunk.plane - 1].kept_from(chunk.end, 0)
-    return kept is not None and chunk.parent is not None and chunk.position <= max(chunk.parent.position, kept)
+    assert chunk.parent is not None
+    return chunk.position <= max(chunk.parent.position, planes[chunk.plane - 1].kept(chunk.end))
 
 
 def reachable(match: Match, planes: Sequence[Plane], have: int) -> Match:

@@ -156,11 +156,9 @@ class PrefixLookup:
         ways = [Way(parent, parent.end, chunks, parts, rest, known and has_open_child(parent))]
         if self._planes:
             ways += self._beside(namespace, prefix, chunks)
-        loading = [chunk for chunk in chunks if chunk in self._promotion.loading]
-        for way in ways if self._planes else ():
-            windows = (window_of(chunk, number) for chunk in way.chunks for number, _ in self._planes)
-            loading += [window for window in windows if window in self._promotion.loading]
-        return ways, list(dict.fromkeys(loading))
+        windows = (window_of(chunk, number) for way in ways for chunk in way.chunks for number, _ in self._planes)
+        coming = (each for each in (*chunks, *windows) if each is not None and each in self._promotion.loading)
+        return ways, list(dict.fromkeys(coming))
 
     def _beside(self, namespace: bytes, prefix: Prefix, chunks: list[Chunk]) -> list[Way]:
         """The way along what memory has behind `chunks`, which ends where the prompt is not cut, and on from
@@ -198,9 +196,8 @@ class PrefixLookup:
         for chunk in loading:
             promotion.join(fetch, chunk)
         held = [way.held(fetch) for way in ways]
-        reached = [self._reach(fetch, prefix, way) for way in held]
-        end = max(reached)
-        way = next(way for way, reach in zip(reversed(held), reversed(reached), strict=True) if reach == end)
+        end, best = max((self._reach(fetch, prefix, way), number) for number, way in enumerate(held))
+        way = held[best]
         tail = way.tail() if end >= way.end else None
         tier = fetch.holders.get(tail.key) if tail is not None else None
         run = [part for part in way.parts if part.position < end]
@@ -249,8 +246,7 @@ class PrefixLookup:
             if window is not None and (window.ready or window in self._promotion.loading):
                 return window.position
             if each is tail or (window is None and window_key(each.key, number) in fetch.holders):
-                kept = self._memory.planes[number - 1].kept_from(each.end, 0)
-                return None if kept is None else max(each.position, kept)
+                return max(each.position, self._memory.planes[number - 1].kept(each.end))
             return None
 
         limit = min(way.end if tail is None else tail.end, prefix.limit)

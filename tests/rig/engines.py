@@ -113,6 +113,15 @@ class Plain:
         assert [*differences(self.answers(asks), found)] == []
 
 
+def check_preempted(rig, plain, asks):
+    """Requests that run together, four of them known, are preempted, and answers are plain vLLM's."""
+    rig.answers(asks[:4])
+    rig.evict()
+    before = rig.count("vllm:num_preemptions_total")
+    plain.check(asks, rig.answers(asks))
+    assert rig.count("vllm:num_preemptions_total") > before
+
+
 def differences(wanted, found):
     """What is wrong with some answers, in words."""
     for number, (want, got) in enumerate(zip(wanted, found, strict=True)):

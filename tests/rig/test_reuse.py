@@ -6,7 +6,7 @@ import pytest
 
 from rig import beside
 from rig.beside import Ask
-from rig.engines import BLOCK, STEP, differences
+from rig.engines import BLOCK, STEP, check_preempted, differences
 
 
 def test_it_is_the_engine_that_it_claims_to_be(rig, combination):
@@ -102,12 +102,7 @@ def test_a_prompt_in_several_steps(rig, plain, fresh):
 
 def test_so_few_blocks_that_requests_are_preempted(rig, plain, fresh):
     """Six requests of 6 blocks, and soon of 7, in 39."""
-    asks = [Ask(fresh(94), 6) for _ in range(6)]
-    rig.answers(asks[:4])
-    rig.evict()
-    before = rig.count("vllm:num_preemptions_total")
-    plain.check(asks, rig.answers(asks))
-    assert rig.count("vllm:num_preemptions_total") > before
+    check_preempted(rig, plain, [Ask(fresh(94), 6) for _ in range(6)])
 
 
 @pytest.mark.parametrize("steps", range(5))

@@ -6,7 +6,7 @@ import pytest
 from models.kinds import VOCABULARY, F, S, make, sliding
 from rig import beside, faults
 from rig.beside import Ask
-from rig.engines import COMBINATIONS, SETTINGS, STEP, plain_engine, rig_engine
+from rig.engines import COMBINATIONS, SETTINGS, STEP, check_preempted, plain_engine, rig_engine
 from rig.faults import Fault
 
 BLOCKS = 90  # of 16 tokens, for three groups of layers
@@ -38,20 +38,13 @@ def plain(model):
 
 
 @pytest.fixture(scope="module")
-def shared(combination, model, tmp_path_factory):
+def shared_rig(combination, model, tmp_path_factory):
     """Its caches are small."""
     place = tmp_path_factory.mktemp(f"windows-{combination}")
     settings = SETTINGS | {"memory": {"capacity": "1536KiB"}, "disk": {"path": str(place / "disk")}}
     with rig_engine(model, place, combination, settings, num_gpu_blocks_override=BLOCKS) as made:
         made.call(faults.wrap_stores)
         yield made
-
-
-@pytest.fixture
-def rig(shared):
-    shared.call(faults.forget_failures)
-    shared.evict()
-    return shared
 
 
 def test_the_model_has_windows_and_its_answers_depend_on_the_prompt(rig, plain, fresh):
@@ -152,12 +145,7 @@ def test_an_abort_leaves_only_good_kv(rig, plain, fresh, steps):
 
 def test_so_few_blocks_that_requests_are_preempted(rig, plain, fresh):
     """Eight requests of 12 blocks, and soon of 15, in 89."""
-    asks = [Ask(fresh(94), 6) for _ in range(8)]
-    rig.answers(asks[:4])
-    rig.evict()
-    before = rig.count("vllm:num_preemptions_total")
-    plain.check(asks, rig.answers(asks))
-    assert rig.count("vllm:num_preemptions_total") > before
+    check_preempted(rig, plain, [Ask(fresh(94), 6) for _ in range(8)])
 
 
 def test_what_memory_has_lost_comes_from_the_disk(rig, plain, fresh):
