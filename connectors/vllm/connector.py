@@ -320,7 +320,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         for saves later than for this, or not at all in a step without a forward.)"""
         if self.worker_side is None:
             return None, None
-        self.worker_side.carry_out()
+        self.worker_side.carry_out(drafted=False)
         sent, received = self.worker_side.take_finished()
         return sent or None, received or None
 

@@ -15,10 +15,11 @@ from ragkv.connectors.vllm.identity import examine
 from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.layout import probe
 from ragkv.connectors.vllm.messages import DEVICE_MOVER
-from ragkv.connectors.vllm.model import find_model
+from ragkv.connectors.vllm.model import find_drafter, find_model
 from ragkv.connectors.vllm.pinning import pin
 from ragkv.connectors.vllm.sampling import WeightsObserver
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shapes, step_bytes
+from ragkv.connectors.vllm.speculation import drafts
 from ragkv.connectors.vllm.streams import compute_stream
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.connectors.vllm.transfer import DirectMover, Mover, PagePart, PrepareRotation, Tier, make_mover
@@ -75,8 +76,12 @@ class Equipment:
         return Copier({}, tokens, token_bytes, step_bytes(self._settings, self.device), faults)
 
     def make_observer(self, faults: Faults) -> WeightsObserver:
-        """What looks at the model's weights."""
-        return WeightsObserver(self._model, self.device, self.compute, self.rank, faults)
+        """What looks at the model's weights, and at those of a drafter that keeps KV."""
+        weights = self._model
+        if weights is not None and drafts(self._vllm_config):
+            drafter = find_drafter(self._vllm_config)
+            weights = None if drafter is None else torch.nn.ModuleList([weights, drafter])
+        return WeightsObserver(weights, self.device, self.compute, self.rank, faults)
 
     def make_fusion(self) -> tuple[PrepareRotation, Fuser]:
         """The rotation of moved keys, and the fuser. FusionError, or whatever an unknown model or backend raises:

@@ -18,6 +18,7 @@ from ragkv.connectors.vllm.error_boundary import logger
 from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.messages import Group
+from ragkv.connectors.vllm.speculation import drafts, refuse_speculation
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
 from ragkv.kvstore.keys import namespace
@@ -83,9 +84,7 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
         getattr(parallel, "data_parallel_size", 1) > 1 or getattr(parallel, "enable_eplb", False)
     ):
         raise LayoutError("experts of one model in several engines, or that move: weights that nobody sees whole")
-    speculative = vllm_config.speculative_config
-    if speculative is not None and not str(speculative.method).startswith("ngram"):
-        raise LayoutError(f"speculative decoding by {speculative.method}; supported: ngram")
+    refuse_speculation(vllm_config)
     if not getattr(vllm_config.model_config, "is_prefix_caching_supported", True):
         raise LayoutError("vLLM says that this model (its attention or its pooling) cannot do without a prefix")
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -174,8 +173,9 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
     """16 bytes that name what an engine's KV depends on beside its weights and the request, and how its bytes are
     laid out. Names, paths, revisions, seeds and load formats do not count: the weights tell."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in NOT_THE_MODEL}
-    text = json.dumps(config, sort_keys=True, default=str)
+    text, more = _as_text(model.hf_config), {}
+    if drafts(vllm_config):
+        more["drafter"] = _as_text(vllm_config.speculative_config.draft_model_config.hf_config)
     return namespace(
         {
             "version": VERSION,
@@ -200,7 +200,14 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
             # None where the model's configuration says it, or there is none:
             "window": getattr(cache, "sliding_window", None),
         }
+        | more
     )
+
+
+def _as_text(hf_config: Any) -> str:
+    """A model's configuration, without what says nothing of its KV."""
+    config = {key: value for key, value in hf_config.to_dict().items() if key not in NOT_THE_MODEL}
+    return json.dumps(config, sort_keys=True, default=str)
 
 
 class Namespaces:

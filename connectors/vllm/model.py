@@ -42,7 +42,18 @@ def _before(owner: type, name: str, note: Callable[[Any], object]) -> None:
 def find_model(vllm_config: Any) -> Any:
     """The model of the worker with that configuration, or that a copy of it was made of, as MultiConnector does
     for its children; None where it is not known."""
+    runner = _find_runner(vllm_config)
+    return None if runner is None else runner.get_model()
+
+
+def find_drafter(vllm_config: Any) -> Any:
+    """As `find_model`, for the model that drafts tokens."""
+    runner = _find_runner(vllm_config)
+    return None if runner is None else runner.get_draft_model()
+
+
+def _find_runner(vllm_config: Any) -> Any:
     for worker in list(_workers):
         if worker.vllm_config.compilation_config is vllm_config.compilation_config:
-            return worker.model_runner.get_model()
+            return worker.model_runner
     return None

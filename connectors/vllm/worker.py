@@ -20,6 +20,7 @@ from ragkv.connectors.vllm.error_boundary import Faults, in_words, logger
 from ragkv.connectors.vllm.fusion_worker import TURN_DEVICE_BYTES, Fuser
 from ragkv.connectors.vllm.messages import Fusion, Handshake, StepOrders, StepReport
 from ragkv.connectors.vllm.sampling import WeightsObserver
+from ragkv.connectors.vllm.speculation import drafts
 from ragkv.connectors.vllm.streams import Event, Stream, Ticket
 from ragkv.connectors.vllm.transfer import PrepareRotation
 from ragkv.errors import FusionError, RagKVError
@@ -67,6 +68,7 @@ class WorkerSide:
         self._no_fusion: str | None = "the engine's model is not known"
         self._steps = 0
         self._orders: StepOrders | None = None  # of the step under way, until they are carried out
+        self._drafts = drafts(vllm_config)
         self._block_tokens = 1
         self._report = StepReport()
         self._waiting: Counter[str] = Counter()  # loads that are not over, by request
@@ -124,6 +126,8 @@ class WorkerSide:
 
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
+        if self._orders is not None:
+            self.carry_out()
         self.preempt(orders)
         self._weights.observe(orders.asked, orders.tokens, self._report)
         self._orders = orders
@@ -132,9 +136,12 @@ class WorkerSide:
         if self._compute is not None and (orders.tokens >= LEAST_TOKENS or self._steps % SOME_STEPS == 0):
             self._forward = orders.work, self._compute.record()
 
-    def carry_out(self) -> None:
+    def carry_out(self, *, drafted: bool = True) -> None:
         """Carry out the orders of this step, after its forward. A second call only notes which copies have
-        ended."""
+        ended; so does one before a drafter has written its KV, which has `drafted` if it is to run."""
+        if not drafted and self._drafts and self._orders is not None and self._orders.tokens:
+            self._collect()
+            return
         orders, self._orders = self._orders, None
         if orders is not None:
             self._forward_over()

@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,28 @@ def test_what_was_ordered_is_carried_out_once_by_whatever_vllm_calls_first(engin
         assert [each for each in told if each is not None] == [({"r1"}, None)]
         assert connector.build_connector_worker_meta() == StepReport({2: 1}, {2})
         assert connector.get_finished(set()) == (None, None)
+
+
+def test_with_a_drafter_what_was_ordered_waits_until_that_has_run():
+    """vLLM asks what has finished, then lets the drafter run, then calls for saves; its V1 runner does."""
+    drafting = config(speculative_config=SimpleNamespace(method="eagle"))
+    worker = WorkerSide(drafting, caches(spec()), Settings(), Metrics(), Faults(Metrics()))
+    store = Job(2, np.array([0]), np.array([50]), "r1")
+
+    def begin(tokens):
+        worker.begin(StepOrders([], [store], finishing={"r1"}, block_tokens=16, tokens=tokens))
+
+    begin(tokens=3)
+    worker.carry_out(drafted=False)
+    assert worker.take_finished() == (set(), set())
+    worker.carry_out()
+    assert worker.take_finished() == ({"r1"}, set())
+    begin(tokens=0)
+    worker.carry_out(drafted=False)
+    assert worker.take_finished() == ({"r1"}, set()), "no forward, no drafter"
+    begin(tokens=3)
+    begin(tokens=0)  # nobody called for saves
+    assert worker.take_finished() == ({"r1"}, set())
 
 
 # --- the early look at the settings ---

@@ -99,9 +99,9 @@ def test_the_shape_of_an_engine():
         ({"decode_context_parallel_size": 2}, [spec()], "decode_context_parallel_size = 2"),
         ({"prefill_context_parallel_size": 2}, [spec()], "prefill_context_parallel_size = 2"),
         (
-            {"speculative_config": SimpleNamespace(method="eagle3")},
+            {"speculative_config": SimpleNamespace(method="dflash")},
             [spec()],
-            "speculative decoding by eagle3",
+            "speculative decoding by dflash; supported: .*, eagle3, mtp$",
         ),
         ({"is_prefix_caching_supported": False}, [spec()], "cannot do without a prefix"),
         ({}, [], "0 groups"),

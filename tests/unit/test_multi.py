@@ -93,7 +93,7 @@ def test_room_is_looked_at_once_for_all_processes_of_an_engine(monkeypatch):
 
 def test_the_model_is_found_from_a_copy_of_the_configuration(monkeypatch):
     config, other = (SimpleNamespace(compilation_config=SimpleNamespace()) for _ in range(2))
-    runner = SimpleNamespace(get_model=lambda: "the model")
+    runner = SimpleNamespace(get_model=lambda: "the model", get_draft_model=lambda: "its drafter")
     worker = type("Worker", (), {})()
     worker.vllm_config, worker.model_runner = config, runner
     for name in ("init_device", "initialize_from_config"):
@@ -101,7 +101,8 @@ def test_the_model_is_found_from_a_copy_of_the_configuration(monkeypatch):
     model.watch_workers()
     WorkerWrapperBase.initialize_from_config(SimpleNamespace(worker=worker))
     assert model.find_model(config) == model.find_model(copy.copy(config)) == "the model"
-    assert model.find_model(other) is None
+    assert model.find_drafter(copy.copy(config)) == "its drafter"
+    assert model.find_model(other) is None and model.find_drafter(other) is None
 
 
 @pytest.mark.parametrize(
