@@ -95,7 +95,7 @@ class KVCache:
         )
         self.windows = Windows(self.memory)
         self.capacity = len(pages) * pages.shape.page_tokens  # of memory, in tokens
-        self.token_bytes = pages.shape.token_bytes
+        self.token_bytes = pages.token_bytes
         self.priority_classes = self.memory.classes  # 1: all chunks are alike
         codec = ChunkCodec(pages, wall)
         self.tiering = Tiering(self.memory, codec, self.tiers, completions, clock)

@@ -163,18 +163,18 @@ def _next(ascending: Sequence[int], at_least: int) -> int | None:
 class TokenChain:
     """The tokens of one request, cut and named as far as they are known.
 
-    `tokens` int32 [n]; `ends[i]` and `keys[i]`: end position and chain key of the i-th decided chunk. `loose`: an
-    end where only this request is cut (its prompt ends there), so that to others that chunk is an open tail; or
-    None.
+    `tokens` int32 [n]; `ends[i]` and `keys[i]`: end position and chain key of the i-th decided chunk. `loose`:
+    ascending ends where only this request is cut (its prompt ends there), so that to others that chunk is an open
+    tail.
     """
 
     def __init__(
-        self, root_key: bytes, chunker: Chunker, named: Sequence[int] = (), loose: int | None = None
+        self, root_key: bytes, chunker: Chunker, named: Sequence[int] = (), loose: Sequence[int] = ()
     ) -> None:
         self.tokens: Tokens = np.empty(0, dtype=np.int32)
         self.ends: list[int] = []
         self.keys: list[bytes] = []
-        self.loose = loose
+        self.loose = list(loose)
         self._root_key = root_key
         self._chunker = chunker
         self._named = named
@@ -184,16 +184,24 @@ class TokenChain:
         self.tokens = np.concatenate([self.tokens, more]) if len(self.tokens) else more
         start = self.ends[-1] if self.ends else 0
         ends: list[int] = []
-        if self.loose is not None and start < self.loose <= len(self.tokens):
-            ends = self._chunker.cut(self.tokens[: self.loose], start, self._named)
-            if ends and ends[-1] == self.loose:
-                self.loose = None
+        for loose in [each for each in self.loose if start < each <= len(self.tokens)]:
+            ends += self._chunker.cut(self.tokens[:loose], ends[-1] if ends else start, self._named)
+            if ends and ends[-1] == loose:
+                self.loose.remove(loose)
             else:
-                ends.append(self.loose)
+                ends.append(loose)
         ends += self._chunker.cut(self.tokens, ends[-1] if ends else start, self._named)
         key = self.keys[-1] if self.keys else self._root_key
         self.keys += chain_keys(key, self.tokens.tobytes(), [start, *ends])
         self.ends += ends
+
+    def as_others(self) -> "TokenChain":
+        """The same tokens, cut as in other prompts."""
+        if not self.loose:
+            return self
+        plain = TokenChain(self._root_key, self._chunker, self._named)
+        plain.extend(self.tokens)
+        return plain
 
     def behind(self, end: int, key: bytes) -> list[tuple[int, bytes]]:
         """End and key of each decided chunk, if the tokens were cut at `end`, behind a chunk of that key."""

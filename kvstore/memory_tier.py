@@ -18,7 +18,7 @@ from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.pages import PagePool
 from ragkv.kvstore.pins import NEVER, Pins
-from ragkv.kvstore.planes import Plane, Window, reachable, window_of
+from ragkv.kvstore.planes import Plane, Window, window_of
 from ragkv.kvstore.prefix_tree import (
     PAGE_NUMBER_BYTES,
     Chunk,
@@ -29,6 +29,7 @@ from ragkv.kvstore.prefix_tree import (
     is_detached,
     longest_shared,
 )
+from ragkv.kvstore.ways import furthest
 from ragkv.policies import EvictionPolicy, Prioritized
 from ragkv.policies.admission import AdmissionPolicy, Always
 
@@ -96,15 +97,14 @@ class MemoryTier:
         return chunk in self.tree
 
     def match(self, namespace: bytes, chain: TokenChain, limit: int, have: int = 0) -> Match:
-        """The longest prefix of `chain`, at most `limit` tokens, that can be read from memory now. The engine has
-        the first `have` tokens itself, in all planes."""
+        """The longest prefix of `chain` up to `limit` that can be read now; the engine has `have` tokens."""
         found = self.tree.match(self.tree.root(namespace), chain, limit)
-        over = next(filter(self.pins.over, found.chunks), None) if self.pins.late else None
-        if over is not None:  # its time is over, and `tick` has not come to it yet
-            before = found.chunks[: found.chunks.index(over)]
-            found = Match(before, over.position, shared=over.position)
+        late = next(filter(self.pins.over, found.chunks), None) if self.pins.late else None
+        if late is not None:  # its time is over, and `tick` has not come to it yet
+            found = Match(found.chunks[: found.chunks.index(late)], late.position, shared=late.position)
         if self.planes:
-            found = reachable(found, self.planes, have)
+            root, over = self.tree.root(namespace), self.pins.over if self.pins.late else None
+            found = furthest(found, root, chain, limit, self.planes, have, over)
             if self.pins.late and any(map(self.pins.over, found.windows)):
                 return Match((), 0, shared=found.shared)
         return found
@@ -132,7 +132,7 @@ class MemoryTier:
         for index, (end, key) in enumerate(cuts):
             tokens = raw[TOKEN_BYTES * start : TOKEN_BYTES * end]
             chunk = self.tree.get(key, parent, tokens)
-            closed = index < whole and end != chain.loose
+            closed = index < whole and end not in chain.loose
             if chunk is not None and chunk.open and closed:
                 chunk.open, chunk.stored_in = False, 0  # no tail any more: lower tiers have it elsewhere now
             if chunk is not None and self.pins.outlive(chunk, until):
@@ -182,7 +182,7 @@ class MemoryTier:
         """Room for what a plane has of a chunk from a position on, in place of what it had; pinned and not ready.
         None: there is no room, or what it had is in use."""
         self._drop_window(chunk, plane)
-        pages = -(-(chunk.end - position) // self.planes[plane - 1].shape.page_tokens)
+        pages = self.planes[plane - 1].shape.pages(chunk.end - position)
         self.pin([chunk])
         victims = None if window_of(chunk, plane) else self._policy.evict(pages - self._pool.free)
         new = Window(chunk, plane, position) if victims is not None else None
@@ -199,7 +199,7 @@ class MemoryTier:
     def shorten(self, window: Window, position: int) -> None:
         """A reserved window begins later than was thought: give back what it needs no more."""
         window.position = position
-        pages = PAGE_NUMBER_BYTES * -(-len(window) // self.planes[window.plane - 1].shape.page_tokens)
+        pages = PAGE_NUMBER_BYTES * self.planes[window.plane - 1].shape.pages(len(window))
         if pages < len(window.pages):
             self._pool.give_back(window.pages[pages:], window.plane)
             window.pages = window.pages[:pages]
@@ -229,9 +229,9 @@ class MemoryTier:
             each = each.parent
 
     def discard(self, chunk: Chunk) -> None:
-        """Drop a chunk whose tokens others hold now, with what other planes have of it; no error if it is gone, in
-        use, or has children."""
-        for plane in range(1, len(self.planes) + 1):
+        """Drop a chunk whose tokens others hold now, with what other planes have of it (but a state, which nothing
+        holds anew); no error if it is gone, in use, or has children."""
+        for plane in [number for number, plane in enumerate(self.planes, 1) if not plane.state]:
             self._drop_window(chunk, plane)
         self._drop_leaf(chunk, m.SUPERSEDED)
 

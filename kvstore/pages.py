@@ -18,7 +18,10 @@ Bytes = npt.NDArray[np.uint8]
 class PageShape:
     """A page is `[ranks, layers, kinds, page_tokens, row]`; a row is one token's K or V in one layer and one rank,
     `row_elements` elements of `itemsize` bytes. `dtype` is their name; `kinds`: 2, or 1 where a token has one
-    vector a layer."""
+    vector a layer. Where there are no `layers`, a page holds nothing, and its chunk takes it all the same.
+
+    `spread`: how many pages each rank's share of one token takes, where that is larger than a page (a state); 0: a
+    page holds `page_tokens` tokens."""
 
     ranks: int
     layers: int
@@ -27,6 +30,7 @@ class PageShape:
     itemsize: int
     dtype: str
     kinds: int = 2
+    spread: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -36,7 +40,16 @@ class PageShape:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
-        return self.token_bytes * self.page_tokens
+        return -(-self.rank_bytes // self.spread) if self.spread else self.token_bytes * self.page_tokens
+
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of one token of one rank."""
+        return self.token_bytes // self.ranks
+
+    def pages(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return self.ranks * self.spread * tokens if self.spread else -(-tokens // self.page_tokens)
 
     def of(self, tokens: int) -> tuple[int, ...]:
         """The shape that a payload of so many tokens states. Its raw bytes are the full pages one after the other,
@@ -86,7 +99,7 @@ class PagePool:
 
 def frame_bytes(shapes: Sequence[PageShape]) -> int:
     """Bytes of memory that a page of any of these shapes takes: of the largest, and a multiple of every row's."""
-    row = math.lcm(*(shape.row_elements * shape.itemsize for shape in shapes))
+    row = math.lcm(*(shape.row_elements * shape.itemsize for shape in shapes if not shape.spread))
     return -(-max(shape.page_bytes for shape in shapes) // row) * row
 
 
@@ -97,6 +110,7 @@ class Pages:
     def __init__(self, buffer: bytearray | memoryview, shape: PageShape, others: Sequence[PageShape] = ()) -> None:
         self.shape, self.shapes = shape, (shape, *others)
         self.frame_bytes = frame_bytes(self.shapes)
+        self.token_bytes = shape.token_bytes or sum(each.token_bytes for each in others)  # of a token, about
         self._bytes: Bytes = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, self.frame_bytes)
 
     def __len__(self) -> int:
@@ -115,6 +129,11 @@ class Pages:
         """The raw bytes of a chunk, in order. Views of the tier, which hold as long as the chunk is pinned, or
         copies. Never a byte that is not the chunk's own (what a page has free may be another tenant's)."""
         shape = self.shapes[chunk.plane]
+        if not shape.layers:
+            return []
+        if shape.spread:
+            parts = self._spread(chunk, shape)
+            return [(part.copy() if copy else part).data for part in parts]
         full, rest = divmod(len(chunk), shape.page_tokens)
         pages = _numbers(chunk)
         parts = self._whole(pages[:full], shape)
@@ -132,10 +151,12 @@ class Pages:
         size = tokens * shape.token_bytes
         if len(raw) != size or tokens > most:
             raise ValueError(f"pages: {len(raw)} bytes for {tokens} of {most} tokens, which take {size}")
+        if not shape.layers:
+            return
         source: Bytes = np.frombuffer(raw, dtype=np.uint8)
-        full, rest = divmod(tokens, shape.page_tokens)
+        full, rest = (0, 0) if shape.spread else divmod(tokens, shape.page_tokens)
         pages, at = _numbers(chunk), 0
-        for part in self._whole(pages[:full], shape):
+        for part in self._spread(chunk, shape) if shape.spread else self._whole(pages[:full], shape):
             part[:] = source[at : at + len(part)]
             at += len(part)
         if rest:
@@ -147,6 +168,11 @@ class Pages:
         if shape.page_bytes < self.frame_bytes:
             return [self._bytes[page, : shape.page_bytes] for page in map(int, pages)]
         return [self._bytes[first : last + 1].reshape(-1) for first, last in _runs(pages)]
+
+    def _spread(self, chunk: Chunk, shape: PageShape) -> list[Bytes]:
+        """Views of what one token has, in order: rank by rank, page by page."""
+        sizes = [min(shape.page_bytes, shape.rank_bytes - n * shape.page_bytes) for n in range(shape.spread)]
+        return [self._bytes[page, :size] for page, size in zip(_numbers(chunk), sizes * shape.ranks, strict=True)]
 
     def _rows(self, page: int, shape: PageShape) -> Bytes:
         """A page as [ranks * layers * kinds, page_tokens, bytes of a row]."""

@@ -1,8 +1,9 @@
 """Planes: the kinds of KV that a token has, where a model's layers are of several kinds.
 
 Plane 0 holds the KV of layers that attend to all earlier tokens; every chunk has it. Each other plane is of
-layers that attend to a window, or to a chunk of positions. A prompt can continue at a position if what these
-layers attend to there is stored too. It is kept only at positions where prompts are likely to continue.
+layers that attend to a window, or to a chunk of positions, or whose state has taken in all tokens before (Mamba,
+linear attention, convolutions). A prompt can continue at a position if what these layers attend to there, or their
+state there, is stored too. It is kept only at positions where prompts are likely to continue.
 """
 
 import math
@@ -21,22 +22,28 @@ KEPT = 128  # what is kept begins at a multiple, so that engines of smaller bloc
 @dataclass(frozen=True, slots=True)
 class Plane:
     """`shape`: of its pages. `window`: how many tokens a token attends to, itself included; or `span`: it attends
-    to those of its own `span` positions, counted from multiples (chunked attention). One of the two is 0.
-    `block_tokens`: of the engine's blocks, which are loaded whole."""
+    to those of its own `span` positions, counted from multiples (chunked attention); or `state`: the state that
+    the last token has left is all that is needed. Only one of the three is given. `block_tokens`: of the engine's
+    blocks, which are loaded whole."""
 
     shape: PageShape
     window: int = 0
     span: int = 0
     block_tokens: int = 1
+    state: bool = False
 
     @property
     def name(self) -> str:
         """As metrics have it."""
+        if self.state:
+            return "state"
         return f"window_{self.window}" if self.window else f"chunk_{self.span}"
 
     def first(self, position: int, grain: int | None = None) -> int:
         """From which position on KV must be there for a prompt to go on at `position`, in whole blocks (or in
         multiples of `grain`); `position` itself: none."""
+        if self.state:
+            return max(0, position - 1)
         start = max(0, position - self.window + 1) if self.window else position // self.span * self.span
         start = start // (grain or self.block_tokens) * (grain or self.block_tokens)
         return min(start, position)
@@ -51,15 +58,17 @@ class Plane:
 
     def kept(self, position: int) -> int:
         """As `kept_from`, where the engine has everything."""
+        if self.state:
+            return self.first(position)
         return self.first(max(0, position - 1)) // KEPT * KEPT
 
     def earliest(self, position: int) -> int:
         """From which position on any engine may have kept KV, so that a prompt can continue at `position`."""
-        return self.first(max(0, position - 1), WIDEST)
+        return self.first(position) if self.state else self.first(max(0, position - 1), WIDEST)
 
     def free(self, position: int) -> int:
         """The last position up to this one where nothing is needed."""
-        if self.window > 1:
+        if self.window > 1 or self.state:
             return 0
         step = math.lcm(self.span or 1, self.block_tokens)
         return position // step * step

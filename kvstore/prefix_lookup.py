@@ -24,6 +24,7 @@ from ragkv.kvstore.promotion import Promotion, Read
 from ragkv.kvstore.prompt import Fetch
 from ragkv.kvstore.storage_tier import StorageTier
 
+SHORTEST = 16  # tokens: fewer are computed sooner than asked for
 MOST_TAILS = 4  # behind one another; a prompt and its answer leave one each
 
 
@@ -114,7 +115,7 @@ class PrefixLookup:
         """Begin to bring up what lower tiers have of a prompt's first `limit` tokens, beyond a match in memory and
         what the engine has `computed` itself; None where there is nothing, or it is not worth the wait."""
         have, promotion = max(match.length, computed), self._promotion
-        short = limit - have < self._memory.page_tokens or promotion.gate.small(limit - have)
+        short = limit - have < min(SHORTEST, self._memory.page_tokens) or promotion.gate.small(limit - have)
         if short or not promotion.readable:
             return None
         prefix = Prefix(chain, computed, have, limit)
@@ -202,6 +203,9 @@ class PrefixLookup:
         tier = fetch.holders.get(tail.key) if tail is not None else None
         run = [part for part in way.parts if part.position < end]
         windows = self._windows(fetch, prefix, way, min(end, way.end))
+        if tail is not None and any(plane.state for _, plane in self._planes):  # the tail may be another prompt's
+            sure = self._reach(fetch, prefix, replace(way, rest=b""))
+            windows = list(dict.fromkeys([*windows, *self._windows(fetch, prefix, way, sure)]))
         if (run or windows) and not self._worth(fetch, prefix, run, windows, end):
             return
         self._memory.pin(way.chunks[-1:])
@@ -222,11 +226,10 @@ class PrefixLookup:
         end: int,
     ) -> bool:
         """What the gate says of reading these, so that the prompt can go on at `end`."""
-        whole = self._codec.pages.shape.token_bytes
-        wanted: list[tuple[bytes, Chunk | Part, float]] = [(part.key, part, 1.0) for part in run]
+        shares = [shape.token_bytes / self._codec.pages.token_bytes for shape in self._codec.pages.shapes]
+        wanted: list[tuple[bytes, Chunk | Part, float]] = [(part.key, part, shares[0]) for part in run]
         for each, number in windows:
-            share = self._memory.planes[number - 1].shape.token_bytes / whole
-            wanted.append((window_key(each.key, number), each, share))
+            wanted.append((window_key(each.key, number), each, shares[number]))
         sizes: dict[str, int] = {}
         for key, each, share in wanted:
             name = fetch.holders[key].name
@@ -240,16 +243,17 @@ class PrefixLookup:
         tail = way.tail()
         tail = tail if tail is not None and tail.key in fetch.holders else None
         spans = way.spans + ([tail] if tail is not None else [])
+        limit = min(way.end if tail is None else tail.end, prefix.limit)
 
         def start_of(each: Chunk | Part, number: int) -> int | None:
             window = window_of(each, number) if isinstance(each, Chunk) else None
             if window is not None and (window.ready or window in self._promotion.loading):
                 return window.position
             if each is tail or (window is None and window_key(each.key, number) in fetch.holders):
-                return max(each.position, self._memory.planes[number - 1].kept(each.end))
+                end = min(each.end, limit) if each is tail else each.end  # where a tail ends is not known yet
+                return max(each.position, self._memory.planes[number - 1].kept(end))
             return None
 
-        limit = min(way.end if tail is None else tail.end, prefix.limit)
         return reach(spans, self._memory.planes, limit, prefix.computed, start_of)
 
     def _windows(self, fetch: Fetch, prefix: Prefix, way: Way, end: int) -> list[tuple[Chunk | Part, int]]:

@@ -51,7 +51,7 @@ class Promotion:
     ) -> None:
         self._memory, self._codec, self._tiers, self.gate = memory, codec, tuple(tiers), gate
         self._completions, self._metrics, self._clock, self._deadline = completions, metrics, clock, deadline
-        self._token_bytes = codec.pages.shape.token_bytes
+        self._token_bytes = codec.pages.token_bytes
         self.loading: dict[Chunk, list[Fetch]] = {}  # chunks that are being read, and who waits for them
 
     @property
@@ -159,7 +159,7 @@ class Promotion:
                 self._read_batch(batch)
                 batch, size = [], 0
             batch.append(each)
-            size += (each.chunk.end - each.chunk.position) * self._token_bytes
+            size += self._codec.pages.size(each.chunk)
             self.loading[each.chunk] = [fetch]
             fetch.loading += 1
             fetch.sources[each.chunk] = each.tier.name

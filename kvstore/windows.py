@@ -1,4 +1,4 @@
-"""Windows: what the planes of windows have of a prompt, loaded and stored beside plane 0."""
+"""Windows: what planes of windows and states have of a prompt, loaded and stored beside plane 0."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,11 @@ class Windows:
         return stores
 
     def _places(self, windows: Sequence[Chunk], plane: int) -> tuple[Indices, Indices]:
-        """Rows, and positions in the prompt."""
+        """Rows, and positions in the prompt. A state has a row in each of its pages: page * pages + place."""
+        if self._memory.planes[plane - 1].state:
+            pages = np.frombuffer(windows[-1].pages, dtype=np.int32).astype(np.int64)
+            where: Indices = pages * len(pages) + np.arange(len(pages))
+            return where, np.full(len(pages), windows[-1].position, dtype=np.int64)
         return rows(windows, self._memory.planes[plane - 1].shape.page_tokens), positions_of(windows)
 
 

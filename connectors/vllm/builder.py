@@ -54,8 +54,7 @@ def make_cache(
     """All tiers over one segment of shared memory. `hidden_size`: of the model, for what a token costs.
     `stores`: whether lower tiers are written to; an engine that only reads looks for what others write."""
     memory, device, placement = settings.memory, settings.device, settings.placement
-    copies, attention_tokens = device_pages(settings, pages[0]), 12.0 * hidden_size
-    copies = 0 if planes else copies
+    copies, attention_tokens = 0 if planes else device_pages(settings, pages[0]), 12.0 * hidden_size
     completions = Completions()
     tiers = _tiers(settings, completions, metrics, faults, stores=stores)
     return KVCache(

@@ -79,7 +79,7 @@ class RagKVConnector(KVConnectorBase_V1, SupportsHMA):
         size = memory_pages(settings, pages) * frame_bytes(pages)
         populate = has_lower_tier(settings)  # this side fills pages then
         self._segment = Segment(config.kv_transfer_config.engine_id, size, populate=populate)
-        self._trust = Trust(engine_identity(config, shape, pages[0].page_tokens))
+        self._trust = Trust(engine_identity(config, shape, *(page.page_tokens for page in pages)))
         stores = duties_of(config.kv_transfer_config).stores
         cache = make_cache(
             settings,

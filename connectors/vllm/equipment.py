@@ -20,12 +20,15 @@ from ragkv.connectors.vllm.pinning import pin
 from ragkv.connectors.vllm.sampling import WeightsObserver
 from ragkv.connectors.vllm.sizes import device_pages, memory_pages, page_shapes, step_bytes
 from ragkv.connectors.vllm.speculation import drafts
-from ragkv.connectors.vllm.streams import compute_stream
+from ragkv.connectors.vllm.states import StateMover, state_caches
+from ragkv.connectors.vllm.streams import compute_stream, make_streams
 from ragkv.connectors.vllm.tiles import RAW
 from ragkv.connectors.vllm.transfer import DirectMover, Mover, PagePart, PrepareRotation, Tier, make_mover
 from ragkv.errors import FusionError
 from ragkv.kvstore.pages import frame_bytes
 from ragkv.kvstore.segment import Segment
+
+WHOLE = 1 << 62  # rows that are copied at once
 
 
 class Equipment:
@@ -51,19 +54,21 @@ class Equipment:
                 kv_cache_config.num_blocks,
                 vllm_config.model_config.dtype,
             )
+            if plane.names and not plane.state
+            else []
             for plane in self.shape.planes
         ]
-        self.caches, self.by_request = self._found[0], len(self.shape.groups) > 1
-        every = sum(plane.geometry.token_bytes for plane in self.shape.planes)
-        self.shares = {  # of a token's bytes, by group
-            number: count * plane.geometry.token_bytes / len(plane.names) / every
-            for plane in self.shape.planes
+        self._states = state_caches(caches, kv_cache_config)
+        self.caches, self.by_request = self._found[0], self.shape.has_windows
+        self._pages = page_shapes(settings, self.shape)
+        self.shares = {  # of a token's bytes, that each row of a job has, by group
+            number: count * plane.geometry.token_bytes / len(plane.names) / self.shape.token_bytes / page.pages(1)
+            for plane, page in zip(self.shape.planes, self._pages, strict=True)
             for number, count in zip(plane.groups, plane.sizes, strict=True)
         }
-        self._pages = page_shapes(settings, self.shape)
         frame = frame_bytes(self._pages)
         size = memory_pages(settings, self._pages) * frame
-        self.rank, self.device = get_tensor_model_parallel_rank(), caches[self.shape.layers[0]].device
+        self.rank, self.device = get_tensor_model_parallel_rank(), next(iter(caches.values())).device
         self.compute, self._model = compute_stream(self.device), find_model(vllm_config)
         self.segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
         self._elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
@@ -71,9 +76,11 @@ class Equipment:
 
     def make_copier(self, faults: Faults) -> Copier:
         """What carries out orders, without movers."""
-        token_bytes = sum(plane.geometry.token_bytes for plane in self.shape.planes)
-        tokens = {group.number: self._pages[group.plane].page_tokens for group in self.shape.groups}
-        return Copier({}, tokens, token_bytes, step_bytes(self._settings, self.device), faults)
+        tokens = {
+            group.number: WHOLE if self._pages[group.plane].spread else self._pages[group.plane].page_tokens
+            for group in self.shape.groups
+        }
+        return Copier({}, tokens, self.shape.token_bytes, step_bytes(self._settings, self.device), faults)
 
     def make_observer(self, faults: Faults) -> WeightsObserver:
         """What looks at the model's weights, and at those of a drafter that keeps KV."""
@@ -95,10 +102,11 @@ class Equipment:
         """Movers of the memory tier, by group, and of a new and empty device tier, if there is to be one.
         `prepare`: what rotates keys that move, if anything can; `fusion_bytes`: that this takes of the device."""
         staging, page = self._settings.transfer.staging, self._pages[0]
-        movers = {
+        movers: dict[int, Mover] = {
             number: make_mover(caches, tier, staging // len(self.shape.groups), self.device, prepare)
             for number, caches, tier in self._tiers()
         }
+        movers |= self._state_movers()
         pages = 0 if self.by_request else device_pages(self._settings, page)
         if pages:
             pool = torch.empty(
@@ -115,6 +123,8 @@ class Equipment:
         frame, ranks = frame_bytes(self._pages), self.shape.ranks
         rank = min(self.rank, ranks - 1)
         for plane, page, found in zip(self.shape.planes, self._pages, self._found, strict=True):
+            if plane.state:
+                continue
             row_bytes, start = page.row_elements * page.itemsize, 0
             for number, count in zip(plane.groups, plane.sizes, strict=True):
                 rows = page.kinds * page.page_tokens  # of a layer
@@ -123,6 +133,17 @@ class Equipment:
                 tier = Tier(self._elements, geometry, page.page_tokens, ranks, rank, part)
                 yield number, found[start : start + count], tier
                 start += count
+
+    def _state_movers(self) -> Iterator[tuple[int, StateMover]]:
+        """Each group's number, and what copies its states."""
+        pages = self._elements.view(torch.uint8).view(-1, frame_bytes(self._pages))
+        streams, rank = make_streams(self.device), min(self.rank, self.shape.ranks - 1)
+        for plane, page in zip(self.shape.planes, self._pages, strict=True):
+            places, start = range(rank * page.spread, (rank + 1) * page.spread), 0
+            for number in plane.groups if plane.state else ():
+                layers, tokens = self._states[number], plane.geometry.block_tokens
+                yield number, StateMover(layers, pages, page.page_bytes, places, start, tokens, streams)
+                start += plane.geometry.head_dim * len(layers)
 
     def close(self) -> None:
         """Let the memory tier go; nothing may be copied any more."""

@@ -162,8 +162,8 @@ def make_fuser(
     parallel = vllm_config.parallel_config
     if getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", False):
         raise FusionError("data parallel experts: all ranks would have to fuse at once; supported: one rank")
-    if len(shape.planes) > 1:
-        raise FusionError("layers with windows beside layers of full attention; supported: full attention")
+    if shape.has_windows:
+        raise FusionError("layers with windows or states; supported: full attention")
     if shape.geometry.kinds == 1:
         raise FusionError("MLA: keys that are one with their values; supported: K and V")
     if getattr(vllm_config, "lora_config", None) is not None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -19,6 +20,7 @@ from ragkv.connectors.vllm.files import Files, adapter_files, model_files
 from ragkv.connectors.vllm.layout import Geometry
 from ragkv.connectors.vllm.messages import Group
 from ragkv.connectors.vllm.speculation import drafts, refuse_speculation
+from ragkv.connectors.vllm.states import describe_state
 from ragkv.errors import LayoutError
 from ragkv.kvstore.chunking import TokenStructure
 from ragkv.kvstore.keys import namespace
@@ -32,8 +34,9 @@ _BYTE_LEVEL = str.maketrans({"Ċ": "\n", "Ġ": " ", "ĉ": "\t", "č": "\r", "▁
 
 @dataclass(frozen=True)
 class PlaneLayers:
-    """The layers of one plane on one worker: their geometry, and their names, group by group of vLLM's; `sizes`:
-    how many each group has. `window`, `span`: as of `ragkv.kvstore.planes.Plane`; both 0: plane 0."""
+    """The layers of one plane on one worker (plane 0 may have none): their geometry, and their names, group by
+    group of vLLM's; `sizes`: how many each group has. `window`, `span`: as of `ragkv.kvstore.planes.Plane`; or
+    `state`: what states they have, as of `describe_state`. None of the three: plane 0."""
 
     geometry: Geometry
     names: tuple[str, ...]
@@ -41,13 +44,14 @@ class PlaneLayers:
     sizes: tuple[int, ...] = ()
     window: int = 0
     span: int = 0
+    state: str = ""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an engine keeps for a token: `planes`, the first of layers that attend to all before; the cache's
-    dtype, and the tensor-parallel `workers`. `ranks`: the parts of a page, one a worker, or 1 where all workers
-    hold the same (MLA)."""
+    """What an engine keeps for a token: `planes`, the first of layers that attend to all before, if any; the
+    cache's dtype, and the tensor-parallel `workers`. `ranks`: the parts of a page, one a worker, or 1 where all
+    workers hold the same (MLA)."""
 
     planes: tuple[PlaneLayers, ...]
     dtype: torch.dtype
@@ -63,6 +67,17 @@ class Shape:
     def layers(self) -> tuple[str, ...]:
         """Of plane 0, by name."""
         return self.planes[0].names
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers attend to a part of what is before, or have states."""
+        return len(self.planes) > 1
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in all layers, on one worker; of a state, where there is nothing else."""
+        sizes = [plane.geometry.token_bytes for plane in self.planes]
+        return sum(size for size, plane in zip(sizes, self.planes, strict=True) if not plane.state) or sum(sizes)
 
     @property
     def groups(self) -> list[Group]:
@@ -92,25 +107,31 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     groups, workers = kv_cache_config.kv_cache_groups, parallel.tensor_parallel_size
     if len(groups) == 1 and type(groups[0].kv_cache_spec) is MLAAttentionSpec:
         return _latent(vllm_config, groups[0], workers)
-    kinds: dict[tuple[int, ...], list[int]] = {}
+    kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
         kinds.setdefault(_kind(group.kv_cache_spec), []).append(number)
     planes = [_layers(groups, numbers, kind) for kind, numbers in sorted(kinds.items())]
-    if not planes or planes[0].window or planes[0].span:
-        raise LayoutError(f"{len(groups)} groups of KV cache, none of full attention; supported: one at least")
-    if len(planes) > 1 and (planes[1].window, planes[1].span) == (0, 0):
+    if not planes:
+        raise LayoutError("0 groups of KV cache; supported: one at least")
+    if planes[0].span and not any(plane.state for plane in planes):
+        raise LayoutError("layers of chunked attention, and none of full attention; supported: one at least")
+    if planes[0].window or planes[0].span or planes[0].state:
+        planes.insert(0, PlaneLayers(replace(planes[0].geometry, layers=0, heads=1, head_dim=1), (), ()))
+    if len(planes) > 1 and (planes[1].window, planes[1].span, planes[1].state) == (0, 0, ""):
         raise LayoutError("layers of full attention with heads of several sizes; supported: one")
-    if len(groups) > 1 and not _TELLS_TABLES:
-        raise LayoutError(
-            f"{len(groups)} groups of KV cache (layers of several kinds); supported from vLLM 0.32 on"
-        )
-    if len({group.kv_cache_spec.dtype for group in groups}) > 1:
+    if len(planes) > 1 and not _TELLS_TABLES:
+        raise LayoutError("layers with windows; supported from vLLM 0.32 on")
+    dtypes = {group.kv_cache_spec.dtype for group in groups if not isinstance(group.kv_cache_spec, MambaSpec)}
+    if len(dtypes) > 1:
         raise LayoutError("KV caches of several dtypes; supported: one")
-    return Shape(tuple(planes), groups[0].kv_cache_spec.dtype, workers, workers)
+    return Shape(tuple(planes), next(iter(dtypes), torch.uint8), workers, workers)
 
 
-def _kind(spec: Any) -> tuple[int, ...]:
-    """What tells one plane's layers from another's: window, span, and sizes. LayoutError: none that is served."""
+def _kind(spec: Any) -> tuple[Any, ...]:
+    """What tells one plane's layers from another's: state, window, span, and sizes. LayoutError: none that is
+    served."""
+    if isinstance(spec, MambaSpec):
+        return describe_state(spec), 0, 0, 1, spec.state_content_size_bytes, spec.block_size
     if type(spec) is FullAttentionSpec:
         window, span = 0, 0
     elif type(spec) is SlidingWindowSpec and not getattr(spec, "extra_retained_tokens", 0):
@@ -119,21 +140,21 @@ def _kind(spec: Any) -> tuple[int, ...]:
         window, span = 0, spec.attention_chunk_size
     else:
         raise LayoutError(
-            f"KV cache of kind {type(spec).__name__}; supported: full, sliding and chunked attention"
+            f"KV cache of kind {type(spec).__name__}; supported: full, sliding and chunked attention, states"
         )
     _refuse_what_elements_do_not_tell(spec)
     if spec.head_size != getattr(spec, "head_size_v", spec.head_size):
         raise LayoutError(f"head sizes of K and V differ: {spec.head_size}, {spec.head_size_v}")
-    return window, span, spec.num_kv_heads, spec.head_size, spec.block_size
+    return "", window, span, spec.num_kv_heads, spec.head_size, spec.block_size
 
 
-def _layers(groups: Any, numbers: list[int], kind: tuple[int, ...]) -> PlaneLayers:
-    window, span, heads, head_size, block_tokens = kind
+def _layers(groups: Any, numbers: list[int], kind: tuple[Any, ...]) -> PlaneLayers:
+    state, window, span, heads, head_size, block_tokens = kind
     names = tuple(name for number in numbers for name in groups[number].layer_names)
-    itemsize = groups[numbers[0]].kv_cache_spec.dtype.itemsize
-    geometry = Geometry(len(names), heads, head_size, itemsize, block_tokens)
+    itemsize = 1 if state else groups[numbers[0]].kv_cache_spec.dtype.itemsize
+    geometry = Geometry(len(names), heads, head_size, itemsize, block_tokens, 1 if state else 2)
     sizes = tuple(len(groups[number].layer_names) for number in numbers)
-    return PlaneLayers(geometry, names, tuple(numbers), sizes, window, span)
+    return PlaneLayers(geometry, names, tuple(numbers), sizes, window, span, state)
 
 
 def _latent(vllm_config: Any, group: Any, workers: int) -> Shape:
@@ -169,9 +190,10 @@ def prefix_is_exact(vllm_config: Any) -> bool:
     return device != "cpu" or bool(vllm_config.cache_config.enable_prefix_caching)
 
 
-def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
+def engine_identity(vllm_config: Any, shape: Shape, *page_tokens: int) -> bytes:
     """16 bytes that name what an engine's KV depends on beside its weights and the request, and how its bytes are
-    laid out. Names, paths, revisions, seeds and load formats do not count: the weights tell."""
+    laid out. Names, paths, revisions, seeds and load formats do not count: the weights tell. `page_tokens`: of a
+    page of each plane."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     text, more = _as_text(model.hf_config), {}
     if drafts(vllm_config):
@@ -190,11 +212,12 @@ def engine_identity(vllm_config: Any, shape: Shape, page_tokens: int) -> bytes:
             "layers": shape.geometry.layers,
             "ranks": shape.ranks,
             "planes": [
-                [list(p.names), p.geometry.heads, p.geometry.head_dim, p.window, p.span] for p in shape.planes
+                [list(p.names), p.geometry.heads, p.geometry.head_dim, p.window, p.span, p.state, tokens]
+                for p, tokens in zip(shape.planes, page_tokens, strict=True)
             ]
-            if len(shape.planes) > 1
+            if shape.has_windows
             else None,
-            "page_tokens": page_tokens,
+            "page_tokens": page_tokens[0],
             # vLLM chooses long or short factors by it, and holds both in one buffer:
             "longest": getattr(model, "max_model_len", None) if "longrope" in text or '"su"' in text else None,
             # None where the model's configuration says it, or there is none:

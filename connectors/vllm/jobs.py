@@ -50,6 +50,7 @@ class Jobs:
     ) -> None:
         self._cache, self._groups, self._workers = cache, tuple(groups), workers
         self._block_tokens = groups[0].block_tokens
+        self._has_windows = any(group.plane for group in groups)
         self._metrics, self._faults = metrics, faults
         self.fusing, self._confirmed_by = fusing, confirmed_by
         self._listener = listener or Listener()
@@ -210,14 +211,17 @@ class Jobs:
             if not self._storing[job.request]:
                 del self._storing[job.request]
         try:
-            if isinstance(job.work, Store):
-                self._cache.complete_store(job.work, ok=not job.failed)
-            else:
-                self._cache.complete_load(job.work, ok=not job.failed)
+            self._complete(job.work, ok=not job.failed)
         except Exception as error:  # one job's trouble must not lose the others
             self._faults.note("settle", error)
         if not job.is_store:
             self._loads.job_over(job.request, job.jobs[0], self._orders, failed=job.failed)
+
+    def _complete(self, work: Load | Store, *, ok: bool) -> None:
+        if isinstance(work, Store):
+            self._cache.complete_store(work, ok=ok)
+        else:
+            self._cache.complete_load(work, ok=ok)
 
     def _received(self, request: str) -> None:
         """A request has what it waited for, or will compute it."""
@@ -239,18 +243,21 @@ class Jobs:
         self, state: RequestState, work: Load | Store, tables: Tables, *, fused: bool = False
     ) -> list[Job]:
         """Jobs that copy between a paged tier and a request's blocks, one for each group of the work's plane. From
-        now on they are in flight."""
+        now on they are in flight. Work on a plane without layers is over at once."""
         shifts = work.shifts if isinstance(work, Load) else None
         at_once, jobs = isinstance(work, Store) and work.plane > 0, list[Job]()
         for group in self._groups:
             if group.plane == work.plane:
                 slots = slots_of(tables[group.number], work.positions, group.block_tokens)
-                if len(self._groups) > 1 and len(slots) and slots.min() < group.block_tokens:
+                if self._has_windows and len(slots) and slots.min() < group.block_tokens:
                     raise ValueError("tokens are to be copied that vLLM keeps no block for")
                 self._jobs += 1
                 request, timed = state.request.request_id, self._listener.times and not jobs
                 more = work.device, shifts, fused, timed, group.number, at_once
                 jobs.append(Job(self._jobs, work.rows, slots, request, *more))
+        if not jobs:
+            self._complete(work, ok=True)
+            return jobs
         numbers = [job.id for job in jobs]
         in_flight = InFlight(jobs[0].request, work, self._workers * len(jobs), numbers)
         self._in_flight |= dict.fromkeys(numbers, in_flight)

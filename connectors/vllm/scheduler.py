@@ -53,8 +53,11 @@ class SchedulerSide(Jobs):
         self._control = control
         self._promised: dict[str, int] = {}  # tokens that vLLM has itself, of requests that were promised more
         self._idle = False
-        reach = max((plane.window or plane.span for plane in cache.memory.planes), default=0)
-        self._stride = MARKS * reach
+        planes = cache.memory.planes
+        self._stride = MARKS * max((plane.window or plane.span for plane in planes), default=0)
+        self._state_planes = {number for number, plane in enumerate(planes, 1) if plane.state}
+        blocks = [group.block_tokens for group in self._groups if group.plane in self._state_planes]
+        self._state_tokens = max(blocks, default=0)  # vLLM computes up to multiples of it
 
     def lookup(self, request: Any, computed: int) -> int | None:
         """Tokens beyond the first `computed` that can be loaded: at most all of the prompt but its last. None: ask
@@ -91,6 +94,8 @@ class SchedulerSide(Jobs):
         found = self._cache.lookup(state.prompt, computed, limit, idle=self._idle)
         match = state.prompt.match
         state.junction = match.shared if match.shared > max(computed, match.length) else 0
+        if state.junction and self._state_planes and self._may_store and state.hints.store:
+            self._stop_at_junction(state, max(computed, match.length))
         if found.result is Result.PENDING:
             return None
         if self.fusing is None:
@@ -138,7 +143,7 @@ class SchedulerSide(Jobs):
         for load in loads:
             jobs = self._new_jobs(state, load, tables, fused=plan is not None)
             self._orders.loads += jobs
-            pending.jobs.add(jobs[0].id)
+            pending.jobs.update(job.id for job in jobs[:1])
             for tier, tokens in load.sources.items():
                 state.sources[tier] = state.sources.get(tier, 0) + tokens
         if plan is not None and self.fusing is not None:
@@ -201,7 +206,7 @@ class SchedulerSide(Jobs):
             state = self._states.get(request_id)
             if state is not None:
                 self._resolve(state, request_id, scheduler_output)
-                self._store_new(state, min(after, state.request.num_tokens))
+                self._store_new(state, after)
         return self.take_orders()
 
     def finished(self, request: Any, tables: Tables) -> tuple[bool, dict[str, Any] | None]:
@@ -223,12 +228,14 @@ class SchedulerSide(Jobs):
             self._cache.release(state.prompt)
             # The last token was sampled, not computed; what runs ahead of the others was thrown away.
             upto = 0 if loading else min(request.num_tokens - 1, request.num_computed_tokens)
+            if self._state_planes and upto and request.num_computed_tokens == request.num_tokens:
+                upto += 1  # it runs already, and orders come behind it: the state will be that of all tokens
             state.tables = tables
             state.extend()
             told = None if self.fusing is None else self.fusing.tell(state, upto)
             if not loading:
                 self._store(state, upto)
-                self._store_windows(state, upto)
+                self._store_windows(state, upto, request.num_computed_tokens)
         if loading:
             self._loads.cancel(request_id, self._orders)
             return False, told
@@ -277,10 +284,7 @@ class SchedulerSide(Jobs):
             self._faults.note("hints", "; ".join(hints.problems))
         if hints.unpin is not None:
             self._cache.unpin(tenant, hints.unpin)
-        loose = None
-        if len(self._groups) > 1:  # a chunk ends with the prompt, so that what windows hold there has a place
-            loose = int(request.num_prompt_tokens)
-        chain = TokenChain(namespace, self._chunker, hints.boundaries, loose)
+        chain = TokenChain(namespace, self._chunker, hints.boundaries, self._loose(request.num_prompt_tokens))
         state = RequestState(
             request, Prompt(namespace, chain, tenant, hints.priority, hints.ttl, hints.pin), hints
         )
@@ -290,11 +294,35 @@ class SchedulerSide(Jobs):
             self._recorder.record(namespace, chain)
         return state
 
+    def _loose(self, prompt: int, junction: int = 0) -> list[int]:
+        """Where the chunks of a prompt of so many tokens end for its own sake: with the prompt, so that what
+        windows and states hold there has a place; and where vLLM stops for states to be kept."""
+        if not self._has_windows:
+            return []
+        size = self._state_tokens
+        stops = {(prompt - 1) // size * size, junction // size * size} if size else set()
+        return sorted({*stops, prompt} - {0})
+
+    def _stop_at_junction(self, state: RequestState, have: int) -> None:
+        """Let vLLM stop where this prompt and others have parted, as it does at junctions that it sees itself, so
+        that there is a state to keep there. (It has looked for them before it asks what can be loaded.)"""
+        request, size = state.request, self._state_tokens
+        state.junction = state.junction // size * size
+        if state.junction <= have or getattr(request, "shared_prefix_boundary", None) is None:
+            return
+        request.shared_prefix_boundary = max(request.shared_prefix_boundary, state.junction)
+        if state.junction not in state.prompt.chain.ends:
+            old = state.prompt.chain
+            loose = self._loose(request.num_prompt_tokens, state.junction)
+            state.prompt.chain = TokenChain(state.prompt.namespace, self._chunker, state.hints.boundaries, loose)
+            state.prompt.chain.extend(old.tokens)
+
     def _store_new(self, state: RequestState, upto: int) -> None:
         """Store what a step completes: whole chunks now and then, the open tail when the prompt ends; and what
         windows hold there, and where others are likely to part."""
+        after, upto = upto, min(upto, state.request.num_tokens)
         prompt_ends = state.stored < state.request.num_prompt_tokens <= upto
-        places = [place for place in state.places if state.stored < place <= upto] if self._stride else []
+        places = [place for place in self._places(state) if state.stored < place <= upto]
         if not (prompt_ends or places) and upto - state.stored < self._chunker.max_tokens:
             return
         state.extend()
@@ -302,10 +330,18 @@ class SchedulerSide(Jobs):
             upto = max((end for end in state.prompt.chain.ends if end <= upto), default=0)
         self._store(state, upto)
         for place in places:
-            self._store_windows(state, max((end for end in state.prompt.chain.ends if end <= place), default=0))
-        if prompt_ends or upto - state.marked >= self._stride:
-            self._store_windows(state, upto)
+            end = max((end for end in state.prompt.chain.ends if end <= place), default=0)
+            self._store_windows(state, end, after)
+        if prompt_ends or (self._stride and upto - state.marked >= self._stride):
+            self._store_windows(state, upto, after)
         state.stored = max(state.stored, upto)
+
+    def _places(self, state: RequestState) -> list[int]:
+        """Where what windows and states hold is kept, beside where the prompt ends."""
+        if not self._has_windows:
+            return []
+        size, prompt = self._state_tokens, state.request.num_prompt_tokens
+        return sorted({*state.places, *([(prompt - 1) // size * size] if size else [])})
 
     def _store(self, state: RequestState, upto: int) -> None:
         """Order the store of what the first `upto` tokens have new."""
@@ -316,9 +352,10 @@ class SchedulerSide(Jobs):
             if store is not None:
                 self._orders.stores += self._new_jobs(state, store, state.tables)
 
-    def _store_windows(self, state: RequestState, upto: int) -> None:
-        """Order the store of what layers with windows hold at token `upto`, so that prompts can go on there."""
-        if len(self._groups) == 1 or not (self._may_store and state.hints.store and state.tables):
+    def _store_windows(self, state: RequestState, upto: int, after: int) -> None:
+        """Order the store of what layers with windows or states hold at token `upto`, so that prompts can go on
+        there. `after`: tokens that are computed then; states are of these alone."""
+        if not self._has_windows or not (self._may_store and state.hints.store and state.tables):
             return
         if not upto or state.exact_upto(upto) < upto:
             return
@@ -327,11 +364,14 @@ class SchedulerSide(Jobs):
         for group in self._groups:
             table = state.tables[group.number]
             kept = next((place for place, block in enumerate(table) if block), len(table))
-            live[group.plane] = max(live[group.plane], kept * group.block_tokens)
+            if group.plane in self._state_planes:
+                live[group.plane] = upto - 1 if upto == after else upto
+            else:
+                live[group.plane] = max(live[group.plane], kept * group.block_tokens)
         for store in self._cache.windows.prepare_stores(state.prompt, upto, live[1:], self._confirmed_by()):
             self._orders.stores += self._new_jobs(state, store, state.tables)
 
     def _resolve(self, state: RequestState, request: str, scheduler_output: Any) -> None:
         """The tables as they are in this step: where layers have windows, vLLM takes blocks out of them."""
-        if len(self._groups) > 1:
+        if self._has_windows:
             state.tables = scheduler_output.kv_connector_block_state.get_block_ids(request) or ()

@@ -102,7 +102,7 @@ class Turns:
 
     def begin(self, state: RequestState) -> None:
         """A request came, and its chain holds its prompt."""
-        namespace, chain, hinted = state.prompt.namespace, state.prompt.chain, state.hints.turn
+        namespace, chain, hinted = state.prompt.namespace, state.prompt.chain.as_others(), state.hints.turn
         state.turn = self._conversations.turn(namespace, chain) if hinted is None else hinted
         if state.turn and state.hints.store:
             self._conversations.remember(namespace, chain, state.turn)

@@ -15,6 +15,7 @@ from typing import Any
 VOCABULARY = 2048
 WINDOW = 96  # tokens; no multiple of any block size
 S, F, C = "sliding_attention", "full_attention", "chunked_attention"
+DRAFTER = "drafter"  # its folder, beside the model's
 EXACT, REFUSED = "exact", "not yet"
 
 
@@ -22,7 +23,9 @@ EXACT, REFUSED = "exact", "not yet"
 class Kind:
     """`name`, `layers`: as the table says; `config`: the class of transformers, with `fields`; `architecture`: for
     vLLM, where transformers saves another; `more`: of config.json; `windows`: some layers attend to a part of what
-    is before a token; `says`: what the log says where ragkv does not serve it."""
+    is before a token, or have states, which vLLM keeps at multiples of `states` tokens; `drafter`: a model that
+    drafts tokens, another one or the model itself (""), and by which `method`; `near`: how exact vLLM's own log
+    probabilities are; `says`: what the log says where ragkv does not serve it."""
 
     name: str
     layers: str
@@ -31,6 +34,10 @@ class Kind:
     architecture: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     windows: bool = False
+    states: int = 0
+    near: float = 1e-3
+    method: str | None = None
+    drafter: str = ""
     says: str | None = None
 
     @property
@@ -44,9 +51,29 @@ class Kind:
         return EXACT if self.served else REFUSED
 
     @property
+    def tokens(self) -> int:
+        """Of an answer, as far as they can be compared."""
+        return 6 if self.near < 0.01 else 1
+
+    def reach(self, tokens: int) -> int:
+        """How many of so many equal tokens can be hit after vLLM's own cache is emptied."""
+        return tokens // self.states * self.states if self.states else tokens
+
+    @property
     def slug(self) -> str:
         """The name of its folder and of its tests."""
         return self.name.lower().replace(" ", "-").replace(".", "-").replace(",", "")
+
+    def speculation(self, folder: Path) -> dict[str, Any]:
+        """What vLLM is given to draft tokens, beside the model in that folder."""
+        if self.method is None:
+            return {}
+        given = {"method": self.method, "num_speculative_tokens": 1 if self.method == "mtp" else 3}
+        if self.method == "ngram":
+            given |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        elif self.method != "mtp":
+            given["model"] = str(folder.parent / DRAFTER if self.drafter else folder)
+        return {"speculative_config": given}
 
 
 def sliding(name: str, config: str, layers: list[str], **more: Any) -> Kind:
@@ -87,20 +114,47 @@ KINDS = (
         architecture="Llama4ForCausalLM",
         windows=True,
     ),
+    Kind("Llama 3 with a draft model", "full attention", "LlamaConfig", method="draft_model"),
+    Kind("Llama 3 with EAGLE", "full attention", "LlamaConfig", method="eagle", drafter="eagle"),
+    Kind("Llama 3 with Medusa", "full attention", "LlamaConfig", method="medusa", drafter="medusa"),
+    Kind("Llama 3 with n-grams", "full attention", "LlamaConfig", method="ngram"),
     Kind(
-        "Mistral with a window",
-        "sliding windows",
-        "MistralConfig",
-        {"sliding_window": WINDOW},
-        says="none of full attention",
+        "GLM 4 MoE with MTP",
+        "full attention",
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "tie_word_embeddings": False,
+        },
+        more={"num_nextn_predict_layers": 1},
+        method="mtp",
     ),
+    Kind("Mistral with a window", "sliding windows", "MistralConfig", {"sliding_window": WINDOW}, windows=True),
+    Kind("Phi 3", "sliding windows", "Phi3Config", {"sliding_window": WINDOW, "pad_token_id": 2}, windows=True),
     Kind(
         "LFM 2",
         "convolutions and full attention",
         "Lfm2Config",
         {"layer_types": ["conv", "conv", F, "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
         more={"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128},
-        says="MambaSpec",
+        windows=True,
+        states=128,
+        near=0.5,  # vLLM's own answers on a CPU differ by 0.3 from one split of the prompt to another
+    ),
+    Kind(
+        "LFM 2 without attention",
+        "convolutions",
+        "Lfm2Config",
+        {"layer_types": ["conv"] * 4, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+        more={"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128},
+        windows=True,
+        states=16,
     ),
     Kind(
         "Mamba 2",
@@ -112,30 +166,32 @@ KINDS = (
 )
 
 
+FIELDS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
 def make(kind: Kind, folder: Path) -> Path:
-    """Write a model of that kind, in float32 and without a tokenizer."""
+    """Write a model of that kind, in float32 and without a tokenizer; and beside it its drafter."""
     import torch
     import transformers
 
-    given = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
-    config = getattr(transformers, kind.config)(**given | kind.fields)
+    config = getattr(transformers, kind.config)(**FIELDS | kind.fields)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     chance = torch.Generator().manual_seed(zlib.crc32(kind.slug.encode()))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() < 2 or "conv" in name or "A_log" in name:
+            if weight.dim() < 2 or "A_log" in name:
                 continue
             is_table = "embed" in name or "lm_head" in name
             small = 0.05 if "Gemma" in kind.config else 0.5  # Gemma scales embeddings itself
@@ -147,4 +203,60 @@ def make(kind: Kind, folder: Path) -> Path:
     if kind.architecture:
         saved["architectures"] = [kind.architecture]
     file.write_text(json.dumps(saved, indent=1))
+    if kind.method == "mtp":
+        _add_mtp_layer(folder)
+    elif kind.drafter:
+        _make_drafter(kind, folder.parent / DRAFTER)
     return folder
+
+
+def _make_drafter(kind: Kind, folder: Path) -> None:
+    """One layer. EAGLE's also takes the model's hidden states; embeddings and head it shares with the model."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**FIELDS | {"num_hidden_layers": 1}, architectures=["LlamaForCausalLM"])
+    if kind.drafter == "medusa":
+        folder.mkdir()
+        fields = {"hidden_size": 128, "num_heads": 3, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
+        more = {"model_type": "medusa", "architectures": ["MedusaModel"], "truncated_vocab_size": VOCABULARY}
+        (folder / "config.json").write_text(json.dumps(fields | more))
+        shapes = {f"{n}.0.linear.weight": (128, 128) for n in range(3)}
+        shapes |= {f"{n}.0.linear.bias": (128,) for n in range(3)} | {
+            f"{n}.1.weight": (VOCABULARY, 128) for n in range(3)
+        }
+    else:
+        config.save_pretrained(folder)
+        layer = "layers.0."
+        shapes = {
+            "fc.weight": (128, 256),
+            f"{layer}self_attn.q_proj.weight": (128, 128),
+            f"{layer}self_attn.k_proj.weight": (64, 128),
+            f"{layer}self_attn.v_proj.weight": (64, 128),
+            f"{layer}self_attn.o_proj.weight": (128, 128),
+            f"{layer}mlp.gate_proj.weight": (256, 128),
+            f"{layer}mlp.up_proj.weight": (256, 128),
+            f"{layer}mlp.down_proj.weight": (128, 256),
+            f"{layer}post_attention_layernorm.weight": (128,),
+        }
+    chance = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(shape, generator=chance) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _add_mtp_layer(folder: Path) -> None:
+    """Behind the layers of a GLM 4 MoE one more, which drafts: the last one's weights, and what joins to it the
+    next token's embedding."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    last, new = (f"model.layers.{n}." for n in (FIELDS["num_hidden_layers"] - 1, FIELDS["num_hidden_layers"]))
+    added = {new + name.removeprefix(last): w.clone() for name, w in weights.items() if name.startswith(last)}
+    ones = torch.ones(FIELDS["hidden_size"])
+    added |= {f"{new}{name}.weight": ones.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    added[f"{new}eh_proj.weight"] = torch.cat([torch.eye(128), torch.eye(128)], 1)
+    added[f"{new}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    added[f"{new}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights | added, folder / "model.safetensors", metadata={"format": "pt"})

@@ -69,13 +69,15 @@ def abort_after(
 
 
 def settle(llm: Any) -> None:
-    """Step until no block is in use: until the last stores are done."""
-    pool = scheduler(llm).kv_cache_manager.block_pool
+    """Step, as a server does, until no block is in use (the last stores are done) and the connector has nothing
+    to do."""
+    pool, connector = scheduler(llm).kv_cache_manager.block_pool, scheduler(llm).connector
     for _ in range(MOST_STEPS):
-        if pool.get_num_free_blocks() == pool.num_gpu_blocks - 1:  # but the null block
+        free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # but the null block
+        if free and not (connector is not None and connector.has_pending_push_work()):
             return
         llm.llm_engine.step()
-    raise AssertionError("vLLM's blocks are never freed")
+    raise AssertionError("the engine never rests")
 
 
 def evict(llm: Any) -> None:

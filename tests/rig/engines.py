@@ -108,9 +108,9 @@ class Plain:
         """The prompt in whose answer the best token is farthest ahead."""
         return max(prompts, key=lambda prompt: self.answer(prompt).margin)
 
-    def check(self, asks, found):
+    def check(self, asks, found, near=NEAR):
         """Answers, all and in each of their texts, are plain vLLM's."""
-        assert [*differences(self.answers(asks), found)] == []
+        assert [*differences(self.answers(asks), found, near)] == []
 
 
 def check_preempted(rig, plain, asks):
@@ -122,13 +122,16 @@ def check_preempted(rig, plain, asks):
     assert rig.count("vllm:num_preemptions_total") > before
 
 
-def differences(wanted, found):
-    """What is wrong with some answers, in words."""
+def differences(wanted, found, near=NEAR):
+    """What is wrong with some answers, in words. `near`: by how much log probabilities may differ; if that is more
+    than rounding, another token may be the best where it was about as good."""
     for number, (want, got) in enumerate(zip(wanted, found, strict=True)):
         for text, logprobs in zip(got.texts, got.logprobs, strict=True):
+            if text != want.tokens and NEAR < near > want.margin:
+                continue
             if text != want.tokens:
                 yield f"answer {number}: {text} instead of {want.tokens} (cached {got.cached})"
-            elif (off := farthest(want.logprobs[0], logprobs)) > NEAR:
+            elif (off := farthest(want.logprobs[0], logprobs)) > near:
                 yield f"answer {number}: log probabilities are off by {off:.4f} (cached {got.cached})"
         if farthest(want.scores, got.scores) > NEAR:
             yield f"answer {number}: the prompt's log probabilities differ"

@@ -1,5 +1,6 @@
 """What an engine is: its tokenizer's structure, its shape, and the namespaces of its requests."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     KVQuantMode,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from engine_config import caches, config, spec
 from ragkv.config import Settings
@@ -22,8 +25,10 @@ from ragkv.connectors.vllm.identity import (
     token_structure,
 )
 from ragkv.connectors.vllm.messages import Group
-from ragkv.connectors.vllm.sizes import page_shapes
+from ragkv.connectors.vllm.sizes import memory_pages, page_shapes
+from ragkv.connectors.vllm.speculation import DRAFTERS, WITHOUT_KV
 from ragkv.errors import LayoutError
+from ragkv.kvstore.pages import frame_bytes
 
 
 def breaks(vocabulary, *tokens):
@@ -78,8 +83,70 @@ def test_the_shape_of_an_engine_with_layers_of_several_kinds():
     assert [plane.geometry.layers for plane in shape.planes] == [3, 3, 6]
     assert [(group.number, group.plane) for group in shape.groups] == [(1, 0), (3, 1), (0, 2), (2, 2)]
     pages = page_shapes(Settings(), shape)
-    assert [page.page_tokens for page in pages] == [32, 32, 16], "all take the same room"
-    assert engine_identity(config(), shape, 16) != identity()
+    assert [page.page_tokens for page in pages] == [16, 16, 8], "none takes more room than plane 0's"
+    named = engine_identity(config(), shape, 16, 16, 8)
+    assert len({named, engine_identity(config(), shape, 16, 16, 4), identity()}) == 3
+
+
+def test_pages_of_windows_and_of_full_attention_take_the_same_room():
+    """As of Gemma 3: five of six layers have windows, so 3 tokens of theirs take the room of 15 of the others."""
+    window = spec(SlidingWindowSpec, sliding_window=64)
+    tokens, windows = page_shapes(Settings(), examine(config(), caches(spec(), *[window] * 5)))
+    assert (tokens.page_tokens, windows.page_tokens) == (15, 3)
+    assert tokens.page_bytes == windows.page_bytes == frame_bytes([tokens, windows])
+
+
+def test_the_shape_of_an_engine_whose_layers_all_have_windows():
+    shape = examine(config(), caches(spec(SlidingWindowSpec, sliding_window=64)))
+    assert [(plane.window, plane.groups, plane.geometry.layers) for plane in shape.planes] == [
+        (0, (), 0),
+        (64, (0,), 3),
+    ]
+    assert [(group.number, group.plane) for group in shape.groups] == [(0, 1)] and shape.has_windows
+    settings = Settings()
+    nothing, windows = page_shapes(settings, shape)
+    assert (nothing.page_bytes, nothing.page_tokens) == (0, settings.chunks.max_tokens)
+    assert windows.page_tokens == 1, "what a chunk takes of plane 0 is lost"
+
+
+def test_the_shape_of_an_engine_with_states():
+    state = MambaSpec(
+        block_size=128, shapes=((3, 8),), dtypes=(torch.float32,), mamba_cache_mode="align", page_size_padded=4096
+    )
+    shape = examine(config(), caches(state, spec(), state))
+    full, states = shape.planes
+    assert full.groups == (1,) and states.groups == (0, 2) and states.sizes == (3, 3) and states.state
+    assert states.geometry.token_bytes == 6 * 96 and shape.token_bytes == full.geometry.token_bytes
+    assert shape.dtype == torch.bfloat16 and shape.has_windows
+    _, states = page_shapes(Settings(), shape)
+    assert (states.rank_bytes, states.spread, states.pages(1)) == (576, 1, 2)
+    alone = examine(config(), caches(state))
+    assert [plane.geometry.layers for plane in alone.planes] == [0, 3] and alone.token_bytes == 3 * 96
+    large = replace(state, shapes=((3 << 20, 1),))
+    shapes = page_shapes(Settings(), examine(config(), caches(large)))
+    assert shapes[1].spread == 36 << 4 and frame_bytes(shapes) <= 1 << 16
+    with pytest.raises(LayoutError, match=r"one chunk of chunks\.max_tokens and a state needs 1153"):
+        memory_pages(Settings(memory={"capacity": "64MiB"}), shapes)
+    assert memory_pages(Settings(memory={"capacity": "256MiB"}), shapes) >= 1153
+
+
+def speculating(method, **more):
+    return {"speculative_config": SimpleNamespace(method=method, **more)}
+
+
+def test_engines_whose_drafters_differ_are_told_apart():
+    drafter = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"layers": 1}))
+    other = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"layers": 2}))
+    found = [identity(**speculating("eagle", draft_model_config=each)) for each in (drafter, other)]
+    assert len({*found, identity()}) == 3
+    assert identity(**speculating("ngram")) == identity() == identity(**speculating("medusa"))
+
+
+def test_no_drafter_where_vllm_stores_before_it_has_run(monkeypatch):
+    monkeypatch.delattr(KVConnectorModelRunnerMixin, "finalize_kv_connector")
+    examine(config(**speculating("ngram")), caches(spec()))
+    with pytest.raises(LayoutError, match=r"speculative decoding by mtp: .*; supported from vLLM 0\.32 on"):
+        examine(config(**speculating("mtp")), caches(spec()))
 
 
 def test_the_shape_of_an_engine():
@@ -106,7 +173,7 @@ def test_the_shape_of_an_engine():
         ({"is_prefix_caching_supported": False}, [spec()], "cannot do without a prefix"),
         ({}, [], "0 groups"),
         ({}, [spec(), spec(head_size=32)], "heads of several sizes"),
-        ({}, [spec(SlidingWindowSpec, sliding_window=64)], "none of full attention"),
+        ({}, [spec(ChunkedLocalAttentionSpec, attention_chunk_size=32)], "none of full attention"),
         ({}, [spec(), spec(SlidingWindowSpec, sliding_window=64, dtype=torch.float32)], "several dtypes"),
         ({}, [spec(), mla()], "MLAAttentionSpec"),
         ({"device_type": "cpu", "enable_prefix_caching": False}, [mla()], "MLA on a CPU"),
@@ -131,7 +198,7 @@ def test_engines_that_cannot_be_served_are_refused_in_plain_words(change, groups
 @pytest.mark.parametrize(
     ("change", "group"),
     [
-        ({"speculative_config": SimpleNamespace(method="ngram")}, spec()),
+        *(({"speculative_config": SimpleNamespace(method=method)}, spec()) for method in WITHOUT_KV + DRAFTERS),
         ({}, spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR, dtype=torch.uint8)),
         ({}, spec(sliding_window=128)),
         ({}, mla()),

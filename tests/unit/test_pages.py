@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from ragkv.kvstore.pages import Pages, PageShape
+from ragkv.kvstore.planes import Window
 from ragkv.kvstore.prefix_tree import Chunk
 
 CANARY = 0xA5
@@ -162,3 +163,28 @@ def test_a_buffer_may_be_shared_memory_and_is_let_go(tmp_path):
 def test_a_buffer_of_part_of_a_page_is_refused():
     with pytest.raises(ValueError, match="reshape"):
         Pages(bytearray(SHAPE.page_bytes + 1), SHAPE)
+
+
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(1, 60))
+def test_a_state_is_spread_over_whole_pages_rank_by_rank(ranks, size, room):
+    spread = -(-size // room)
+    shape = PageShape(ranks, 1, 1, size, 1, "uint8", 1, spread)
+    full = PageShape(1, 1, 1, max(room, shape.page_bytes), 1, "uint8", 1)
+    buffer = bytearray([CANARY]) * (full.page_bytes * (shape.pages(1) + 2))
+    pages, numbers = Pages(buffer, full, [shape]), list(range(1, shape.pages(1) + 1))[::-1]
+    chunk = Window(chunk_of(5), 1, 4)
+    chunk.pages = np.array(numbers, dtype=np.int32).tobytes()
+    raw = bytes(1 + n % 99 for n in range(ranks * size))
+    pages.fill(chunk, memoryview(raw))
+    assert b"".join(pages.parts(chunk)) == b"".join(pages.parts(chunk, copy=True)) == raw
+    assert len(raw) == pages.size(chunk) and buffer.count(CANARY) == len(buffer) - len(raw)
+    first = full.page_bytes * numbers[0]
+    assert buffer[first : first + min(size, shape.page_bytes)] == raw[: min(size, shape.page_bytes)]
+
+
+def test_where_there_are_no_layers_a_chunk_has_no_bytes():
+    shape = PageShape(1, 0, 64, 1, 4, "float32")
+    pages, chunk = Pages(bytearray(64), shape, [PageShape(1, 1, 4, 1, 4, "float32")]), chunk_of(50, [1])
+    assert pages.parts(chunk) == [] and pages.size(chunk) == 0
+    pages.fill(chunk, memoryview(b""))
+    assert pages.token_bytes == 8, "of all other layers"

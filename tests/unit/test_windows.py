@@ -1,167 +1,21 @@
 """Planes of windows in the cache, against an engine that knows what every token's KV must be in every plane."""
 
-import zlib
-from dataclasses import dataclass, replace
-from random import Random
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_lanes import HandClock, HandCompletions, Lower, Recorded, assert_at_rest, redis
+from hand_lanes import Lower, redis
+from plane_engine import BLOCK, END, FULL, PLANES, SPACE, STATES, Engine, fresh, made
 from ragkv.benchmarks.internal.faulty_stores import now_and_then
-from ragkv.kvstore.cache import KVCache
 from ragkv.kvstore.chunking import Chunker, TokenChain, TokenStructure
 from ragkv.kvstore.codec import decode, encode
-from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.keys import as_tokens, mark
 from ragkv.kvstore.metrics import EXPIRED
-from ragkv.kvstore.pages import Pages, PageShape, frame_bytes
 from ragkv.kvstore.pins import AT_ONCE, Pin
-from ragkv.kvstore.planes import Plane
 from ragkv.kvstore.prefix_tree import Chunk
 from ragkv.kvstore.prompt import Prompt, Result
-from ragkv.policies import make_policy
-
-SPACE, BLOCK, END = b"s" * 16, 4, 1001
-STRUCTURE = TokenStructure.of([*["a"] * END, "\n\n"])  # a paragraph ends with `END`
-FULL = PageShape(1, 1, 8, 1, 4, "float32")
-SLIDING = PageShape(1, 3, 3, 1, 4, "float32")
-CHUNKED = PageShape(1, 2, 4, 1, 4, "float32")
-PLANES = {
-    "window": [Plane(SLIDING, window=20, block_tokens=BLOCK)],
-    "chunks": [Plane(CHUNKED, span=32, block_tokens=BLOCK)],
-    "both": [Plane(SLIDING, window=20, block_tokens=BLOCK), Plane(CHUNKED, span=32, block_tokens=BLOCK)],
-    "wide": [Plane(SLIDING, window=70, block_tokens=16)],
-}
-
-
-@dataclass
-class Engine:
-    """Asks the cache as a connector does, and has each plane's KV where layers still attend to it."""
-
-    planes: list
-    pages: int = 400
-    lowers: tuple = ()
-    round: int = 0  # that confirms what is stored
-    weights: int = 0  # 0: those of the namespace
-
-    def __post_init__(self):
-        self.shapes = [FULL, *(plane.shape for plane in self.planes)]
-        self.frame = frame_bytes(self.shapes)
-        self.start()
-
-    def start(self):
-        """A new process, over what lies in lower tiers."""
-        self.buffer = np.zeros((self.pages, self.frame), dtype=np.uint8)
-        pages, clock, metrics = Pages(self.buffer.data, FULL, self.shapes[1:]), HandClock(), Recorded()
-        self.clock, completions = clock, HandCompletions(clock)
-        tiers = [each.open(clock, metrics, completions, 1 << n) for n, each in enumerate(self.lowers)]
-        self.cache = KVCache(
-            pages,
-            make_policy("lru"),
-            tiers,
-            Gate(active=False),
-            completions,
-            metrics,
-            planes=self.planes,
-            clock=clock,
-        )
-        self.settle()
-
-    def chain(self, tokens):
-        chain = TokenChain(SPACE, Chunker(16, 24, 32, STRUCTURE), (), len(tokens))
-        chain.extend(as_tokens(tokens))
-        return chain
-
-    def work(self):
-        """What lower tiers have to do is done. Whether there was any."""
-        self.cache.tick()
-        return sum(lane.run() for lower in self.lowers for lane in (lower.writes, lower.reads)) > 0
-
-    def settle(self):
-        while self.work():
-            pass
-        self.cache.tick()
-
-    def forget(self):
-        """Memory loses all."""
-        self.settle()
-        self.cache.reset()
-
-    def ask(self, tokens, computed=0, step=64, keep=None, answer=(), pin=None):
-        """How many tokens were hit beyond `computed`; what was loaded is checked, what was computed is stored."""
-        chain = self.chain(tokens)
-        prompt = Prompt(SPACE, chain, pin=pin)
-        self.cache.tick()
-        while (found := self.cache.lookup(prompt, computed, len(tokens) - 1)).result is Result.PENDING:
-            assert self.work() or prompt.fetch.over, "it waits for nothing"
-        end = computed + found.tokens
-        if found.result is Result.HIT:
-            self.load(prompt, tokens, computed, end)
-        if pin is not None:
-            self.cache.pin(prompt, len(tokens) - 1)
-        shared = prompt.match.shared
-        self.cache.release(prompt)
-        every = [*tokens, *answer]
-        chain.extend(as_tokens(answer))
-        stops = [*range(end + step, len(tokens), step), len(tokens), *([len(every)] if answer else [])]
-        for start, stop in zip([end, *stops], stops, strict=False):
-            whole = max((cut for cut in chain.ends if cut <= stop), default=0)
-            upto = stop if stop >= len(tokens) else whole
-            self.store(self.cache.prepare_store(prompt, upto, self.round), every)
-            if (stop >= len(tokens) if keep is None else keep(stop)) and upto:
-                live = [plane.first(start) for plane in self.planes]
-                for store in self.cache.windows.prepare_stores(prompt, upto, live, self.round):
-                    assert store.positions.min() >= live[store.plane - 1], "of what the engine does not have"
-                    self.store(store, every)
-        self.settle()
-        self.check()
-        return found.tokens, shared
-
-    def load(self, prompt, tokens, computed, end):
-        loads = self.cache.prepare_load(prompt, computed, end)
-        self.cache.touch(prompt)
-        had = [set() for _ in self.shapes]
-        for load in loads:
-            for row, position in zip(load.rows.tolist(), load.positions.tolist(), strict=True):
-                expected = value(tokens, position, load.plane)
-                assert (self.cell(row, load.plane) == expected).all(), (
-                    f"wrong KV at {position}, plane {load.plane}"
-                )
-                had[load.plane].add(position)
-            self.cache.complete_load(load, ok=True)
-        firsts = [computed, *(max(computed, plane.first(end)) for plane in self.planes)]
-        assert had == [set(range(first, end)) for first in firsts]
-
-    def store(self, store, tokens):
-        if store is not None:
-            for row, position in zip(store.rows.tolist(), store.positions.tolist(), strict=True):
-                self.cell(row, store.plane)[:] = value(tokens, position, store.plane) ^ self.weights
-            self.cache.complete_store(store, ok=True)
-
-    def cell(self, row, plane):
-        """A token's elements in all layers, K and V."""
-        shape = self.shapes[plane]
-        page, offset = divmod(row, shape.page_tokens)
-        whole = self.buffer[page, : shape.page_bytes].view(np.uint32)
-        return whole.reshape(shape.layers * shape.kinds, shape.page_tokens)[:, offset]
-
-    def check(self):
-        assert_at_rest(self.cache)
-        for lower in self.lowers:
-            lower.check()
-
-
-def value(tokens, position, plane):
-    """What a token's KV depends on: the plane, and all tokens up to it."""
-    return zlib.crc32(np.array([plane, *tokens[: position + 1]], dtype=np.int32).tobytes())
-
-
-def fresh(seed, size):
-    chance = Random(seed)
-    return [chance.randrange(1, 1000) for _ in range(size)]
 
 
 @pytest.fixture(params=PLANES)
@@ -442,12 +296,17 @@ def test_a_window_that_does_not_fit_is_not_taken(what):
     assert engine.ask(prompt)[0] == 299, "they are written anew"
 
 
-@given(st.data(), st.sampled_from(sorted(PLANES)), st.sampled_from([14, 40, 400]), st.sampled_from(sorted(LOWERS)))
+@given(
+    st.data(),
+    st.sampled_from(sorted(PLANES | STATES)),
+    st.sampled_from([14, 40, 400]),
+    st.sampled_from(sorted(LOWERS)),
+)
 def test_whatever_is_asked_no_kv_is_wrong(data, planes, pages, lower):
     lowers = (LOWERS[lower](),) if data.draw(st.booleans()) else ()
     for each in lowers:
         each.plan = now_and_then(data.draw(st.sampled_from([0.0, 0.1])), data.draw(st.integers(0, 99)))
-    engine = Engine(PLANES[planes], pages, lowers)
+    engine = made(planes, pages, lowers)
     trunk = fresh(7, 260)
     for number in range(data.draw(st.integers(1, 8))):
         what = data.draw(st.sampled_from(["nothing", "nothing", "restart", "forget"]))
