@@ -85,6 +85,39 @@ def random_llama(
     return folder
 
 
+def tiny_gemma(folder: Path, *, vocabulary: int = 512, window: int = 48, seed: int = 0) -> Path:
+    """As `tiny_llama`, a Gemma 3 whose first and third layer attend to the last `window` tokens."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Gemma3ForCausalLM(config)
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.normal_(0, 1.5 * weights.shape[1] ** -0.5)
+        model.model.embed_tokens.weight.normal_(0, 0.1)  # Gemma scales them itself
+    model.save_pretrained(folder)
+    return folder
+
+
 def tiny_llama(
     folder: Path, *, vocabulary: int = 512, layers: int = 3, longest: int = 1024, seed: int = 0
 ) -> Path:

@@ -121,6 +121,7 @@ def fuzz(
         float, typer.Option(min=0, max=1, help="With --engine: share of copies to and from the engine that fail.")
     ] = 0.0,
     fusion: Annotated[bool, typer.Option("--fusion", help="With --engine: fuse, all moved tokens anew.")] = False,
+    windows: Annotated[bool, typer.Option("--windows", help="With --engine: some layers have windows.")] = False,
     json_file: OutputOption = None,
 ) -> None:
     """Give harmed payloads to the codec: it must refuse them. With --engine: ask an engine with ragkv thousands of
@@ -133,8 +134,7 @@ def fuzz(
     from ragkv.benchmarks.internal.engine_fuzz import FuzzOptions
     from ragkv.benchmarks.internal.engine_fuzz_report import run as run_engines
 
-    options = FuzzOptions(prompts, seed, only, store_faults=faults, copy_faults=copy_faults, fusion=fusion)
-    run_engines(options, json_file)
+    run_engines(FuzzOptions(prompts, seed, only, faults, copy_faults, fusion, windows), json_file)
 
 
 @app.command(epilog="Example: ragkv bench fusion --selections query --ratios 0.15 --trials 5")

@@ -29,7 +29,7 @@ from ragkv.benchmarks.internal.engine_fuzz_plan import (
     asks_of,
 )
 from ragkv.benchmarks.internal.engine_fuzz_play import Faults, Output, Played, injected, play
-from ragkv.benchmarks.model import tiny_llama
+from ragkv.benchmarks.model import tiny_gemma, tiny_llama
 from ragkv.benchmarks.report import reusable_tokens
 from ragkv.errors import RagKVError
 from ragkv.kvstore import metrics as m
@@ -48,6 +48,7 @@ ENVIRONMENT = {
 }
 # Room for one of the longest requests and a little more; prompts in steps of 96 tokens.
 SMALL = {"block_size": 32, "num_gpu_blocks_override": 14, "max_num_batched_tokens": 96, "max_num_seqs": 6}
+BLOCKS_OF_TWO = 26  # where layers of two kinds have a table each
 PLAIN = {"block_size": 32, "num_gpu_blocks_override": 700, "max_num_seqs": 32, "enable_prefix_caching": False}
 SETTINGS: dict[str, Any] = {
     "memory": {"capacity": "3MiB", "page_tokens": 8},  # 2,048 tokens
@@ -63,8 +64,8 @@ Verdict = Literal["equal", "near tie", "wrong"]
 @dataclass(frozen=True)
 class FuzzOptions:
     """What to run. `only`: this episode alone. `store_faults`, `copy_faults`: shares. `fusion`: passages are
-    moved, and all of their tokens computed again. `llm`, `environment`, `settings`: more for the tested engine;
-    `prepare`: called in its process before it starts."""
+    moved, and all of their tokens computed again. `windows`: a model some of whose layers have windows. `llm`,
+    `environment`, `settings`: more for the tested engine; `prepare`: called in its process before it starts."""
 
     prompts: int = 1000
     seed: int = 0
@@ -72,6 +73,7 @@ class FuzzOptions:
     store_faults: float = 0.02
     copy_faults: float = 0.0
     fusion: bool = False
+    windows: bool = False
     shares: Shares = field(default_factory=Shares)
     llm: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -199,7 +201,7 @@ def fuzz(options: FuzzOptions, say: Callable[[int], None] = lambda done: None) -
     """Play until so many prompts were asked. `say`: is told how many were. RagKVError: it would prove nothing."""
     findings = Findings()
     with tempfile.TemporaryDirectory(prefix="ragkv-fuzz-") as folder:
-        model = tiny_llama(Path(folder) / "model")
+        model = (tiny_gemma if options.windows else tiny_llama)(Path(folder) / "model")
         with _engines(model, options, Path(folder) / "disk") as engines:
             _play_all(engines, options, findings, say)
     if options.only is None and len(findings.answers) < DISTINCT * findings.distinct_prompts:
@@ -215,6 +217,7 @@ def _engines(model: Path, options: FuzzOptions, folder: Path) -> Iterator[Engine
     def start() -> Engine:
         settings = {**SETTINGS, "disk": {"path": str(folder), "capacity": DISK}}
         settings |= {"fusion": FUSION} if options.fusion else {}
+        small = SMALL | ({"num_gpu_blocks_override": BLOCKS_OF_TWO} if options.windows else {})
         faults = Faults(options.seed, options.store_faults, options.copy_faults)
         return Engine(
             EngineOptions(
@@ -222,7 +225,7 @@ def _engines(model: Path, options: FuzzOptions, folder: Path) -> Iterator[Engine
                 settings | dict(options.settings),
                 "float32",
                 longest,
-                fast | SMALL | dict(options.llm),
+                fast | small | dict(options.llm),
                 ENVIRONMENT | dict(options.environment),
                 _Prepare((faults, *filter(None, [options.prepare]))),
                 PATIENCE,

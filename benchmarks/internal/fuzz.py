@@ -33,6 +33,7 @@ from ragkv.kvstore.codec import (
     header_end,
     read_header,
 )
+from ragkv.kvstore.keys import mark
 
 BATCH = 10_000
 MOST_FAILURES = 10
@@ -55,15 +56,16 @@ class Findings:
 
 
 def make_payloads(chance: random.Random) -> list[bytes]:
-    """A few small payloads, each of another shape."""
+    """A few small payloads, each of another shape: of tokens, of what planes of windows and states have of a
+    chunk, and of chunks of models without layers of full attention, which hold no bytes."""
     made = []
-    for shape in ((1,), (3, 2, 5), (2, 2, 4, 1, 8), (1, 1, 1, 1, 1, 1, 1, 64)):
+    for shape in ((1,), (3, 2, 5), (2, 2, 4, 1, 8), (1, 1, 1, 1, 1, 1, 1, 64), (9, 1, 0, 2, 1)):
         for dtype in DTYPES:
             header = Header(
                 namespace=chance.randbytes(16),
                 key=chance.randbytes(16),
                 parent=chance.randbytes(16),
-                tokens=chance.randbytes(4 * chance.randrange(1, 40)),
+                tokens=chance.choice((mark(1), mark(2), *[chance.randbytes(4 * chance.randrange(1, 40))] * 3)),
                 position=chance.randrange(2**31),
                 open=chance.random() < 0.5,
                 shape=shape,
