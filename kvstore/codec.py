@@ -305,7 +305,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_shape(value: Any) -> bool:
     sizes = type(value) is tuple and 1 <= len(value) <= _MOST_DIMENSIONS
-    return sizes and all(type(size) is int and 0 <= size <= _MOST for size in value)
+    return sizes and all(type(size) is int and 0 <= size <= _MOST for size in value) and value[0] > 0
 
 
 def _is_time(value: Any) -> bool:
@@ -319,7 +319,7 @@ _RULES = (
     ("tokens", _is_tokens, f"bytes, a positive multiple of {_TOKEN_BYTES}"),
     ("position", _is_count, f"an integer from 0 to {_MOST}"),
     ("open", lambda value: type(value) is bool, "true or false"),
-    ("shape", _is_shape, f"1 to {_MOST_DIMENSIONS} integers from 0 to {_MOST}"),
+    ("shape", _is_shape, f"1 to {_MOST_DIMENSIONS} integers from 0 to {_MOST}, the first from 1"),
     ("dtype", lambda value: type(value) is str and value in DTYPES, ", ".join(DTYPES)),
     ("created", _is_time, "seconds since the epoch"),
     ("expires", _is_time, "seconds since the epoch, or 0.0"),

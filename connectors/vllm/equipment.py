@@ -58,7 +58,8 @@ class Equipment:
             else []
             for plane in self.shape.planes
         ]
-        self._states = state_caches(caches, kv_cache_config)
+        with_states = any(plane.state for plane in self.shape.planes)
+        self._states = state_caches(caches, kv_cache_config) if with_states else {}
         self.caches, self.by_request = self._found[0], self.shape.has_windows
         self._pages = page_shapes(settings, self.shape)
         self.shares = {  # of a token's bytes, that each row of a job has, by group

@@ -126,7 +126,8 @@ class WorkerSide:
 
     def begin(self, orders: StepOrders) -> None:
         """A step begins."""
-        if self._orders is not None:
+        if self._orders is not None:  # of a step that came to no end
+            self._forward = None
             self.carry_out()
         self.preempt(orders)
         self._weights.observe(orders.asked, orders.tokens, self._report)
