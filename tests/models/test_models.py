@@ -110,7 +110,7 @@ def test_a_model_that_is_served_answers_as_plain_vllm_does_and_hits_all_it_can(
             plain.check([Ask(first, kind.tokens)], [told], kind.near)
             assert [each["decision"] for each in told.told["documents"]] == ["unsupported"]
             assert "windows" in told.told["documents"][0]["reason"]
-        made.evict()  # steps until all is stored, as a server does
+        made.rest()
     with engine(tmp_path) as restarted:  # all it knows is on disk
         part = ask(restarted, document)  # the answer may have moved a cut into the prompt before it was written
         assert part == kind.reach(LONG - 1) or (not kind.windows and LONG - MOST_CHUNK <= part < LONG - 1)

@@ -69,15 +69,22 @@ def abort_after(
 
 
 def settle(llm: Any) -> None:
-    """Step, as a server does, until no block is in use (the last stores are done) and the connector has nothing
-    to do."""
-    pool, connector = scheduler(llm).kv_cache_manager.block_pool, scheduler(llm).connector
+    """Step until no block is in use: until the last stores are done."""
+    pool = scheduler(llm).kv_cache_manager.block_pool
     for _ in range(MOST_STEPS):
-        free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # but the null block
-        if free and not (connector is not None and connector.has_pending_push_work()):
+        if pool.get_num_free_blocks() == pool.num_gpu_blocks - 1:  # but the null block
             return
         llm.llm_engine.step()
-    raise AssertionError("the engine never rests")
+    raise AssertionError("vLLM's blocks are never freed")
+
+
+def rest(llm: Any) -> None:
+    """Step, as a server does, while the connector has something to do."""
+    for _ in range(MOST_STEPS):
+        if not scheduler(llm).connector.has_pending_push_work():
+            return
+        llm.llm_engine.step()
+    raise AssertionError("the connector never rests")
 
 
 def evict(llm: Any) -> None:

@@ -81,6 +81,10 @@ class RigEngine(Resting):
         assert not ragkv_too
         self.call(beside.evict)
 
+    def rest(self):
+        """Let ragkv do what it still has to do."""
+        self.call(beside.rest)
+
     def count(self, name):
         """One of the engine's metrics."""
         return self.call(beside.metrics).get(name, 0.0)
