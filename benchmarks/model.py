@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ragkv.config import cache_folder
 from ragkv.errors import RagKVError
@@ -85,37 +86,15 @@ def random_llama(
     return folder
 
 
-def tiny_gemma(folder: Path, *, vocabulary: int = 512, window: int = 48, seed: int = 0) -> Path:
-    """As `tiny_llama`, a Gemma 3 whose first and third layer attend to the last `window` tokens."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        sliding_window=window,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        dtype=torch.float32,
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = Gemma3ForCausalLM(config)
-        for weights in model.parameters():
-            if weights.dim() == 2:
-                weights.normal_(0, 1.5 * weights.shape[1] ** -0.5)
-        model.model.embed_tokens.weight.normal_(0, 0.1)  # Gemma scales them itself
-    model.save_pretrained(folder)
-    return folder
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def tiny_llama(
@@ -130,26 +109,46 @@ def tiny_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
+        **TINY,
         vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=longest,
         tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
         dtype=torch.float32,
     )
+    return _save_random(LlamaForCausalLM, config, folder, seed, 1.0)
+
+
+def tiny_gemma(folder: Path, *, vocabulary: int = 512, window: int = 48, seed: int = 0) -> Path:
+    """As `tiny_llama`, a Gemma 3 whose first and third layer attend to the last `window` tokens."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **TINY,
+        vocab_size=vocabulary,
+        num_hidden_layers=4,
+        query_pre_attn_scalar=32,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=1024,
+        pad_token_id=None,
+        dtype=torch.float32,
+    )
+    return _save_random(Gemma3ForCausalLM, config, folder, seed, 0.1)  # Gemma scales embeddings itself
+
+
+def _save_random(kind: Any, config: Any, folder: Path, seed: int, embeddings: float) -> Path:
+    """Write a model of that class with random weights; `embeddings`: their standard deviation."""
+    import torch
+
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = kind(config)
         for weights in model.parameters():
             if weights.dim() == 2:
                 weights.normal_(0, 1.5 * weights.shape[1] ** -0.5)
-        model.model.embed_tokens.weight.normal_()
+        model.model.embed_tokens.weight.normal_(0, embeddings)
     model.save_pretrained(folder)
     return folder
 

@@ -23,8 +23,8 @@ def furthest(
     have: int,
     over: Callable[[Chunk], bool] | None = None,
 ) -> Match:
-    """As `reachable`; along a match behind `root`, or along another way, if that leads further. `over`: whether a
-    chunk's time is."""
+    """As `reachable`, of a match or of another way behind `root`, whichever is longer. `over`: whether a chunk has
+    expired."""
     best = reachable(found, planes, have)
     if best.length < found.length:
         for other in other_ways(root, chain, limit):
@@ -48,7 +48,7 @@ def other_ways(root: Chunk, chain: TokenChain, limit: int) -> Iterator[Match]:
 
 
 def _beginnings(parent: Chunk, raw: bytes, start: int) -> list[Chunk]:
-    """Ready children of `parent` that `raw` goes on with from token `start` on."""
+    """Ready children of `parent` whose tokens `raw` continues with at position `start`."""
     children = parent.children
     if children is None:
         return []

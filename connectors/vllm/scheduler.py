@@ -229,7 +229,7 @@ class SchedulerSide(Jobs):
             # The last token was sampled, not computed; what runs ahead of the others was thrown away.
             upto = 0 if loading else min(request.num_tokens - 1, request.num_computed_tokens)
             if self._state_planes and upto and request.num_computed_tokens == request.num_tokens:
-                upto += 1  # it runs already, and orders come behind it: the state will be that of all tokens
+                upto += 1  # the step under way computes it, and orders follow that step: its state is that of all
             state.tables = tables
             state.extend()
             told = None if self.fusing is None else self.fusing.tell(state, upto)
@@ -299,15 +299,16 @@ class SchedulerSide(Jobs):
         windows and states hold there has a place; and where vLLM stops for states to be kept."""
         if not self._has_windows:
             return []
-        size = self._state_tokens
-        stops = {(prompt - 1) // size * size, junction // size * size} if size else set()
-        return sorted({*stops, prompt} - {0})
+        return sorted({self._last_stop(prompt - 1), self._last_stop(junction), prompt} - {0})
+
+    def _last_stop(self, position: int) -> int:
+        """Up to this position, the last at which vLLM stops for states to be kept; 0: none."""
+        return position // self._state_tokens * self._state_tokens if self._state_tokens else 0
 
     def _stop_at_junction(self, state: RequestState, have: int) -> None:
         """Let vLLM stop where this prompt and others have parted, as it does at junctions that it sees itself, so
         that there is a state to keep there. (It has looked for them before it asks what can be loaded.)"""
-        request, size = state.request, self._state_tokens
-        state.junction = state.junction // size * size
+        request, state.junction = state.request, self._last_stop(state.junction)
         if state.junction <= have or getattr(request, "shared_prefix_boundary", None) is None:
             return
         request.shared_prefix_boundary = max(request.shared_prefix_boundary, state.junction)
@@ -340,8 +341,7 @@ class SchedulerSide(Jobs):
         """Where what windows and states hold is kept, beside where the prompt ends."""
         if not self._has_windows:
             return []
-        size, prompt = self._state_tokens, state.request.num_prompt_tokens
-        return sorted({*state.places, *([(prompt - 1) // size * size] if size else [])})
+        return sorted({*state.places, self._last_stop(state.request.num_prompt_tokens - 1)})
 
     def _store(self, state: RequestState, upto: int) -> None:
         """Order the store of what the first `upto` tokens have new."""

@@ -5,13 +5,13 @@ step that leaves it; nothing of it is looked into.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from ragkv.connectors.vllm.streams import Streams, Ticket
+from ragkv.connectors.vllm.streams import Stream, Streams, Ticket
 from ragkv.connectors.vllm.transfer import Indices, Kind, Mover
 from ragkv.errors import FusionError, LayoutError
 
@@ -71,21 +71,11 @@ class StateMover(Mover):
 
     def load(self, rows: torch.Tensor, slots: torch.Tensor, shifts: torch.Tensor | None = None) -> Ticket:
         if shifts is not None:
-            raise FusionError("a state cannot be moved")
-        pages, block = self._find(rows, slots)
-        stream = self._streams.load
-        stream.wait(self._streams.compute.record())
-        start = stream.record()
-        stream.submit(functools.partial(self._fetch, pages, block))
-        return Ticket(stream.record(), start)
+            raise FusionError("states cannot be fused: they depend on all tokens before; supported: exact reuse")
+        return self._order(self._streams.load, self._fetch, rows, slots)
 
     def store(self, rows: torch.Tensor, slots: torch.Tensor) -> Ticket:
-        pages, block = self._find(rows, slots)
-        stream = self._streams.store
-        stream.wait(self._streams.compute.record())
-        start = stream.record()
-        stream.submit(functools.partial(self._send, pages, block))
-        return Ticket(stream.record(), start)
+        return self._order(self._streams.store, self._send, rows, slots)
 
     def fence_stores(self) -> None:
         self._streams.compute.wait(self._streams.store.record())
@@ -97,12 +87,21 @@ class StateMover(Mover):
         for stream in (self._streams.load, self._streams.store):
             stream.synchronize()
 
+    def _order(
+        self, stream: Stream, copy: Callable[[list[int], int], None], rows: torch.Tensor, slots: torch.Tensor
+    ) -> Ticket:
+        """Copy after all forwards that were launched."""
+        pages, block = self._find(rows, slots)
+        stream.wait(self._streams.compute.record())
+        start = stream.record()
+        stream.submit(functools.partial(copy, pages, block))
+        return Ticket(stream.record(), start)
+
     def _find(self, rows: torch.Tensor, slots: torch.Tensor) -> tuple[list[int], int]:
         """This rank's pages of a state, and the block. IndexError: they do not exist."""
         numbers: Indices = rows.numpy()
         pages = (numbers // len(numbers))[self._places.start : self._places.stop].tolist()
-        blocks = set((slots // self._block_tokens).tolist())
-        (block,) = blocks
+        (block,) = set((slots // self._block_tokens).tolist())
         if not (0 < block < len(self._states[0]) and all(0 <= page < len(self._pages) for page in pages)):
             raise IndexError(f"a state in block {block}, pages {pages}: there are no such")
         return pages, block

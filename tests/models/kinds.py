@@ -246,7 +246,7 @@ def _make_drafter(kind: Kind, folder: Path) -> None:
 
 
 def _add_mtp_layer(folder: Path) -> None:
-    """Behind the layers of a GLM 4 MoE one more, which drafts: the last one's weights, and what joins to it the
+    """Add a layer to a GLM 4 MoE, which drafts tokens: a copy of the last layer, and a projection that adds the
     next token's embedding."""
     import torch
     from safetensors.torch import load_file, save_file

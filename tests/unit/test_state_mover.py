@@ -96,7 +96,6 @@ def test_a_store_waits_for_forwards_and_later_forwards_for_it(layers, pages):
             pass
 
     told = []
-    copier = mover(layers, pages)
     copier = StateMover(
         layers,
         pages,
