@@ -47,6 +47,7 @@ class RequestState:
     refused: bool = False  # a load failed: it is computed
     stored: int = 0  # first tokens that are stored, or need not be
     junction: int = 0  # up to where its tokens were stored, though it cannot go on there
+    offered: dict[int, dict[int, int]] = field(default_factory=dict)  # blocks that have states in this step
     marked: int = 0  # where what layers with windows hold was kept last
     sources: dict[str, int] = field(default_factory=dict)  # tokens of the last load, by tier
     approximate: int | None = None  # from where on its KV is not exact

@@ -354,24 +354,33 @@ class SchedulerSide(Jobs):
 
     def _store_windows(self, state: RequestState, upto: int, after: int) -> None:
         """Order the store of what layers with windows or states hold at token `upto`, so that prompts can go on
-        there. `after`: tokens that are computed then; states are of these alone."""
+        there. `after`: tokens that are computed then; states are of these, and of those that vLLM offers."""
         if not self._has_windows or not (self._may_store and state.hints.store and state.tables):
             return
         if not upto or state.exact_upto(upto) < upto:
             return
         state.marked = max(state.marked, upto)
         live = [0] * (1 + max(group.plane for group in self._groups))
+        tables, offered = [list(table) for table in state.tables], state.offered.get(upto, {})
         for group in self._groups:
-            table = state.tables[group.number]
+            table = tables[group.number]
             kept = next((place for place, block in enumerate(table) if block), len(table))
             if group.plane in self._state_planes:
-                live[group.plane] = upto - 1 if upto == after else upto
+                known = upto == after or group.number in offered
+                live[group.plane] = max(live[group.plane], upto - 1 if known else upto)
+                if upto != after and known:
+                    table[(upto - 1) // group.block_tokens] = offered[group.number]
             else:
                 live[group.plane] = max(live[group.plane], kept * group.block_tokens)
         for store in self._cache.windows.prepare_stores(state.prompt, upto, live[1:], self._confirmed_by()):
-            self._orders.stores += self._new_jobs(state, store, state.tables)
+            self._orders.stores += self._new_jobs(state, store, tables)
 
     def _resolve(self, state: RequestState, request: str, scheduler_output: Any) -> None:
-        """The tables as they are in this step: where layers have windows, vLLM takes blocks out of them."""
-        if self._has_windows:
-            state.tables = scheduler_output.kv_connector_block_state.get_block_ids(request) or ()
+        """The tables as they are in this step: where layers have windows, vLLM takes blocks out of them; and the
+        blocks that will have states that a forward leaves on its way."""
+        if not self._has_windows:
+            return
+        blocks = scheduler_output.kv_connector_block_state
+        state.tables, state.offered = blocks.get_block_ids(request) or (), {}
+        for group, block, tokens in (getattr(blocks, "boundary_state_offloads", None) or {}).get(request, ()):
+            state.offered.setdefault(tokens, {})[group] = block

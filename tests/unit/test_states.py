@@ -151,6 +151,31 @@ def test_vllm_stops_where_prompts_have_parted_if_a_state_can_be_kept_there(keeps
     assert request.shared_prefix_boundary == (144 if keeps else 0)
 
 
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_state_that_a_forward_leaves_on_its_way_is_taken_where_vllm_offers_it(offered):
+    """Layers of Mamba 2 leave the state at the last boundary within the step that computes the prompt's end."""
+    engine = made("states")
+    side, request, tables = side_over(engine), Request(fresh(1, 300)), [[*range(1, 20)], [0] * 18 + [7]]
+    assert side.lookup(request, 0) == 0
+    side.allocated(request, tables, 0)
+    offers = {"r": [(1, 5, 288)]} if offered else {}
+    new = SimpleNamespace(req_id="r", block_ids=tables, num_computed_tokens=0)
+    orders = side.orders(
+        SimpleNamespace(
+            num_scheduled_tokens={"r": 300},
+            total_num_scheduled_tokens=300,
+            scheduled_new_reqs=[new],
+            scheduled_cached_reqs=SimpleNamespace(req_ids=[]),
+            kv_connector_block_state=SimpleNamespace(
+                get_block_ids=lambda request: tables, boundary_state_offloads=offers
+            ),
+        )
+    )
+    states = [set((job.slots // STEP).tolist()) for job in orders.stores if job.group == 1]
+    assert states == ([{5}] if offered else []) + [{7}]
+    assert tables[1][17] == 0, "the request's table is left alone"
+
+
 def test_turns_are_told_where_chunks_end_with_prompts():
     first = fresh(1, 100)
     next_turn = [*first, *fresh(2, 10), *fresh(3, 40)]
