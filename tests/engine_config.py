@@ -31,8 +31,11 @@ def config(**change):
         "dtype": torch.bfloat16,
         "is_prefix_caching_supported": True,
         "max_model_len": 2048,
+        "layers": 3,
     }
     model |= {name: change.pop(name) for name in list(change) if name in model}
+    layers = model.pop("layers")
+    model["get_total_num_hidden_layers"] = lambda: layers
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         model_config=SimpleNamespace(**model),

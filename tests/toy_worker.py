@@ -125,6 +125,7 @@ class Equipment:
     weights it looks."""
 
     by_request = False  # block numbers tell which request has lost its KV
+    stages = 1
     shares = {0: 1.0}  # noqa: RUF012
 
     segment = SimpleNamespace(identity=None, close=lambda: None)

@@ -11,7 +11,7 @@ from ragkv.config import Settings
 from ragkv.connectors.vllm.copying import Copier
 from ragkv.connectors.vllm.error_boundary import Faults, logger
 from ragkv.connectors.vllm.fusion_worker import Fuser, make_fuser, make_turn
-from ragkv.connectors.vllm.identity import examine
+from ragkv.connectors.vllm.identity import Shape, examine
 from ragkv.connectors.vllm.layers import LayerCache
 from ragkv.connectors.vllm.layout import probe
 from ragkv.connectors.vllm.messages import DEVICE_MOVER
@@ -32,16 +32,14 @@ WHOLE = 1 << 62  # rows that are copied at once
 
 
 class Equipment:
-    """One worker's. `shape`: of the engine's KV; `caches`: in the order of the layers; `rank`: among
-    tensor-parallel workers; `device`: of the caches; `segment`: the memory tier's; `compute`: where the engine's
-    forwards run."""
+    """One worker's. `shape`: of the engine's KV; `caches`: in the order of the layers; `rank`: among the workers,
+    stage by stage of the pipeline; `device`: of the caches; `segment`: the memory tier's; `compute`: where the
+    engine's forwards run; `stages`: how many there are, which run one after the other."""
 
     def __init__(
         self, vllm_config: Any, kv_cache_config: Any, settings: Settings, caches: dict[str, torch.Tensor]
     ) -> None:
         """Prove the layout of the engine's caches and open the memory tier. LayoutError: ragkv cannot serve it."""
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
         self._vllm_config, self._kv_cache_config, self._settings = vllm_config, kv_cache_config, settings
         self.shape = examine(vllm_config, kv_cache_config)
         self._raw = RAW[self.shape.geometry.itemsize]
@@ -69,7 +67,9 @@ class Equipment:
         }
         frame = frame_bytes(self._pages)
         size = memory_pages(settings, self._pages) * frame
-        self.rank, self.device = get_tensor_model_parallel_rank(), next(iter(caches.values())).device
+        self.rank, self.device = _rank(self.shape), next(iter(caches.values())).device
+        self.stages = len(self.shape.stages) or 1
+        self._part = self.rank * self.shape.ranks // self.shape.workers  # of each page
         self.compute, self._model = compute_stream(self.device), find_model(vllm_config)
         self.segment = Segment(vllm_config.kv_transfer_config.engine_id, size, populate=True)
         self._elements = torch.frombuffer(self.segment.buffer, dtype=self._raw)
@@ -113,7 +113,8 @@ class Equipment:
             pool = torch.empty(
                 pages * page.page_bytes // page.ranks // page.itemsize, dtype=self._raw, device=self.device
             )
-            tier = Tier(pool, self.shape.geometry, page.page_tokens, 1, 0)
+            geometry = replace(self.shape.geometry, layers=len(self.caches))
+            tier = Tier(pool, geometry, page.page_tokens, 1, 0)
             movers[DEVICE_MOVER] = DirectMover(self.caches, tier, prepare)
         if self.device.type != "cpu":
             self._say_memory(movers, pages * page.page_bytes // page.ranks, fusion_bytes)
@@ -121,8 +122,7 @@ class Equipment:
 
     def _tiers(self) -> Iterator[tuple[int, list[LayerCache], Tier]]:
         """Each group's number, the caches of its layers, and its part of the memory tier."""
-        frame, ranks = frame_bytes(self._pages), self.shape.ranks
-        rank = min(self.rank, ranks - 1)
+        frame, ranks, rank = frame_bytes(self._pages), self.shape.ranks, self._part
         for plane, page, found in zip(self.shape.planes, self._pages, self._found, strict=True):
             if plane.state:
                 continue
@@ -138,7 +138,7 @@ class Equipment:
     def _state_movers(self) -> Iterator[tuple[int, StateMover]]:
         """Each group's number, and what copies its states."""
         pages = self._elements.view(torch.uint8).view(-1, frame_bytes(self._pages))
-        streams, rank = make_streams(self.device), min(self.rank, self.shape.ranks - 1)
+        streams, rank = make_streams(self.device), self._part
         for plane, page in zip(self.shape.planes, self._pages, strict=True):
             places, start = range(rank * page.spread, (rank + 1) * page.spread), 0
             for number in plane.groups if plane.state else ():
@@ -160,3 +160,13 @@ class Equipment:
         note = "; a fused forward needs what a step of its size needs" if fusion else ""
         total = sum(each.values()) / 2**20
         logger.info("ragkv: %.0f MiB of accelerator memory: %s%s", total, parts, note)
+
+
+def _rank(shape: Shape) -> int:
+    """Of this process, among the workers of an engine."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+    rank = int(get_tensor_model_parallel_rank())
+    if shape.stages:
+        rank += int(get_pp_group().rank_in_group) * (shape.workers // len(shape.stages))
+    return rank

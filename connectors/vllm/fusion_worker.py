@@ -162,6 +162,8 @@ def make_fuser(
     parallel = vllm_config.parallel_config
     if getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", False):
         raise FusionError("data parallel experts: all ranks would have to fuse at once; supported: one rank")
+    if shape.stages:
+        raise FusionError("pipeline stages; supported: one")
     if shape.has_windows:
         raise FusionError("layers with windows or states; supported: full attention")
     if shape.geometry.kinds == 1:

@@ -50,13 +50,15 @@ class PlaneLayers:
 @dataclass(frozen=True)
 class Shape:
     """What an engine keeps for a token: `planes`, the first of layers that attend to all before, if any; the
-    cache's dtype, and the tensor-parallel `workers`. `ranks`: the parts of a page, one a worker, or 1 where all
-    workers hold the same (MLA)."""
+    cache's dtype, and the `workers`, of all pipeline stages. `stages`: layers of each of them, if there are
+    several; a page has room for as many as the largest has. `ranks`: the parts of a page, one a worker, or one a
+    stage where all its workers hold the same (MLA)."""
 
     planes: tuple[PlaneLayers, ...]
     dtype: torch.dtype
     workers: int
     ranks: int
+    stages: tuple[int, ...] = ()
 
     @property
     def geometry(self) -> Geometry:
@@ -92,7 +94,7 @@ class Shape:
 def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     """The shape of an engine's KV. LayoutError says, in plain words, why ragkv cannot serve the engine."""
     parallel = vllm_config.parallel_config
-    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise LayoutError(f"{name} = {getattr(parallel, name)}; supported: 1")
     if getattr(parallel, "is_moe_model", False) and (
@@ -105,8 +107,14 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise LayoutError("calculate_kv_scales: fp8 scales differ from start to start; supported: False")
     groups, workers = kv_cache_config.kv_cache_groups, parallel.tensor_parallel_size
+    if parallel.pipeline_parallel_size > 1:
+        return _in_stages(vllm_config, groups, workers)
     if len(groups) == 1 and type(groups[0].kv_cache_spec) is MLAAttentionSpec:
         return _latent(vllm_config, groups[0], workers)
+    return _of_groups(groups, workers)
+
+
+def _of_groups(groups: Any, workers: int) -> Shape:
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
         kinds.setdefault(_kind(group.kv_cache_spec), []).append(number)
@@ -125,6 +133,29 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
     if len(dtypes) > 1:
         raise LayoutError("KV caches of several dtypes; supported: one")
     return Shape(tuple(planes), next(iter(dtypes), torch.uint8), workers, workers)
+
+
+def _in_stages(vllm_config: Any, groups: Any, workers: int) -> Shape:
+    """Of an engine whose workers are in stages, each with some of the layers. vLLM tells the scheduler side of
+    those of the first stage alone, so both sides count them as vLLM does."""
+    from vllm.distributed.utils import get_pp_indices
+
+    if len(groups) != 1 or drafts(vllm_config):
+        raise LayoutError("pipeline stages of layers of several kinds, or with a drafter; supported: one kind")
+    count, (group,) = vllm_config.parallel_config.pipeline_parallel_size, groups
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    ranges = [get_pp_indices(layers, stage, count) for stage in range(count)]
+    stages = tuple(end - start for start, end in ranges)
+    if len(group.layer_names) not in stages:
+        raise LayoutError(f"a pipeline stage has {len(group.layer_names)} layers with KV; supported: {stages}")
+    latent = type(group.kv_cache_spec) is MLAAttentionSpec
+    shape = _latent(vllm_config, group, workers) if latent else _of_groups(groups, workers)
+    if shape.has_windows:
+        raise LayoutError("pipeline stages of layers with windows or states; supported: full attention")
+    plane = replace(shape.planes[0], geometry=replace(shape.geometry, layers=max(stages)))
+    return replace(
+        shape, planes=(plane,), workers=workers * count, ranks=count if latent else workers * count, stages=stages
+    )
 
 
 def _kind(spec: Any) -> tuple[Any, ...]:
@@ -195,9 +226,11 @@ def engine_identity(vllm_config: Any, shape: Shape, *page_tokens: int) -> bytes:
     laid out. Names, paths, revisions, seeds and load formats do not count: the weights tell. `page_tokens`: of a
     page of each plane."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    text, more = _as_text(model.hf_config), {}
+    text, more = _as_text(model.hf_config), dict[str, Any]()
     if drafts(vllm_config):
         more["drafter"] = _as_text(vllm_config.speculative_config.draft_model_config.hf_config)
+    if shape.stages:
+        more["stages"] = list(shape.stages)
     return namespace(
         {
             "version": VERSION,

@@ -238,11 +238,12 @@ class WorkerSide:
             self._finishing.discard(request)
             self._sent.add(request)
         timed, self._timed = self._timed, []
+        stages = 1 if self._equipment is None else self._equipment.stages
         for each in timed:
             if (seconds := each.ticket.seconds()) is None:
                 self._timed.append(each)
             else:
-                getattr(self._report, each.kind).append((each.work, seconds))
+                getattr(self._report, each.kind).append((each.work, seconds * stages))
                 self._note_time(each.number, each.began, seconds)
 
     def _end(self, running: Running) -> None:

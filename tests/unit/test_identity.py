@@ -159,10 +159,35 @@ def test_the_shape_of_an_engine():
     assert shape.groups == [Group(0, 0, 16)]
 
 
+def test_the_shape_of_pipeline_stages_has_room_for_the_largest():
+    """Seven layers are four and three; both sides must find the same, from what a worker of either knows."""
+    given = config(pipeline_parallel_size=2, layers=7)
+    of_stages = [examine(given, caches(spec(), layers=[f"layer.{n}" for n in range(count)])) for count in (4, 3)]
+    for shape in of_stages:
+        assert (shape.workers, shape.ranks, shape.stages) == (4, 4, (4, 3))
+        assert shape.geometry.layers == 4
+        assert (
+            page_shapes(Settings(), shape)[0].page_bytes == Settings().memory.page_tokens * 4 * 4 * 2 * 2 * 64 * 2
+        )
+    latent = examine(given, caches(mla()))
+    assert (latent.workers, latent.ranks) == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "groups", "says"),
     [
-        ({"pipeline_parallel_size": 2}, [spec()], "pipeline_parallel_size = 2"),
+        ({"pipeline_parallel_size": 2, "layers": 8}, [spec()], r"stage has 3 layers with KV; supported: \(4, 4\)"),
+        ({"pipeline_parallel_size": 2}, [spec(), spec()], "pipeline stages of layers of several kinds"),
+        (
+            {"pipeline_parallel_size": 2, "speculative_config": SimpleNamespace(method="eagle")},
+            [spec()],
+            "or with a drafter",
+        ),
+        (
+            {"pipeline_parallel_size": 2, "layers": 6},
+            [spec(SlidingWindowSpec, sliding_window=64)],
+            "pipeline stages of layers with windows",
+        ),
         ({"decode_context_parallel_size": 2}, [spec()], "decode_context_parallel_size = 2"),
         ({"prefill_context_parallel_size": 2}, [spec()], "prefill_context_parallel_size = 2"),
         (
@@ -209,8 +234,8 @@ def test_what_may_look_odd_and_is_served(change, group):
     assert examine(config(**change), caches(group)).geometry.itemsize == group.dtype.itemsize
 
 
-def identity(tokens=16, group=None, layers=("layer.0", "layer.1", "layer.2"), **change):
-    given = config(**change)
+def identity(tokens=16, group=None, layers=("layer.0", "layer.1", "layer.2"), total=3, **change):
+    given = config(layers=total, **change)
     return engine_identity(given, examine(given, caches(group or spec(), layers=layers)), tokens)
 
 
@@ -234,6 +259,8 @@ def test_an_engine_is_named_by_all_that_its_kv_depends_on_beside_its_weights():
         identity(32),
         identity(group=spec(dtype=torch.float32)),
         identity(layers=("layer.0",)),
+        identity(pipeline_parallel_size=2, layers=("layer.0", "layer.1"), total=3),
+        identity(pipeline_parallel_size=2, layers=("layer.0", "layer.1"), total=4),
         longrope(1024),
         longrope(2048),
     ]
