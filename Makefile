@@ -29,7 +29,7 @@ test: env lint
 	$(BIN)/python -m pytest -m "not engine and not rig and not models" -n 2
 	$(BIN)/python -m pytest -m engine
 	$(BIN)/python -m pytest tests/rig -n 2 --dist loadscope
-	$(BIN)/python -m pytest tests/models -k "gemma-3 or lfm-2-without"
+	$(BIN)/python -m pytest tests/models -k "gemma-3 and not gemma-3n or lfm-2-without"
 
 test-models: env
 	$(BIN)/python -m pytest tests/models

@@ -24,8 +24,9 @@ class Kind:
     """`name`, `layers`: as the table says; `config`: the class of transformers, with `fields`; `architecture`: for
     vLLM, where transformers saves another; `more`: of config.json; `windows`: some layers attend to a part of what
     is before a token, or have states, which vLLM keeps at multiples of `states` tokens; `drafter`: a model that
-    drafts tokens, another one or the model itself (""), and by which `method`; `near`: how exact vLLM's own log
-    probabilities are; `says`: what the log says where ragkv does not serve it."""
+    drafts tokens, another one or the model itself (""), and by which `method`; `weights`: how they are quantised;
+    `dtype`: computed in; `near`: how exact vLLM's own log probabilities are, from one split to another;
+    `says`: what the log says where ragkv does not serve it."""
 
     name: str
     layers: str
@@ -38,6 +39,8 @@ class Kind:
     near: float = 1e-3
     method: str | None = None
     drafter: str = ""
+    weights: str = ""
+    dtype: str = "float32"
     says: str | None = None
 
     @property
@@ -95,6 +98,29 @@ KINDS = (
     Kind("SmolLM 3", "full attention, some without positions", "SmolLM3Config", {"no_rope_layers": [1, 1, 1, 0]}),
     sliding("Gemma 2", "Gemma2Config", [S, F, S, F], **GEMMA),
     sliding("Gemma 3", "Gemma3TextConfig", [S, S, F, S, S, F], **GEMMA),
+    sliding(
+        "Gemma 3n",
+        "Gemma3nTextConfig",
+        [S, F, S, F, S, F],
+        architecture="Gemma3nForCausalLM",
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=32,
+        intermediate_size=[256] * 6,
+        vocab_size_per_layer_input=VOCABULARY,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 6,
+    ),
+    sliding(
+        "Gemma 4",
+        "Gemma4TextConfig",
+        [S, S, F, S, S, F],
+        architecture="Gemma4ForCausalLM",
+        global_head_dim=64,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
+    sliding("gpt-oss", "GptOssConfig", [S, F, S, F], **MOE, num_local_experts=4),
     sliding("Command A, Cohere 2", "Cohere2Config", [S, S, S, F]),
     sliding("EXAONE 4", "Exaone4Config", [S, S, S, F], sliding_window_pattern=4),
     sliding("OLMo 3", "Olmo3Config", [S, S, S, F]),
@@ -114,6 +140,9 @@ KINDS = (
         architecture="Llama4ForCausalLM",
         windows=True,
     ),
+    Kind("Llama 3, GPTQ", "full attention", "LlamaConfig", weights="gptq", dtype="bfloat16", near=0.5),
+    Kind("Llama 3, AWQ", "full attention", "LlamaConfig", weights="awq", dtype="bfloat16", near=0.5),
+    Kind("Llama 3, int8 weights", "full attention", "LlamaConfig", weights="int8", near=0.5),
     Kind("Llama 3 with a draft model", "full attention", "LlamaConfig", method="draft_model"),
     Kind("Llama 3 with EAGLE", "full attention", "LlamaConfig", method="eagle", drafter="eagle"),
     Kind("Llama 3 with Medusa", "full attention", "LlamaConfig", method="medusa", drafter="medusa"),
@@ -203,6 +232,8 @@ def make(kind: Kind, folder: Path) -> Path:
     if kind.architecture:
         saved["architectures"] = [kind.architecture]
     file.write_text(json.dumps(saved, indent=1))
+    if kind.weights:
+        _quantise(kind.weights, folder)
     if kind.method == "mtp":
         _add_mtp_layer(folder)
     elif kind.drafter:
@@ -260,3 +291,75 @@ def _add_mtp_layer(folder: Path) -> None:
     added[f"{new}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     added[f"{new}shared_head.head.weight"] = weights["lm_head.weight"].clone()
     save_file(weights | added, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _quantise(how: str, folder: Path) -> None:
+    """Put random weights of that form, of the same scale, in the place of a Llama's linear layers."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    group, chance = 32, torch.Generator().manual_seed(9)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, generator=chance, dtype=torch.int64).to(torch.int32)
+
+    made: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "_proj.weight" not in name:
+            made[name] = weight
+            continue
+        (out, into), layer = weight.shape, name.removesuffix(".weight")
+        scale = 1.5 / math.sqrt(into)
+        if how == "int8":
+            made[name] = torch.randint(-127, 128, (out, into), generator=chance).to(torch.int8)
+            made[f"{layer}.weight_scale"] = torch.full((out, 1), scale / 73.0)
+            continue
+        zeros = 0x77777777 if how == "gptq" else 0x88888888 - (1 << 32)
+        made[f"{layer}.qweight"] = words(into // 8, out) if how == "gptq" else words(into, out // 8)
+        made[f"{layer}.qzeros"] = torch.full((into // group, out // 8), zeros, dtype=torch.int32)
+        made[f"{layer}.scales"] = torch.full((into // group, out), scale / 4.6).half()
+        if how == "gptq":
+            made[f"{layer}.g_idx"] = (torch.arange(into) // group).to(torch.int32)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": QUANTISED[how]}))
+
+
+FOUR_BITS = {"bits": 4, "group_size": 32}
+CHANNELS = {"num_bits": 8, "type": "int", "symmetric": True}
+QUANTISED = {
+    "gptq": FOUR_BITS | {"quant_method": "gptq", "desc_act": False, "sym": True, "lm_head": False},
+    "awq": FOUR_BITS | {"quant_method": "awq", "zero_point": True, "version": "gemm"},
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": CHANNELS | {"strategy": "channel", "dynamic": False},
+                "input_activations": CHANNELS | {"strategy": "token", "dynamic": True},
+            }
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run models, for the table, and the `test` that tries it, below tests."""
+
+    name: str
+    test: str
+    reuse: str = EXACT
+
+
+WAYS = (
+    Way("tensor parallel", "rig/test_ranks.py"),
+    Way("pipeline parallel", "rig/test_stages.py"),
+    Way("data parallel", "models/test_ways.py"),
+    Way("LoRA adapters", "models/test_ways.py"),
+    Way("embeddings", "models/test_ways.py"),
+    Way("fp8 KV", "rig/test_fp8.py"),
+)

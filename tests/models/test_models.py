@@ -17,17 +17,17 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "T
 SHAPE = {"skip_tokenizer_init": True, "generation_config": "vllm", "enforce_eager": True, "max_num_seqs": 8}
 
 
-def options(folder, settings, **llm):
+def options(folder, settings, dtype="float32", **llm):
     given = SHAPE | {"num_gpu_blocks_override": BLOCKS} | llm
     return EngineOptions(
-        folder, settings, "float32", max_model_len=1024, llm=given, environment=ENVIRONMENT, one_process=True
+        folder, settings, dtype, max_model_len=1024, llm=given, environment=ENVIRONMENT, one_process=True
     )
 
 
 @pytest.fixture(scope="module")
 def engine(kind, folder):
     """What makes an engine with ragkv, on a folder that outlives it."""
-    return functools.partial(start, folder, **kind.speculation(folder))
+    return functools.partial(start, folder, dtype=kind.dtype, **kind.speculation(folder))
 
 
 def start(folder, disk, **llm):
@@ -50,7 +50,7 @@ def plain(kind, folder):
     """Plain vLLM; of models with states with vLLM's own choice, since those that cache prefixes are computed
     otherwise than those that do not."""
     cached = {} if kind.states or not kind.served else {"enable_prefix_caching": False}
-    with RigEngine(options(folder, None, **cached)) as made:
+    with RigEngine(options(folder, None, kind.dtype, **cached)) as made:
         yield Plain(made.wait())
 
 

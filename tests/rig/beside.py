@@ -14,7 +14,8 @@ _names = itertools.count()
 @dataclass(frozen=True)
 class Ask:
     """A greedy request. `count`: answers to it (sampled then, so cold that it makes no difference to greedy);
-    `hints`: ragkv's part of `kv_transfer_params`; `scored`: with the prompt's log probabilities."""
+    `hints`: ragkv's part of `kv_transfer_params`; `scored`: with the prompt's log probabilities; `adapter`: folder
+    and number."""
 
     prompt: Sequence[int]
     tokens: int = 3
@@ -22,6 +23,7 @@ class Ask:
     scored: bool = False
     salt: str | None = None
     hints: Mapping[str, Any] | None = None
+    adapter: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def add(llm: Any, asked: Ask) -> str:
     """Give a request to the engine; its name."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
     greedy = {"temperature": 0.0} if asked.count == 1 else {"temperature": 0.01, "seed": 1, "n": asked.count}
@@ -152,7 +155,11 @@ def add(llm: Any, asked: Ask) -> str:
     if asked.salt is not None:
         prompt["cache_salt"] = asked.salt
     name = f"asked-{next(_names)}"
-    llm.llm_engine.add_request(name, prompt, parameters)
+    adapter = None
+    if asked.adapter is not None:
+        folder, number = asked.adapter
+        adapter = LoRARequest(f"adapter {number}", number, folder)
+    llm.llm_engine.add_request(name, prompt, parameters, lora_request=adapter)
     return name
 
 

@@ -98,7 +98,7 @@ class Plain:
 
     def answers(self, asks):
         """As of `RigEngine`; tenants and hints make no difference to plain vLLM."""
-        keys = [Ask(tuple(each.prompt), each.tokens, 1, each.scored) for each in asks]
+        keys = [Ask(tuple(each.prompt), each.tokens, 1, each.scored, adapter=each.adapter) for each in asks]
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         if new:
             self._known |= zip(new, self._engine.call(beside.ask, new, None)[0], strict=True)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from models.kinds import KINDS
+from models.kinds import KINDS, WAYS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+TESTS = Path(__file__).resolve().parents[1]
+PAGE = TESTS.parent / "docs" / "models.md"
 
 
 def test_the_table_of_models_is_what_the_tests_try():
@@ -13,4 +14,8 @@ def test_the_table_of_models_is_what_the_tests_try():
         "| model | layers | reuse |",
         "|---|---|---|",
         *(f"| {kind.name} | {kind.layers} | {kind.reuse} |" for kind in KINDS),
+        "| way | reuse |",
+        "|---|---|",
+        *(f"| {way.name} | {way.reuse} |" for way in WAYS),
     ]
+    assert all((TESTS / way.test).is_file() for way in WAYS)
