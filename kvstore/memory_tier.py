@@ -29,7 +29,7 @@ from ragkv.kvstore.prefix_tree import (
     is_detached,
     longest_shared,
 )
-from ragkv.kvstore.ways import furthest
+from ragkv.kvstore.ways import furthest, longer
 from ragkv.policies import EvictionPolicy, Prioritized
 from ragkv.policies.admission import AdmissionPolicy, Always
 
@@ -98,7 +98,7 @@ class MemoryTier:
 
     def match(self, namespace: bytes, chain: TokenChain, limit: int, have: int = 0) -> Match:
         """The longest prefix of `chain` up to `limit` that can be read now; the engine has `have` tokens."""
-        found = self.tree.match(self.tree.root(namespace), chain, limit)
+        found = longer(self.tree.match(self.tree.root(namespace), chain, limit), chain, limit)
         late = next(filter(self.pins.over, found.chunks), None) if self.pins.late else None
         if late is not None:  # its time is over, and `tick` has not come to it yet
             found = Match(found.chunks[: found.chunks.index(late)], late.position, shared=late.position)

@@ -174,8 +174,7 @@ class PrefixTree:
     def match(self, root: Chunk, chain: TokenChain, limit: int) -> Match:
         """The longest prefix of `chain`, at most `limit` tokens, that stands ready behind `root`.
 
-        First along the chain's own cuts; from where these are not stored, always to the child that shares the
-        most. So the longest, except behind a child that is itself the beginning of its sibling.
+        First along the chain's own cuts, then as of `follow`.
         """
         raw = chain.tokens.tobytes()
         chunks: list[Chunk] = []
@@ -188,26 +187,7 @@ class PrefixTree:
                 break
             chunks.append(chunk)
             parent, start = chunk, end
-        tail = None
-        while start < limit:
-            reach = REACH
-            rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
-            child, shared = longest_shared(parent, rest)
-            while shared == reach:  # else not all of the rest each time: that would be quadratic
-                reach *= 2
-                rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
-                child, shared = longest_shared(parent, rest)
-            if child is None:
-                break
-            if shared < len(child):
-                child = _best_alike(parent, rest[: TOKEN_BYTES * shared], child)
-            chunks.append(child)
-            parent, start = child, start + shared
-            tail = child if shared == len(child) else None
-            if tail is None:
-                break
-        length = min(start, limit)
-        return Match(tuple(chunks), length, tail, shared=length)
+        return follow(chunks, parent, start, raw, limit)
 
     def insert(self, parent: Chunk, chain: Iterable[tuple[bytes, bytes]]) -> list[Chunk]:
         """Enter chunks of these keys and tokens, each behind the one before, without pages and not ready; up to
@@ -274,6 +254,31 @@ class PrefixTree:
         self._roots.clear()
         if self.contents is not None:
             self.contents.clear()
+
+
+def follow(chunks: list[Chunk], parent: Chunk, start: int, raw: bytes, limit: int) -> Match:
+    """Go on behind `chunks`, the last of them `parent`, which hold `start` tokens: always to the child that shares
+    the most. So the longest way, except behind a child that is itself the beginning of its sibling."""
+    tail = None
+    while start < limit:
+        reach = REACH
+        rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
+        child, shared = longest_shared(parent, rest)
+        while shared == reach:  # else not all of the rest each time: that would be quadratic
+            reach *= 2
+            rest = raw[TOKEN_BYTES * start : TOKEN_BYTES * min(limit, start + reach)]
+            child, shared = longest_shared(parent, rest)
+        if child is None:
+            break
+        if shared < len(child):
+            child = _best_alike(parent, rest[: TOKEN_BYTES * shared], child)
+        chunks.append(child)
+        parent, start = child, start + shared
+        tail = child if shared == len(child) else None
+        if tail is None:
+            break
+    length = min(start, limit)
+    return Match(tuple(chunks), length, tail, shared=length)
 
 
 def longest_shared(parent: Chunk, tokens: bytes) -> tuple[Chunk | None, int]:

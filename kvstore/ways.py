@@ -9,9 +9,24 @@ from dataclasses import replace
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import TOKEN_BYTES
 from ragkv.kvstore.planes import Plane, reachable
-from ragkv.kvstore.prefix_tree import LOOKED_AT, REACH, Chunk, Match
+from ragkv.kvstore.prefix_tree import LOOKED_AT, REACH, Chunk, Match, follow
 
 WAYS = 8  # that are looked at beside the match
+
+
+def longer(found: Match, chain: TokenChain, limit: int) -> Match:
+    """A match, or the way behind a shorter sibling of its last chunk, if that leads further: where more tokens
+    have moved a cut, what was stored then stands behind the new one."""
+    if not found.chunks or found.length == limit:
+        return found
+    *before, last = found.chunks
+    assert last.parent is not None
+    raw = chain.tokens.tobytes()
+    for child in _beginnings(last.parent, raw, last.position):
+        if child is not last:
+            other = follow([*before, child], child, child.end, raw, limit)
+            found = max(found, other, key=lambda match: match.length)
+    return found
 
 
 def furthest(
