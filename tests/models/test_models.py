@@ -6,6 +6,7 @@ import random
 import zlib
 
 import pytest
+from vllm import _custom_ops
 
 from models.kinds import KINDS, VOCABULARY, make
 from ragkv.benchmarks.engine import EngineOptions
@@ -37,6 +38,9 @@ def start(folder, disk, **llm):
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.slug)
 def kind(request):
+    kernel = request.param.kernel
+    if kernel and not hasattr(_custom_ops.torch.ops._C, kernel):
+        pytest.skip(f"vLLM's build for this CPU has no kernel {kernel}")
     return request.param
 
 
