@@ -171,6 +171,7 @@ def test_a_fusion_that_fails_beside_one_that_does_not(rig, plain, fresh):
 
 @pytest.mark.parametrize("steps", range(1, 4))
 def test_a_failed_fusion_then_an_abort(rig, plain, fresh, steps):
+    fresh(300 * steps)  # what is known exactly is not fused
     prompt, hints = swapped(rig, fresh)
     others = [Ask(prompt, hints={"fuse": False})]
     found, struck = rig.call(beside.abort_after, [Ask(prompt, hints=hints)], steps, others, FUSE)
