@@ -17,7 +17,7 @@ WINDOW = 96  # tokens; no multiple of any block size
 S, F, C = "sliding_attention", "full_attention", "chunked_attention"
 DRAFTER = "drafter"  # its folder, beside the model's
 EXACT, REFUSED = "exact", "not yet"
-FOUR_BIT = "cpu_gemm_wna16"  # of builds with AVX-512
+FOUR_BIT = "avx512f"  # what kernels of 4-bit weights take
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Kind:
     vLLM, where transformers saves another; `more`: of config.json; `windows`: some layers attend to a part of what
     is before a token, or have states, which vLLM keeps at multiples of `states` tokens; `drafter`: a model that
     drafts tokens, another one or the model itself (""), and by which `method`; `weights`: how they are quantised,
-    which on a CPU may need a `kernel` that not every build has;
-    `dtype`: computed in; `near`: how exact vLLM's own log probabilities are, from one split to another;
-    `says`: what the log says where ragkv does not serve it."""
+    and what a CPU `needs` for that; `dtype`: computed in; `near`: how exact vLLM's own log probabilities are, from
+    one split to another; `says`: what the log says where ragkv does not serve it."""
 
     name: str
     layers: str
@@ -42,7 +41,7 @@ class Kind:
     method: str | None = None
     drafter: str = ""
     weights: str = ""
-    kernel: str = ""
+    needs: str = ""
     dtype: str = "float32"
     says: str | None = None
 
@@ -148,12 +147,12 @@ KINDS = (
         "full attention",
         "LlamaConfig",
         weights="gptq",
-        kernel=FOUR_BIT,
+        needs=FOUR_BIT,
         dtype="bfloat16",
         near=0.5,
     ),
     Kind(
-        "Llama 3, AWQ", "full attention", "LlamaConfig", weights="awq", kernel=FOUR_BIT, dtype="bfloat16", near=0.5
+        "Llama 3, AWQ", "full attention", "LlamaConfig", weights="awq", needs=FOUR_BIT, dtype="bfloat16", near=0.5
     ),
     Kind("Llama 3, int8 weights", "full attention", "LlamaConfig", weights="int8", near=0.5),
     Kind("Llama 3 with a draft model", "full attention", "LlamaConfig", method="draft_model"),
