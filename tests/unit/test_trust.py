@@ -1,6 +1,5 @@
 """Weights that change in a running engine: what is served and kept before and after it is noticed."""
 
-import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hand_lanes import Lower
-from ragkv.connectors.vllm import calls, sampling
+from ragkv.connectors.vllm import calls
 from ragkv.connectors.vllm.messages import (
     Group,
     Handshake,
@@ -19,111 +18,18 @@ from ragkv.connectors.vllm.messages import (
     WeightsSample,
 )
 from ragkv.connectors.vllm.sampling import PARTS
-from ragkv.connectors.vllm.trust import OwnBlocks, Trust
+from ragkv.connectors.vllm.trust import Trust
 from ragkv.connectors.vllm.weights import Rounds, WeightsWatch
-from toy_engine import BLOCK, Engine, closing, text
+from toy_engine import closing, text
+from watched import Pool, Watched, own_models
 
 PROMPTS = [text(seed, 96) for seed in range(3)] + [text(0, 60) + text(7, 50)]
 
 
-class Sampler:
-    """Compares the engine's weights with those of the last look."""
-
-    def __init__(self, engine):
-        self._engine, self._known, self._due = engine, engine.weights, 0
-
-    def begin(self):
-        self._due = PARTS
-
-    def go_on(self, *, whole):
-        self._due -= self._due if whole else 1
-        if self._engine.weights != self._known:
-            return False
-        return None if self._due else True
-
-
 @pytest.fixture(autouse=True, scope="module")
 def looks():
-    """A toy engine is its own model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "fingerprint_model", lambda engine: engine.fingerprint())
-        patch.setattr(sampling, "Sampler", lambda engine, *_: Sampler(engine))
+    with own_models():
         yield
-
-
-class Watched(Engine):
-    """A toy engine with a connector's trust, whose workers see which weights it has."""
-
-    memory_tokens = float("inf")
-
-    @property
-    def model(self):
-        return self
-
-    def start(self):
-        weights = getattr(self, "weights", 0)
-        super().start()
-        self.weights = self.trusted = weights
-        self.stopping = False
-        self.trust = Trust(b"engine")
-        self.trust.begin([worker.handshake() for worker in self.workers], None, self.memory_tokens)
-        self.trust.bind(SimpleNamespace(blocks=[], evict_blocks=lambda blocks: None))
-        side = self.side
-        orders, report, lookup, allocated = side.orders, side.report, side.lookup, side.allocated
-
-        def watched_orders(output):
-            side.ask(self.trust.question(output.total_num_scheduled_tokens, side, stopping=self.stopping))
-            self.trust.scheduled(output)
-            return orders(output)
-
-        def watched_allocated(request, blocks, external):
-            if not self.trust.allocated(request.request_id, blocks, [Group(0, 0, BLOCK)]):
-                side.taint(request.request_id)
-            allocated(request, blocks, external)
-
-        def watched_report(told, *ended):
-            waiting = report(told, *ended)
-            if told is not None:
-                self.trust.hear(told, side)
-            return waiting
-
-        def watched_lookup(request, computed):
-            if not self.trust.ready(request, side):
-                return None
-            if not self.trust.serves(request.request_id, computed):
-                side.ignore_request(request)
-                return 0
-            return lookup(request, computed)
-
-        side.orders, side.report = watched_orders, watched_report
-        side.lookup, side.allocated = watched_lookup, watched_allocated
-
-    def namespace_of(self, request):
-        return self.trust.namespaces.of(request)
-
-    def confirmed_by(self):
-        return self.trust.round()
-
-    def fingerprint(self):
-        self.trusted = self.weights
-        return bytes([self.weights]) * 16
-
-    def change(self, weights):
-        """Behind everybody's back. What is running goes on with KV of both."""
-        self.weights = weights
-        for request in self.waiting:
-            if request.request_id not in self.side.requests:
-                request.weights = weights  # nobody has looked it up: it will be computed by them
-
-    def request(self, prompt, **features):
-        made = super().request(prompt, **features)
-        if self.weights != self.trusted:
-            self.fused.add(made.request_id)  # its KV may be wrong
-        return made
-
-    def finish(self, request):
-        super().finish(request)
-        self.trust.over(request.request_id)
 
 
 @pytest.fixture
@@ -449,68 +355,6 @@ def test_blocks_of_all_groups_of_layers_are_looked_at(trust):
     assert trust.allocated("d", [[0, 9], [10]], groups), "no block of theirs"
 
 
-class OwnCache(Watched):
-    """With a prefix cache of vLLM's own, whose names know nothing of weights."""
-
-    def start(self):
-        super().start()
-        self.trust.bind(self)
-
-    @property
-    def blocks(self):
-        refs = self.pool.refs
-        return [block(number, refs.get(number, 0)) for number in range(400)]
-
-    def evict_blocks(self, blocks):
-        for number in blocks:
-            self.pool.unname(number)
-
-    def _name(self, request):
-        names = request.block_hashes
-        for start in range(len(names) * BLOCK, request.num_tokens // BLOCK * BLOCK, BLOCK):
-            tokens = repr(request.all_token_ids[start : start + BLOCK]).encode()
-            names.append(hashlib.sha256((names[-1] if names else b"") + tokens).digest())
-
-
-def test_what_is_computed_on_old_blocks_of_vllm_is_old_too():
-    """A request that began before a change goes on; a second one takes its blocks, a third one its."""
-    engine = OwnCache(lowers=[Lower()], own_cache=True, pages=400, blocks=400)
-    with closing(engine):
-        engine.strict = False  # vLLM's own answers are wrong
-        prompt, question = text(0, 96), text(5, 24)
-        first = engine.request(prompt)
-        engine.step(budget=48)
-        engine.work()
-        engine.change(1)
-        for _ in range(6):
-            engine.step(run=(), admit=False)
-            engine.work()
-        assert engine.trusted == 1, "noticed"
-        engine.step(run=[first])
-        engine.work()
-        second = engine.request(prompt + question)
-        engine.fused.add(second.request_id)
-        engine.step(run=[second], budget=8)
-        engine.work()
-        assert second.local, "it took blocks of the first"
-        engine.finish(first)
-        engine.settle()
-        for _ in range(3):
-            engine.step(run=[second], budget=8)
-            engine.work()
-        third = engine.request(prompt + question + text(11, 40))
-        engine.fused.add(third.request_id)
-        engine.step(run=[third])
-        engine.step(run=[third])
-        engine.finish(third)
-        engine.finish(second)
-        engine.settle()
-        engine.pool.forget()
-        assert engine.run(prompt + question + text(11, 40)) == 0
-        engine.pool.forget()
-        assert engine.run(prompt + question + text(11, 40)) > 96
-
-
 def test_an_adapter_replaced_while_a_request_of_it_runs_leaves_nothing_of_it(engine, disk, tmp_path):
     def write(weights):
         (tmp_path / "adapter_config.json").write_text("{}")
@@ -563,82 +407,3 @@ def test_a_call_to_the_workers_is_followed_by_a_look(monkeypatch, trust):
     with pytest.raises(OSError):
         EngineCore().add_lora(None)
     assert adapters == ["one", "one", None, "failed"]
-
-
-def block(number, ref_cnt=0):
-    return SimpleNamespace(block_id=number, ref_cnt=ref_cnt, is_null=not number)
-
-
-class Pool:
-    def __init__(self, used=()):
-        self.blocks, self.evicted = [block(number, number in used) for number in range(9)], []
-
-    def evict_blocks(self, blocks):
-        self.evicted.append(set(blocks))
-
-
-def step(request, *blocks):
-    cached = SimpleNamespace(req_ids=[request], new_block_ids=[(list(blocks),) if blocks else None])
-    return SimpleNamespace(scheduled_cached_reqs=cached)
-
-
-def test_vllms_own_blocks_are_evicted_and_again_when_the_last_old_request_ends():
-    blocks, pool = OwnBlocks(), Pool(used=[1])
-    blocks.bind(pool)
-    blocks.note("early")
-    blocks.outdate({"a"})
-    assert pool.evicted == [set(range(9))] and not blocks.allocated("b", [1], 1)
-    for request in ("x", "a", "early"):
-        blocks.over(request)
-    assert len(pool.evicted) == 1, "b goes on, on blocks that nobody trusts"
-    blocks.over("b")
-    assert pool.evicted[1:] == [{1}] and blocks.allocated("c", [1], 1)
-    blocks.outdate({"a"})
-    blocks.emptied(running=False)
-    assert not blocks.allocated("b", [1], 1), "vLLM says so even where it has not: somebody has blocks"
-    pool.blocks[1].ref_cnt = 0
-    blocks.emptied(running=True)
-    assert blocks.allocated("b", [1], 1)
-
-
-def test_who_takes_blocks_of_an_old_request_is_old_and_nobody_else():
-    blocks, pool = OwnBlocks(), Pool(used=[1, 2])
-    blocks.bind(pool)
-    blocks.outdate({"a"})
-    blocks.scheduled(step("a", 3))
-    assert blocks.hold("b", 1) and blocks.allocated("b", [4, 5], 0), "it found nothing"
-    assert blocks.allocated("c", [4, 6], 1), "what b has computed is right"
-    assert not blocks.allocated("d", [4, 3, 7], 2) and not blocks.allocated("d", [4, 3, 7], 2)
-    assert not blocks.allocated("e", [7], 1)
-    blocks.over("a")
-    assert blocks.allocated("f", [3], 0) and blocks.allocated("g", [3], 1), "it was given to another"
-    blocks.scheduled(step("c", 7))
-    blocks.scheduled(step("c"))
-    assert blocks.allocated("h", [7], 1)
-    for request in "de":
-        blocks.over(request)
-    assert pool.evicted[1:] == [{1, 2, 4}] and blocks.allocated("i", [1, 2], 2)
-
-
-def test_requests_that_were_preempted_are_not_old():
-    """As vLLM does with all of them where it pauses and clears its cache."""
-    blocks, pool = OwnBlocks(), Pool()
-    blocks.bind(pool)
-    blocks.outdate({"a", "b"})
-    assert blocks.allocated("c", [1, 2], 1) and len(pool.evicted) == 1
-
-
-def test_where_vllm_does_not_show_its_blocks_they_are_trusted_once_it_has_emptied_them():
-    blocks = OwnBlocks()
-    blocks.outdate({"a"})
-    blocks.over("a")
-    assert not blocks.hold("b", 1)
-    blocks.emptied(running=False)
-    assert not blocks.hold("c", 1), "b goes on"
-    blocks.over("b")
-    blocks.over("c")
-    blocks.emptied(running=True)
-    assert not blocks.hold("d", 1)
-    blocks.over("d")
-    blocks.emptied(running=False)
-    assert blocks.hold("e", 1)
