@@ -42,6 +42,11 @@ def numbers(tokens):
     return found
 
 
+def next_token(values):
+    """What the model says to tokens of these numbers."""
+    return values[-1] % 1000 + 3
+
+
 class Backend:
     """Writes K and V as FlashAttention does: [B, H, N, 2D]."""
 
@@ -212,7 +217,7 @@ class Engine:
                 self._state(spec, table, cache, values, done, after)
             else:
                 self._attention(spec, table, cache, values, done)
-        sampled = [values[-1] % 1000 + 3] if after == len(text) else []
+        sampled = [next_token(values)] if after == len(text) else []
         text += sampled
         return sampled
 
@@ -237,9 +242,8 @@ class Engine:
         assert block, "a state is written into the null block"
         cache[block, 0, 0] = state(values[-1])
         if spec.num_prefill_checkpoint_blocks:
-            alignment = self.scheduler.cache_config.block_size
             (offset,), (column,) = compute_mamba_prefill_checkpoints(
-                [after], [after - done], self.hash_block, spec.block_size, 1, False, self.hash_block or alignment
+                [after], [after - done], self.hash_block, spec.block_size, 1, False, self.hash_block
             )
             if column >= 0:
                 cache[table[column], 0, 0] = state(values[done + offset - 1])

@@ -115,6 +115,7 @@ def examine(vllm_config: Any, kv_cache_config: Any) -> Shape:
 
 
 def _of_groups(groups: Any, workers: int) -> Shape:
+    """Of attention and states: a plane for each kind of layers. Each worker has its own part of them."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
         kinds.setdefault(_kind(group.kv_cache_spec), []).append(number)

@@ -361,15 +361,16 @@ class SchedulerSide(Jobs):
             return
         state.marked = max(state.marked, upto)
         live = [0] * (1 + max(group.plane for group in self._groups))
-        tables, offered = [list(table) for table in state.tables], state.offered.get(upto, {})
+        offered = state.offered.get(upto, {}) if upto != after else {}
+        tables = [list(table) for table in state.tables] if offered else state.tables
         for group in self._groups:
             table = tables[group.number]
             kept = next((place for place, block in enumerate(table) if block), len(table))
             if group.plane in self._state_planes:
+                if group.number in offered:
+                    table[(upto - 1) // group.block_tokens] = offered[group.number]
                 known = upto == after or group.number in offered
                 live[group.plane] = max(live[group.plane], upto - 1 if known else upto)
-                if upto != after and known:
-                    table[(upto - 1) // group.block_tokens] = offered[group.number]
             else:
                 live[group.plane] = max(live[group.plane], kept * group.block_tokens)
         for store in self._cache.windows.prepare_stores(state.prompt, upto, live[1:], self._confirmed_by()):

@@ -20,10 +20,10 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "T
 SHAPE = {"skip_tokenizer_init": True, "generation_config": "vllm", "enforce_eager": True, "max_num_seqs": 8}
 
 
-def options(folder, settings, dtype="float32", **llm):
+def options(folder, ragkv, dtype="float32", **llm):
     given = SHAPE | {"num_gpu_blocks_override": BLOCKS} | llm
     return EngineOptions(
-        folder, settings, dtype, max_model_len=1024, llm=given, environment=ENVIRONMENT, one_process=True
+        folder, ragkv, dtype, max_model_len=1024, llm=given, environment=ENVIRONMENT, one_process=True
     )
 
 
@@ -33,9 +33,12 @@ def engine(kind, folder):
     return functools.partial(start, folder, dtype=kind.dtype, **kind.speculation(folder))
 
 
+def settings(disk):
+    return {"memory": {"capacity": "64MiB"}, "disk": {"path": str(disk)}, "placement": {"gate": False}}
+
+
 def start(folder, disk, **llm):
-    settings = {"memory": {"capacity": "64MiB"}, "disk": {"path": str(disk)}, "placement": {"gate": False}}
-    return RigEngine(options(folder, settings, **llm))
+    return RigEngine(options(folder, settings(disk), **llm))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.slug)

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from models.kinds import FIELDS, KINDS, make
-from models.test_models import ENVIRONMENT, LONG, SHAPE, options
+from models.test_models import ENVIRONMENT, LONG, SHAPE, options, settings
 from ragkv.benchmarks.engine import Engine
 from rig.beside import Ask
 from rig.engines import Plain, RigEngine
@@ -30,10 +30,6 @@ def fresh():
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make(LLAMA, tmp_path_factory.mktemp("llama") / "model")
-
-
-def settings(disk):
-    return {"memory": {"capacity": "64MiB"}, "disk": {"path": str(disk)}, "placement": {"gate": False}}
 
 
 def adapter(folder, seed):

@@ -4,8 +4,8 @@ import pytest
 
 from rig.beside import Ask
 from rig.engines import COMBINATIONS, SETTINGS, STEP, check_preempted, rig_engine
-from rig.faults import Fault, forget_failures
-from rig.test_ranks import ask_broken
+from rig.faults import forget_failures
+from rig.test_ranks import check_failure_on_one
 
 STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 
@@ -50,16 +50,7 @@ def test_so_few_blocks_that_requests_are_preempted(two, plain, fresh):
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("point", ["load", "store"])
 def test_a_failure_in_one_stage(two, plain, fresh, point, stage):
-    begin = 100 * (2 * (point == "store") + stage)  # what was stored already is not stored again
-    prompt = fresh(400)[begin : begin + 80]
-    if point == "load":
-        two.answer(prompt)
-        two.evict()
-    asks = [Ask(prompt, 6), Ask(fresh(20))]
-    plain.check(asks, ask_broken(two, Fault(point), stage, asks))
-    for _ in range(2):
-        plain.check(asks, two.answers(asks))
-        two.evict()
+    check_failure_on_one(two, plain, fresh, point, stage)
 
 
 def test_fusion_is_refused_and_the_answer_says_why(two, plain, fresh):

@@ -9,7 +9,7 @@ from vllm.distributed import parallel_state
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 import real_scheduler
-from real_scheduler import DIM, SIZE, numbers
+from real_scheduler import DIM, SIZE, next_token, numbers
 
 
 def attention(kind=FullAttentionSpec, block=16, **more):
@@ -59,7 +59,7 @@ def answer(prompt, tokens=4):
     """What the model says to a prompt."""
     text = list(prompt)
     for _ in range(tokens):
-        text.append(numbers(text)[-1] % 1000 + 3)
+        text.append(next_token(numbers(text)))
     return text[len(prompt) :]
 
 
