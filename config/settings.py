@@ -18,6 +18,7 @@ SELECTION_NAMES = ("deviation", "first_tokens", "query", "query_deviation", "ran
 HINT_NAMES = (
     "documents",
     "fuse",
+    "order",
     "pin",
     "priority",
     "recompute_ratio",

@@ -31,6 +31,7 @@ from ragkv.kvstore.gate import Gate
 from ragkv.kvstore.io_pool import Completions
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.ordering import Ordering
 from ragkv.kvstore.pages import Pages, rows
 from ragkv.kvstore.pins import NEVER
 from ragkv.kvstore.planes import Plane
@@ -54,9 +55,9 @@ class KVCache:
     """The memory tier, optionally a device tier above it, and the storage `tiers` below, the fastest first.
 
     `pages`: the memory tier's bytes. `attention_tokens`: the position at which a token's attention costs as much
-    as its other work. `planes`: those beside plane 0. `deadline`: how long a
-    request may wait for lower tiers, in seconds. `by_content`: whether `lookup_content` may be called. `note` is
-    called with the kind and the cause of a fault. `clock`: monotonic seconds; `wall`: seconds since the epoch.
+    as its other work. `planes`: those beside plane 0. `deadline`: how long a request may wait for lower tiers, in
+    seconds. `by_content`: whether `lookup_content` may be called. `note` is called with the kind and the cause of
+    a fault. `clock`: monotonic seconds; `wall`: seconds since the epoch. `ordering`: orders passages.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class KVCache:
         )
         self.windows = Windows(self.memory)
         self.capacity = len(pages) * pages.shape.page_tokens  # of memory, in tokens
-        self.token_bytes = pages.token_bytes
-        self.priority_classes = self.memory.classes  # 1: all chunks are alike
+        self.token_bytes, self.priority_classes = pages.token_bytes, self.memory.classes  # 1: all chunks are alike
+        self.ordering = Ordering(self.memory, self.tiers, completions, deadline, clock)
         codec = ChunkCodec(pages, wall)
         self.tiering = Tiering(self.memory, codec, self.tiers, completions, clock)
         self.promotion = Promotion(self.memory, codec, self.tiers, gate, completions, metrics, clock, deadline)

@@ -43,6 +43,7 @@ REJECTED_PAYLOADS = "ragkv_tier_rejected_payloads_total"
 FUSION_DECISIONS = "ragkv_fusion_decisions_total"
 FUSED_TOKENS = "ragkv_fused_tokens_total"
 FUSION_SECONDS = "ragkv_fusion_seconds"
+ORDERED_TOKENS = "ragkv_ordered_tokens_total"
 DOCUMENT_HITS = "ragkv_document_hits_total"
 DOCUMENT_SAVED_TOKENS = "ragkv_document_saved_tokens_total"
 TURN_REQUESTS = "ragkv_turn_requests_total"
@@ -192,6 +193,14 @@ METRICS: dict[str, Metric] = {
             (("reused",), ("recomputed",), ("gap",)),
         ),
         Metric(FUSION_SECONDS, "histogram", "Time that a worker spent on the fusion of one request."),
+        Metric(
+            ORDERED_TOKENS,
+            "counter",
+            "Tokens of passages whose order was asked for, by kind (all; given: those that need not be computed "
+            "in the order given; ordered: in the order answered).",
+            ("kind",),
+            (("all",), ("given",), ("ordered",)),
+        ),
         Metric(
             DOCUMENT_HITS,
             "counter",

@@ -19,6 +19,7 @@ from ragkv.kvstore.cache import PINNED_ALL, KVCache
 from ragkv.kvstore.fusion.plan import DECLINED, UNSUPPORTED, Cover, Declined, Plan, decisions, make_plan, runs_of
 from ragkv.kvstore.fusion.selection import SELECTIONS
 from ragkv.kvstore.metrics import Metrics
+from ragkv.kvstore.ordering import Ordered
 from ragkv.kvstore.prompt import Result
 
 QUESTION = 32  # last tokens of a prompt, which are never moved, and what a selection takes for the question
@@ -92,7 +93,7 @@ class Fusing:
         assert plan is not None
         state.taint(plan.exact)
         gap = end - plan.exact - plan.moved
-        state.fusion.mended = gap + plan.budget
+        state.fusion.mended, state.fusion.moved = gap + plan.budget, plan.moved - plan.budget
         tokens = state.prompt.chain.tokens
         self._metrics.count(m.FUSED_TOKENS, plan.moved - plan.budget, kind="reused")
         self._metrics.count(m.FUSED_TOKENS, plan.budget, kind="recomputed")
@@ -125,13 +126,20 @@ class Fusing:
             self._metrics.count(m.FUSION_DECISIONS, decision=each.kind)
         if not (state.hints.given or self.wanted(state.hints)):
             return None
+        hit = sum(state.sources.values()) - state.fusion.mended
+        own = state.exact_upto(state.computed)  # the rest of vLLM's own hit was fused
+        prompt, fused = state.request.num_prompt_tokens, state.fusion.moved + state.computed - own
+        kept = min(own + hit - state.fusion.moved, prompt)
         told = {
-            "hit_tokens": sum(state.sources.values()) - state.fusion.mended,
-            "stored_tokens": self._cache.stored_tokens(
-                state.prompt, min(state.request.num_prompt_tokens, computed)
-            ),
+            "hit_tokens": hit,
+            "exact_tokens": kept,
+            "fused_tokens": fused,
+            "computed_tokens": max(0, prompt - kept - fused),
+            "stored_tokens": self._cache.stored_tokens(state.prompt, min(prompt, computed)),
             "documents": [each.as_dict() for each in made],
         }
+        if state.search is not None and state.search.result is not None:
+            told["order"] = told_order(state.search.result, self._metrics)
         problems = [*state.hints.problems, *([PINNED_ALL] if state.prompt.pins_refused else ())]
         if problems:
             told["problems"] = problems
@@ -189,6 +197,18 @@ class Fusing:
             return
         for number in range(first, len(names)):
             names[number] = type(names[number])(os.urandom(len(names[number])))
+
+
+def told_order(found: Ordered, metrics: Metrics) -> dict[str, Any]:
+    """What a response tells of the order that was found for passages; and counts it."""
+    for kind, tokens in (("all", found.all), ("given", found.given), ("ordered", found.tokens)):
+        metrics.count(m.ORDERED_TOKENS, tokens, kind=kind)
+    return {
+        "passages": list(found.order),
+        "tokens": found.all,
+        "given_tokens": found.given,
+        "ordered_tokens": found.tokens,
+    }
 
 
 def saved(start: int, end: int, computed: int, exact: int, moved: Cover) -> int:

@@ -3,7 +3,8 @@
     {"ragkv": {"documents": [{"id": "10-K 2023", "start": 12, "end": 3012}],
                "pin": {"owner": "desk 7", "seconds": 3600, "documents": ["10-K 2023"]},
                "unpin": {"owner": "desk 6"}, "ttl": 86400, "priority": 1, "store": true,
-               "fuse": true, "recompute_ratio": 0.15, "selection": "query", "turn": 2}}
+               "fuse": true, "recompute_ratio": 0.15, "selection": "query", "turn": 2,
+               "order": {"before": [1, 512, 9], "passages": [[73, 8, 2], [51, 8, 6]]}}}
 
 `documents`: token positions in the prompt; chunks end at both, so that a document is cut alike in every prompt
 that names it (unless chunks get too short by it; the first `MOST_DOCUMENTS` count). `pin`: keep in memory, for
@@ -14,6 +15,8 @@ nothing of the request in any tier, neither prompt nor answer; what is kept alre
 boolean counts as false: the prompt may hold a secret.) `fuse`: reuse documents that return at another position, or
 not; `recompute_ratio`, `selection`: of them, how much is computed again, and which tokens; where absent, as
 `fusion.*` says. `turn`: of its conversation, for the metrics, which else infer it; 0: it is no part of one.
+`order`: token ids of passages, and of what stands before them in a prompt to come: the response says in which
+order most of them need not be computed (`ragkv.kvstore.ordering`). The request's own prompt may be one token.
 
 A hint can cost others nothing: everything here is bounded, and so is what follows from it.
 """
@@ -24,9 +27,10 @@ from itertools import islice
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, model_validator
 
 from ragkv.config.settings import HINT_NAMES, SELECTION_NAMES
+from ragkv.kvstore.keys import Tokens, as_tokens
 from ragkv.kvstore.pins import Pin
 
 KEY = "ragkv"
@@ -35,6 +39,7 @@ LONGEST_PIN = 604_800  # seconds; a week
 HIGHEST = 9
 LATEST = 1_000_000  # turn
 MOST_DOCUMENTS = 256
+MOST_PASSAGES, MOST_ORDERED_TOKENS = 64, 131_072  # of an order
 LAST = 2**31 - 1  # token position
 OWNER = 200  # characters of a name
 SHOWN = 80  # characters of a faulty value
@@ -51,6 +56,14 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """Passages whose order is asked for, behind the tokens `before`; int32 [n] each."""
+
+    before: Tokens
+    passages: tuple[Tokens, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Hints:
     """`given`: the request gave some, good or bad; `problems`: what is wrong with the bad ones, a line each."""
 
@@ -64,6 +77,7 @@ class Hints:
     selection: str | None = None
     turn: int | None = None
     store: bool = True
+    order: Order | None = field(default=None, compare=False)
     given: bool = field(default=False, compare=False)
     problems: tuple[str, ...] = field(default=(), compare=False)
 
@@ -107,6 +121,30 @@ class _Pin(_Strict):
     documents: list[str] = Field(default=[], max_length=MOST_DOCUMENTS)
 
 
+_Token = Annotated[int, Field(ge=0, le=LAST)]
+
+
+class _Order(_Strict):
+    before: Annotated[list[_Token], FailFast()] = []
+    passages: Annotated[
+        list[Annotated[list[_Token], FailFast(), Field(min_length=1)]],
+        FailFast(),
+        Field(min_length=1, max_length=MOST_PASSAGES),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        """Before each of its tokens is looked at."""
+        passages = given.get("passages") if isinstance(given, dict) else None
+        if not isinstance(passages, list):
+            raise ValueError("no passages")
+        lists = [given.get("before"), *passages[: MOST_PASSAGES + 1]]
+        if sum(len(each) for each in lists if isinstance(each, list)) > MOST_ORDERED_TOKENS:
+            raise ValueError("too many tokens")
+        return given
+
+
 _Bool = Annotated[bool, Field(strict=True)]
 _OWNER = f"owner (1 to {OWNER} characters)"
 # For each hint what a value must be, and how errors say it.
@@ -117,6 +155,11 @@ _RULES: Mapping[str, tuple[Any, str]] = {
     "selection": (Literal.__getitem__(SELECTION_NAMES), ", ".join(SELECTION_NAMES)),
     "turn": (Annotated[int, Field(strict=True, ge=0, le=LATEST)], f"a whole number from 0 to {LATEST}"),
     "store": (_Bool, "true or false"),
+    "order": (
+        _Order,
+        f"a map with passages (1 to {MOST_PASSAGES} lists of token ids) and perhaps before (a list of token ids); "
+        f"at most {MOST_ORDERED_TOKENS} tokens",
+    ),
     "pin": (
         _Pin,
         f"a map with {_OWNER}, seconds (above 0, at most {LONGEST_PIN}) and perhaps documents (a list of ids of "
@@ -146,7 +189,7 @@ def read_hints(params: Any, allow: Collection[str] = HINT_NAMES) -> Hints:
     spans = _read(given, "documents", allow, problems) or []
     ends = {each.id: each.end for each in spans if isinstance(each.id, str)}
     found = {name: _read(given, name, allow, problems, ends) for name in _RULES if name != "documents"}
-    pin, unpin = found["pin"], found["unpin"]
+    pin, unpin, order = found["pin"], found["unpin"], found["order"]
     return Hints(
         given=True,
         documents=tuple(Document(_name(each.id), each.start, each.end) for each in spans),
@@ -157,6 +200,7 @@ def read_hints(params: Any, allow: Collection[str] = HINT_NAMES) -> Hints:
         store="store" not in allow or given.get("store") is None or found["store"] is True,
         pin=pin and Pin(pin.owner, pin.seconds, max((ends[each] for each in pin.documents), default=None)),
         unpin=unpin and unpin.owner,
+        order=order and Order(as_tokens(order.before), tuple(map(as_tokens, order.passages))),
         ttl=found["ttl"],
         priority=found["priority"] or 0,
         problems=tuple(problems),

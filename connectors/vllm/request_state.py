@@ -11,6 +11,7 @@ from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.fusion.matching import Piece
 from ragkv.kvstore.fusion.plan import Declined, Plan
 from ragkv.kvstore.keys import as_tokens
+from ragkv.kvstore.ordering import OrderSearch
 from ragkv.kvstore.prompt import Prompt
 
 
@@ -32,6 +33,7 @@ class FusionState:
         None  # what was found, after which token; and so
     )
     mended: int = 0  # tokens that the last fusion computes
+    moved: int = 0  # tokens that it does not
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class RequestState:
     sources: dict[str, int] = field(default_factory=dict)  # tokens of the last load, by tier
     approximate: int | None = None  # from where on its KV is not exact
     fusion: FusionState = field(default_factory=FusionState)
+    search: OrderSearch | None = None  # for the order of passages that it asks for
     turn: int = 0  # of its conversation, 0 for none
     counted: bool = False  # among the requests of its turn
 

@@ -81,12 +81,23 @@ class SchedulerSide(Jobs):
             state.fusion.plan = None
             self._cache.skip(state.prompt)
             return 0
+        if self._seeks_order(state):
+            return None
         found = self._find(state, computed)
         if found:
             self._promised[request.request_id] = computed
         elif found == 0:
             self._cache.release(state.prompt)
         return found
+
+    def _seeks_order(self, state: RequestState) -> bool:
+        """Whether an order of passages that a request asks for is not found yet."""
+        order, ordering = state.hints.order, self._cache.ordering
+        if order is None:
+            return False
+        if state.search is None:
+            state.search = ordering.begin(self._chunker, state.prompt.namespace, order.before, order.passages)
+        return ordering.waits(state.search, idle=self._idle)
 
     def _find(self, state: RequestState, computed: int) -> int | None:
         state.extend()
@@ -114,7 +125,7 @@ class SchedulerSide(Jobs):
         start = state.computed
         self._metrics.count(m.LOOKUPS, result="hit" if external else "miss")
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
-        state.stored = state.fusion.mended = 0
+        state.stored = state.fusion.mended = state.fusion.moved = 0
         if external:
             self._begin_load(state, start, start + external, tables)
         if state.prompt.pin is not None:  # vLLM may have had it all itself, or ragkv may only store

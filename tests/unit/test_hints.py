@@ -13,6 +13,8 @@ from ragkv.connectors.vllm.hints import (
     LONGEST,
     LONGEST_PIN,
     MOST_DOCUMENTS,
+    MOST_ORDERED_TOKENS,
+    MOST_PASSAGES,
     NO_HINTS,
     Document,
     Hints,
@@ -304,3 +306,38 @@ def test_the_example_of_the_docstring_holds():
     document = Document("10-K 2023", 12, 3012)
     pin = Pin("desk 7", 3600.0, 3012)
     assert hints == Hints((document,), pin, "desk 6", 86400, 1, True, 0.15, "query", 2)
+
+
+def test_an_order_of_passages_is_of_token_ids():
+    hints, problem = read(order={"before": [1, 2], "passages": [[3], [4, 5]]})
+    assert problem is None and hints.given
+    assert [each.tolist() for each in (hints.order.before, *hints.order.passages)] == [[1, 2], [3], [4, 5]]
+    assert read(order={"passages": [[7]]})[0].order.before.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        {},
+        {"passages": []},
+        {"passages": [[]]},
+        {"passages": [1, 2]},
+        {"passages": [[1], ["2"]]},
+        {"passages": [[True]]},
+        {"passages": [[-1]]},
+        {"passages": [[LAST + 1]]},
+        {"passages": [[1]], "before": "text"},
+        {"passages": [[1]], "behind": [2]},
+        {"passages": [[1]] * (MOST_PASSAGES + 1)},
+        {"passages": [[1] * MOST_ORDERED_TOKENS, [2]]},
+        {"passages": [["x"] * MOST_ORDERED_TOKENS]},
+        {"passages": "text"},
+        {"passages": {"a": [1]}},
+        [[1], [2]],
+    ],
+    ids=lambda order: str(order)[:40],
+)
+def test_an_order_that_is_none_is_a_problem(order):
+    hints, problem = read(order=order)
+    assert hints.order is None and problem.startswith("ragkv.order = ") and "1 to 64 lists of token ids" in problem
+    assert len(problem) < 400
