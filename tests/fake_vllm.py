@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import itertools
 import json
 import re
 import threading
@@ -66,7 +67,9 @@ class FakeServer:
         return 404, {"detail": "Not Found"}
 
     def _complete(self, body):
-        prompt = tuple(body["prompt"])
+        prompt, hints = tuple(body["prompt"]), body["kv_transfer_params"]["ragkv"]
+        if "order" in hints:
+            return 200, {"kv_transfer_params": {"ragkv": {"order": self._order(**hints["order"])}}}
         if len(prompt) + body["max_tokens"] > self.max_model_len:
             return 400, {"error": {"message": f"{len(prompt)} tokens\nare too many", "code": 400}}
         hit = next((end for end in range(len(prompt), 0, -1) if prompt[:end] in self.prefixes), 0)
@@ -74,7 +77,7 @@ class FakeServer:
             self.prefixes.update(prompt[:end] for end in range(1, len(prompt) + 1))
         answer = {"choices": [{"text": "."}], "kv_transfer_params": None}
         if self.reports:
-            spans = body["kv_transfer_params"]["ragkv"]["documents"]
+            spans = hints["documents"]
             report = {
                 "hit_tokens": hit,
                 "stored_tokens": hit if self.late or not self.keeps else len(prompt),
@@ -82,6 +85,23 @@ class FakeServer:
             }
             answer["kv_transfer_params"] = {"ragkv": report}
         return 200, answer
+
+    def _order(self, before, passages):
+        """Of all orders the first of which most is stored, in whole passages."""
+        numbers, best, most, given = range(len(passages)), None, -1, 0
+        for order in itertools.permutations(numbers):
+            prompt, held = list(before), 0
+            for number in order:
+                prompt += passages[number]
+                held = len(prompt) - len(before) if tuple(prompt) in self.prefixes else held
+            given = held if order == tuple(numbers) else given
+            best, most = (order, held) if held > most else (best, most)
+        return {
+            "passages": list(best),
+            "tokens": sum(map(len, passages)),
+            "given_tokens": given,
+            "ordered_tokens": most,
+        }
 
 
 @contextlib.contextmanager

@@ -23,34 +23,51 @@ asked = rag.chat(server, messages, passages)
 answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=asked.extra_body)
 ```
 
+Where the order of passages is free, ask in which order most of them need not be computed:
+
+```python
+found = rag.order(server, "Answer from the passages.", passages)
+asked = rag.prompt(server, "Answer from the passages.", found.passages, "Question: who signed?\\nAnswer:")
+```
+
+`order_chat` does so for messages, and `Conversation` over several turns.
+
 A passage is a text, or a pair (id, text). The id names it in the server's answers and metrics; the default is a
 digest of the text. The server reports what it reused in `answer.kv_transfer_params["ragkv"]`.
 """
 
-import functools
-import hashlib
-import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
+from ragkv.client import Server as Server
+from ragkv.client import Tokenizer as Tokenizer
 from ragkv.config.settings import SELECTION_NAMES
-from ragkv.errors import RagKVError
-from ragkv.fetch import fetch_json
-
-SEPARATOR = "\n\n"
-SHORTEST_TRIMMED = 8  # tokens; a shorter rest of a passage could stand anywhere
-CACHED_TEXTS = 1024
-
-Passage: TypeAlias = str | tuple[str, str]
+from ragkv.passages import SEPARATOR as SEPARATOR
+from ragkv.passages import Passage as Passage
+from ragkv.passages import closed as closed
+from ragkv.passages import digest as digest
+from ragkv.passages import find, located, named, short, slots_of
 
 
-class Tokenizer(Protocol):
-    """What `prompt` needs of a tokenizer. Hugging Face's tokenizers and `Server` have it."""
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """`passages`: in the order to use, each once. `ranks`: for each, its place in the order given, from 0 on.
+    `tokens`: of all of them. `ordered_tokens`: of these, how many need not be computed; `given_tokens`: how many
+    in the order given."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, with or without the special tokens that the model needs around a prompt."""
-        ...
+    passages: list[Passage]
+    ranks: list[int]
+    tokens: int = 0
+    ordered_tokens: int = 0
+    given_tokens: int = 0
+
+    @property
+    def relevance(self) -> str:
+        """A line for the prompt, between passages and question, that tells a model the order given, by the
+        passages' places in the prompt (ContextPilot's annotation)."""
+        places = sorted(range(len(self.ranks)), key=lambda place: self.ranks[place])
+        return f"Passages by relevance, the most relevant first: {', '.join(str(each + 1) for each in places)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,65 +88,6 @@ class Prompt:
     def extra_body(self) -> dict[str, Any]:
         """The hints as the OpenAI client's argument `extra_body`."""
         return {"kv_transfer_params": {"ragkv": self.hints}}
-
-
-class Server:
-    """A vLLM server: its tokenizer, its models, its completions.
-
-    `url`: with or without /v1; ValueError if it is not http(s)://host:port. `model`: the default is the server's
-    first. `timeout`: seconds for each answer. The tokens of the last texts are cached. Methods may be called from
-    any thread. They raise `AnswerError`, a RagKVError, if the server cannot be reached, refuses, or gives another
-    kind of answer.
-    """
-
-    def __init__(
-        self, url: str, model: str | None = None, *, api_key: str | None = None, timeout: float = 600
-    ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if "@" in parts.netloc:
-            raise ValueError("url: holds a user or a password; allowed: http://host:port, and an API key beside")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"url = {url!r}; allowed: http://host:port or https://host:port")
-        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.model = model
-        self._api_key, self._timeout = api_key, timeout
-        self._encoded = functools.lru_cache(CACHED_TEXTS)(self._encode)
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text."""
-        return list(self._encoded(text, add_special_tokens))
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> list[int]:
-        """Token ids of messages in the server's chat template. `template`: more fields for /tokenize."""
-        return list(self._tokenize({"messages": list(messages), **template}))
-
-    def models(self) -> list[dict[str, Any]]:
-        """The models as /v1/models describes them; at least one."""
-        cards = self.call("/v1/models").get("data")
-        if isinstance(cards, list) and cards and all(isinstance(card, dict) and "id" in card for card in cards):
-            return cards
-        raise RagKVError(f"{self.url}/v1/models: the answer is no list of models")
-
-    def complete(self, asked: Prompt, **parameters: Any) -> dict[str, Any]:
-        """The JSON answer of /v1/completions. `parameters`: more fields of the request."""
-        body = {"prompt": asked.token_ids, **asked.extra_body, **parameters}
-        return self.call("/v1/completions", self._with_model(body))
-
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON answer to a POST of `body`, or to a GET if there is none."""
-        return fetch_json(self.url + path, body, token=self._api_key, timeout=self._timeout)
-
-    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
-        return self._tokenize({"prompt": text, "add_special_tokens": special})
-
-    def _tokenize(self, body: Mapping[str, Any]) -> tuple[int, ...]:
-        tokens = self.call("/tokenize", self._with_model(body)).get("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise RagKVError(f"{self.url}/tokenize: the answer holds no tokens")
-        return tuple(tokens)
-
-    def _with_model(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        return {**body, "model": self.model} if self.model else dict(body)
 
 
 def prompt(
@@ -157,7 +115,7 @@ def prompt(
         first = tokenizer.encode(closed(system), add_special_tokens=False)
         tokens = first if first[: len(tokens)] == tokens else tokens + first
     documents = []
-    for name, text in _named(passages):
+    for name, text in named(passages):
         start = len(tokens)
         tokens = tokens + tokenizer.encode(text, add_special_tokens=False)
         documents.append({"id": name, "start": start, "end": len(tokens)})
@@ -186,55 +144,157 @@ def chat(
     as for `prompt`.
     """
     if isinstance(messages, str | bytes | Mapping):
-        raise ValueError(f"messages = {_short(messages)}; allowed: a list of messages, each with role and content")
+        raise ValueError(f"messages = {short(messages)}; allowed: a list of messages, each with role and content")
     settings = _settings(fuse, recompute_ratio, selection, hints)
     tokens = server.encode_chat(messages, template or {})
-    taken: list[tuple[int, int]] = []
-    documents: list[dict[str, Any]] = []
-    for name, text in _named(passages):
-        found = (_free(tokens, run, taken) for run in _runs(server, text))
-        span = next((each for each in found if each), None)
-        if span is not None:
-            taken.append(span)
-            documents.append({"id": name, "start": span[0], "end": span[1]})
-    documents.sort(key=lambda document: document["start"])
-    return Prompt(tokens, {"documents": documents, **settings})
+    return Prompt(tokens, {"documents": located(server, tokens, passages), **settings})
 
 
-def closed(text: str) -> str:
-    """A part as it is in a prompt: without blank lines around it, and with one separator at its end."""
-    return text.lstrip("\r\n").rstrip() + SEPARATOR
+def order(server: Server, system: str, passages: Iterable[Passage], *, cache_salt: str | None = None) -> Ordered:
+    """Passages in the order in which most of a prompt "system, passages, …" need not be computed.
+
+    Those that the engine has stored as a chain behind the system prompt come first, the rest as given: so give the
+    most relevant first. The engine is asked by a request of one token. Where it cannot say, they stay as given.
+    `cache_salt`: that of the requests, if they have one. Errors: as for `prompt`.
+    """
+    once = list(_by_name(passages).values())
+    asked = prompt(server, system, once)
+    spans = [(each["start"], each["end"]) for each in asked.documents]
+    before = asked.token_ids[: spans[0][0]] if spans else []
+    return _ask(server, once, before, [asked.token_ids[start:end] for start, end in spans], cache_salt)
 
 
-def digest(text: str) -> str:
-    """The default id of a passage: 16 hexadecimal digits."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def order_chat(
+    server: Server,
+    messages: Sequence[Mapping[str, Any]],
+    passages: Iterable[Passage],
+    *,
+    template: Mapping[str, Any] | None = None,
+    cache_salt: str | None = None,
+) -> tuple[list[dict[str, Any]], Ordered]:
+    """As `order`, for messages that contain the passages word for word: new messages, in which they have changed
+    places. The passages of one message are ordered: of the last that contains any, as text. Others, and those that
+    are not found, are not in `Ordered.passages`. Arguments and errors: as for `chat`."""
+    if isinstance(messages, str | bytes | Mapping):
+        raise ValueError(f"messages = {short(messages)}; allowed: a list of messages, each with role and content")
+    new = [dict(message) for message in messages]
+    of_name = _by_name(passages)
+    texts = dict(named(of_name.values()))
+    for message in reversed(new):
+        slots = slots_of(message.get("content"), texts)
+        if slots:
+            break
+    else:
+        return new, Ordered([], [])
+    held = [of_name[name] for _, _, name in slots]
+    tokens = server.encode_chat(messages, template or {})
+    spans = located(server, tokens, held)
+    if [each["id"] for each in spans] != [name for _, _, name in slots]:  # some stand in earlier messages too
+        return new, Ordered(held, list(range(len(held))))
+    starts, ends = [each["start"] for each in spans], [each["end"] for each in spans]
+    between = tokens[ends[0] : starts[1]] if len(spans) > 1 else []
+    runs = [tokens[start:end] + between for start, end in zip(starts, ends, strict=True)]
+    found = _ask(server, held, tokens[: starts[0]], runs, cache_salt)
+    content, text = message["content"], ""
+    for place, (_, end, _) in enumerate(slots):
+        after = slots[place + 1][0] if place + 1 < len(slots) else len(content)
+        first, last, _ = slots[found.ranks[place]]
+        text += content[first:last] + content[end:after]
+    message["content"] = content[: slots[0][0]] + text
+    return new, found
 
 
-def _named(passages: Iterable[Passage]) -> Iterator[tuple[str, str]]:
-    if isinstance(passages, str | bytes | Mapping):
-        raise ValueError(
-            f"passages = {_short(passages)}; allowed: a list of passages, each a text or a pair of id and text"
-        )
-    texts: dict[str, str] = {}
-    for number, passage in enumerate(passages):
-        name, text = _pair(number, passage)
-        if not text.strip():
-            raise ValueError(f"passages[{number}] = {_short(text)}; allowed: a text that is not blank")
-        text = closed(text)
-        name = digest(text) if name is None else name
-        if texts.setdefault(name, text) != text:
-            raise ValueError(f"passages[{number}]: id {_short(name)} again; allowed: one text an id")
-        yield name, text
+class Conversation:
+    """Turns with retrieval in each, for /v1/completions. What was sent stays as it is, token by token: each turn
+    goes on behind the KV of the last. A passage that has been sent is left out when it is retrieved again.
+
+    `server`, `system`, `cache_salt`: as for `order`. Not for several threads at once.
+    """
+
+    def __init__(self, server: Server, system: str = "", *, cache_salt: str | None = None) -> None:
+        self._server, self._system, self._salt = server, system, cache_salt
+        self._sent = prompt(server, system, fuse=None)
+        self._asked = self._sent
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Ids of the passages that have been sent, and are left out."""
+        return frozenset(each["id"] for each in self._sent.documents)
+
+    def ask(
+        self,
+        passages: Iterable[Passage],
+        question: str,
+        *,
+        ordered: bool = True,
+        relevance: bool = False,
+        **more: Any,
+    ) -> Prompt:
+        """The prompt of the next turn: all that was sent, the passages that are new, the question. `ordered`: in
+        stored order, in the first turn (behind an answer nothing is stored yet). `relevance`: with
+        `Ordered.relevance` before the question, where the order is not the one given. `more`: arguments of
+        `prompt`."""
+        new = [one for name, one in _by_name(passages).items() if name not in self.left_out]
+        line = ""
+        if ordered and not self._sent.documents and new:
+            found = order(self._server, self._system, new, cache_salt=self._salt)
+            new = found.passages
+            line = found.relevance + SEPARATOR if relevance and found.ranks != sorted(found.ranks) else ""
+        begun = self._sent.token_ids
+        asked = prompt(_Bare(self._server), "", new, line + question, **more)
+        documents = [
+            {**each, "start": len(begun) + each["start"], "end": len(begun) + each["end"]}
+            for each in asked.documents
+        ]
+        hints = {**asked.hints, "documents": self._sent.documents + documents}
+        self._asked = Prompt(begun + asked.token_ids, hints)
+        return self._asked
+
+    def answered(self, answer: str | Sequence[int], closing: str = SEPARATOR) -> None:
+        """The last prompt was answered so: by a text, or better by its token ids. `closing`: what stands behind
+        the answer. A prompt that is not answered is forgotten."""
+        tokens = self._server.encode(answer) if isinstance(answer, str) else list(answer)
+        behind = self._server.encode(closing) if closing else []
+        self._sent = self._asked = Prompt(self._asked.token_ids + tokens + behind, self._asked.hints)
 
 
-def _pair(number: int, passage: Any) -> tuple[str | None, str]:
-    match passage:
-        case str():
-            return None, passage
-        case (str() as name, str() as text):
-            return name, text
-    raise ValueError(f"passages[{number}] = {_short(passage)}; allowed: a text, or a pair of id and text")
+class _Bare:
+    """A tokenizer that puts nothing before a prompt."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _by_name(passages: Iterable[Passage]) -> dict[str, Passage]:
+    """Passages by their ids, each once, in the order given."""
+    if not isinstance(passages, str | bytes | Mapping):
+        passages = list(passages)
+    return dict(zip([name for name, _ in named(passages)], passages, strict=True))
+
+
+def _ask(
+    server: Server, passages: list[Passage], before: list[int], runs: list[list[int]], salt: str | None
+) -> Ordered:
+    """What the engine answers; as given, where that is no order."""
+    as_given = Ordered(passages, list(range(len(passages))), sum(map(len, runs)))
+    if len(passages) < 2:
+        return as_given
+    hints = {"order": {"before": before, "passages": runs}, "store": False, "fuse": False, "turn": 0}
+    body: dict[str, Any] = {} if salt is None else {"cache_salt": salt}
+    answer = server.complete(Prompt((before or runs[0])[:1], hints), max_tokens=1, temperature=0, **body)
+    params = answer.get("kv_transfer_params")
+    report = params.get("ragkv") if isinstance(params, dict) else None
+    told = report.get("order") if isinstance(report, dict) else None
+    ranks = told.get("passages") if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(ranks, list) or sorted(ranks) != as_given.ranks:
+        return as_given
+    figures = (told.get(name) for name in ("ordered_tokens", "given_tokens"))
+    return Ordered(
+        [passages[rank] for rank in ranks], ranks, as_given.tokens, *(x if type(x) is int else 0 for x in figures)
+    )
 
 
 def _settings(
@@ -255,39 +315,4 @@ def _settings(
 def _leading(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that the tokenizer puts before every prompt, such as BOS."""
     whole, bare = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (True, False))
-    return whole[: _find(whole, bare, 0) or 0]
-
-
-def _runs(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """What a passage's tokens may be amid other text, the likeliest first."""
-    bare = text.removesuffix(SEPARATOR)
-    alone, closing = (tokenizer.encode(each, add_special_tokens=False) for each in (bare, text))
-    yield from (alone, closing)
-    for run in (alone[1:], alone[:-1], alone[1:-1]):
-        if len(run) >= SHORTEST_TRIMMED:
-            yield run
-
-
-def _free(tokens: list[int], run: list[int], taken: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """The first place of a run that no other passage has."""
-    at = _find(tokens, run, 0)
-    while at is not None and any(at < end and start < at + len(run) for start, end in taken):
-        at = _find(tokens, run, at + 1)
-    return None if at is None else (at, at + len(run))
-
-
-def _find(tokens: list[int], run: list[int], start: int) -> int | None:
-    try:
-        while run:
-            start = tokens.index(run[0], start)
-            if tokens[start : start + len(run)] == run:
-                return start
-            start += 1
-    except ValueError:
-        pass
-    return None
-
-
-def _short(value: Any) -> str:
-    """A faulty value, for a message."""
-    return f"{value!r:.80}"
+    return whole[: find(whole, bare, 0) or 0]

@@ -69,6 +69,35 @@ def test_passages_are_ingested_and_fused_in_another_order(server, tmp_path):
     assert [each["decision"] for each in told["documents"]] == ["moved"] * 3
 
 
+def test_passages_are_asked_for_in_the_order_in_which_they_are_stored(server):
+    """As an application does it, as completion and as chat: what the server says of an order, it then hits."""
+    client = rag.Server(server.url)
+    system, question = "Answer from the filings, in a few words.", "Question: what were net sales?\nAnswer:"
+    passages = [(f"part {number}", generate_filing(200 + number, 300).text[:900].strip()) for number in range(4)]
+    for order in ((2, 0, 3), (1,)):
+        first = rag.prompt(client, system, [passages[number] for number in order], "Other?", fuse=False)
+        client.complete(first, max_tokens=1)
+    found = rag.order(client, system, passages)
+    assert [passages.index(each) for each in found.passages] == [2, 0, 3, 1]
+    assert found.given_tokens == 0 < found.ordered_tokens < found.tokens
+    asked = rag.prompt(client, system, found.passages, f"{found.relevance}\n\n{question}", fuse=False)
+    told = client.complete(asked, max_tokens=4)["kv_transfer_params"]["ragkv"]
+    start, edge = asked.documents[0]["start"], asked.documents[2]["end"]
+    assert edge - start == found.ordered_tokens and edge <= told["exact_tokens"] < edge + 40
+    assert told["exact_tokens"] + told["computed_tokens"] == len(asked.token_ids) and told["fused_tokens"] == 0
+
+    def messages(order, question):
+        text = "\n\n".join([*(passages[number][1] for number in order), question])
+        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+    model = client.models()[0]["id"]
+    chat = rag.chat(client, messages((3, 1), "Other?"), [passages[3], passages[1]], fuse=False)
+    body = {"model": model, "messages": messages((3, 1), "Other?"), "max_tokens": 1, **chat.extra_body}
+    client.call("/v1/chat/completions", body)
+    new, found = rag.order_chat(client, messages((0, 1, 3), question), passages)
+    assert new == messages((3, 1, 0), question) and found.ordered_tokens > 0
+
+
 def example(name, *arguments, folder):
     """What an example prints."""
     file = ROOT / "examples" / name
