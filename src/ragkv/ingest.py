@@ -6,16 +6,19 @@ a passage is stored, the passage is recorded in a journal, and skipped the next 
 server that does not report this at once is asked again.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from ragkv.chains import likely_chains, read_retrievals
 from ragkv.errors import RagKVError
 from ragkv.rag import Server, closed, prompt
 
@@ -44,12 +47,13 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A passage to prefill. `key`: its name in the journal."""
+    """A passage to prefill. `key`: its name in the journal. `parts`: the passages of a chain."""
 
     id: str
     text: str
     tokens: int
     key: str
+    parts: tuple["Passage", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +141,18 @@ class Ingest:
             raise RagKVError(f"{longest.id} has {longest.tokens} tokens; allowed: {self._room}")
         return found
 
+    def chain(self, passages: Sequence[Passage]) -> Passage:
+        """Passages behind one another, as many as a prompt has room for, as one to prefill."""
+        sizes = list(itertools.accumulate(each.tokens for each in passages))
+        fit = tuple(each for each, size in zip(passages, sizes, strict=True) if size <= (self._room or size))
+        key = self._key("\0".join(closed(each.text) for each in fit))
+        return Passage(" ".join(each.id for each in fit), "", sizes[len(fit) - 1], key, fit)
+
     def prefill(self, passage: Passage) -> Answer:
         """Have the server compute and store a passage. Asks up to `ASKED` times until it reports that all of it is
         stored. RagKVError: the server does not answer."""
-        asked = prompt(self._server, self._system, [(passage.id, passage.text)], fuse=False)
+        parts = [(each.id, each.text) for each in passage.parts or (passage,)]
+        asked = prompt(self._server, self._system, parts, fuse=False)
         hints = {"ragkv": asked.hints | {"turn": 0}}  # what follows it is no second turn
         had: int | None = None  # of the first answer: later ones have what it stored
         stored = 0
@@ -153,7 +165,7 @@ class Ingest:
             self.reported = True
             stored, hit = (_whole(report.get(name)) for name in ("stored_tokens", "hit_tokens"))
             had = hit if had is None else had
-            if stored >= asked.documents[0]["end"]:
+            if stored >= asked.documents[-1]["end"]:
                 return Answer(stored, had, True)
         return Answer(stored, had or 0, False)
 
@@ -166,44 +178,87 @@ class Ingest:
 
 
 def run(
-    ingest: Ingest, files: Sequence[Path], journal: Journal, concurrency: int, tick: Callable[[int, int], None]
+    ingest: Ingest,
+    files: Sequence[Path],
+    journal: Journal,
+    concurrency: int,
+    tick: Callable[[int, int], None],
+    *,
+    retrievals: Path | None = None,
+    chains: int = 0,
 ) -> list[FileReport]:
     """Prefill all files, with `concurrency` requests at a time. Returns their reports, in the same order.
 
     If a file fails, its remaining passages are not sent, and the other files continue. `tick(done, all)` is called
-    with numbers of passages, for progress bars.
+    with numbers of passages, for progress bars. `retrievals`: a log of past retrievals (`ragkv.chains`), of which
+    `chains` likely chains of the passages are prefilled as well; its report is the last.
     """
     reports = [FileReport(str(file)) for file in files]
     names = Counter(file.name for file in files)
     labels = [file.name if names[file.name] == 1 else str(file) for file in files]
     pool = ThreadPoolExecutor(concurrency)
     read = [pool.submit(_passages, ingest, label, file) for label, file in zip(labels, files, strict=True)]
-    waiting: dict[Future[Answer | None], tuple[FileReport, Passage]] = {}
+    known: dict[str, Passage] = {}
+    waiting: _Waiting = {}
     try:
         for report, each in zip(reports, read, strict=True):
-            try:
-                passages = each.result()
-            except (RagKVError, OSError, ValueError) as error:
-                report.error = _reason(error)
-                continue
-            unknown = [passage for passage in passages if not ingest.known(passage.key)]
-            report.passages, report.known = len(passages), len(passages) - len(unknown)
-            report.tokens = sum(passage.tokens for passage in passages)
-            waiting.update((pool.submit(_send, ingest, report, passage), (report, passage)) for passage in unknown)
+            passages = _found(report, each.result)
+            known.update((passage.id, passage) for passage in passages)
+            waiting.update(_submit(pool, ingest, report, passages))
             tick(0, len(waiting))
-        for done, future in enumerate(as_completed(waiting), 1):
-            answer = future.result()
-            if answer is not None:
-                report, passage = waiting[future]
-                report.answered += 1
-                report.stored_tokens += answer.stored_tokens
-                report.hit_tokens += answer.hit_tokens
-                if answer.complete:
-                    journal.add(passage)
-            tick(done, len(waiting))
+        _collect(waiting, journal, tick)
+        if retrievals is not None:
+            reports.append(FileReport(str(retrievals)))
+            likely = _found(reports[-1], functools.partial(_chains, ingest, retrievals, chains, known))
+            _collect(_submit(pool, ingest, reports[-1], likely), journal, tick)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return reports
+
+
+_Waiting: TypeAlias = dict["Future[Answer | None]", tuple[FileReport, Passage]]
+
+
+def _found(report: FileReport, read: Callable[[], list[Passage]]) -> list[Passage]:
+    """What is to be prefilled of a file; nothing, where it cannot be read, which its report then says."""
+    try:
+        return read()
+    except (RagKVError, OSError, ValueError) as error:
+        report.error = _reason(error)
+        return []
+
+
+def _submit(pool: ThreadPoolExecutor, ingest: Ingest, report: FileReport, passages: list[Passage]) -> _Waiting:
+    """Send what the journal does not have."""
+    unknown = [passage for passage in passages if not ingest.known(passage.key)]
+    report.passages, report.known = len(passages), len(passages) - len(unknown)
+    report.tokens = sum(passage.tokens for passage in passages)
+    return {pool.submit(_send, ingest, report, passage): (report, passage) for passage in unknown}
+
+
+def _collect(waiting: _Waiting, journal: Journal, tick: Callable[[int, int], None]) -> None:
+    for done, future in enumerate(as_completed(waiting), 1):
+        answer = future.result()
+        if answer is not None:
+            report, passage = waiting[future]
+            report.answered += 1
+            report.stored_tokens += answer.stored_tokens
+            report.hit_tokens += answer.hit_tokens
+            if answer.complete:
+                journal.add(passage)
+        tick(done, len(waiting))
+
+
+def _chains(ingest: Ingest, file: Path, most: int, passages: Mapping[str, Passage]) -> list[Passage]:
+    log = read_retrievals(file)
+    known = [[name for name in each if name in passages] for each in log]
+    if log and not any(known):
+        named = next((name for each in log for name in each), "")
+        raise RagKVError(
+            f"none of its ids, such as {named!r}, is a passage here; allowed: {next(iter(passages), '')}"
+        )
+    chains = [ingest.chain([passages[name] for name in chain]) for chain in likely_chains(known, most)]
+    return list({chain.key: chain for chain in chains if len(chain.parts) > 1}.values())
 
 
 def cut(text: str, count: Callable[[str], int], limit: int) -> Iterator[str]:

@@ -29,6 +29,11 @@ def ingest(
     ] = "",
     passage_tokens: Annotated[int, typer.Option(min=16, help="Longest passage to cut a file into.")] = 512,
     whole: Annotated[bool, typer.Option("--whole", help="A file is one passage.")] = False,
+    retrievals: Annotated[
+        Path | None,
+        typer.Option(help="Past retrievals, a JSON list of passages' ids a line: likely orders follow."),
+    ] = None,
+    chains: Annotated[int, typer.Option(min=1, help="How many such orders to prefill, with --retrievals.")] = 64,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests under way at once.")] = 4,
     again: Annotated[bool, typer.Option("--again", help="Send also what the journal says is stored.")] = False,
     journal: Annotated[Path | None, typer.Option(help="What is stored where; else in the user's cache.")] = None,
@@ -57,7 +62,13 @@ def ingest(
     with bar:
         task = bar.add_task("prefilling passages", total=None)
         reports = run(
-            work, files, notes, concurrency, lambda done, total: bar.update(task, completed=done, total=total)
+            work,
+            files,
+            notes,
+            concurrency,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            retrievals=retrievals,
+            chains=chains,
         )
     _show(reports, work)
     head = {name: getattr(work, name) for name in ("url", "model", "system_tokens", "reported")}
