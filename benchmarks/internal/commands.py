@@ -174,3 +174,23 @@ def fusion(
         json_file=json_file,
         plot=plot,
     )
+
+
+@app.command(epilog="Example: ragkv bench order --questions 50")
+def order(
+    pool: Annotated[int, typer.Option(min=2, max=1000, help="Passages that may be retrieved.")] = 40,
+    passages: Annotated[int, typer.Option(min=2, max=64, help="Passages of a question.")] = 6,
+    tokens: Annotated[int, typer.Option(min=16, max=4000, help="Tokens of each passage.")] = 500,
+    questions: Annotated[int, typer.Option(min=1, max=10_000, help="Questions, each asked in both orders.")] = 200,
+    zipf: Annotated[float, typer.Option(min=0, max=5, help="Popularity falls as rank ** -this.")] = 1.2,
+    past: Annotated[int, typer.Option(min=0, max=100_000, help="Retrievals before the questions.")] = 400,
+    chains: Annotated[int, typer.Option(min=0, max=10_000, help="Likely chains of them that are stored.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the log.")] = 0,
+    dtype: DtypeOption = "auto",
+    filings: FilingsOption = None,
+    json_file: OutputOption = None,
+) -> None:
+    """Exact tokens and TTFT of retrieved passages, in the order given and in stored order."""
+    from ragkv.benchmarks.internal.order import Log, run
+
+    run(Log(pool, passages, questions, zipf, past, chains, seed), tokens, dtype, filings, json_file)
