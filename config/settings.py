@@ -224,7 +224,7 @@ class FusionSettings(Section):
     enabled: bool = Field(
         default=False, description="fuse by default; if false, only requests with the hint `fuse`"
     )
-    selection: str = Field(default="deviation", description="which tokens are recomputed")
+    selection: str = Field(default="query", description="which tokens are recomputed")
     recompute_ratio: Ratio = Field(
         default=0.15, ge=0, le=1, description="share of the moved tokens that is recomputed"
     )

@@ -24,7 +24,7 @@ from ragkv.kvstore.prefix_tree import Chunk, longest_shared, shared_tokens
 from ragkv.kvstore.storage_tier import StorageTier
 
 BEAM = 8  # chains that are followed at once
-MOST_STEPS = 4096  # passages that are looked for in one search: bounds its time
+MOST_STEPS = 2048  # chunks that are compared in one search: bounds its time
 IDLE_SECONDS = 0.005  # that an engine without other work is held up for answers
 ANSWER_SECONDS = 0.002  # that any is
 
@@ -68,6 +68,9 @@ class OrderSearch:
     ) -> None:
         self._memory, self._tiers, self._chunker = memory, tiers, chunker
         self._texts = [(each, self._cuts(each)) for each in passages]
+        self._alike: dict[bytes, list[int]] = {}  # passages of equal tokens, which only their numbers tell apart
+        for number, each in enumerate(passages):
+            self._alike.setdefault(each.tobytes(), []).append(number)
         self._planes = list(enumerate(memory.planes, 1))
         self.deadline = deadline
         self.asking = 0  # questions without an answer
@@ -105,13 +108,19 @@ class OrderSearch:
             more = [
                 longer
                 for each in chains
-                for number, text in enumerate(self._texts)
-                if number not in each.passages and self._steps < MOST_STEPS
-                if (longer := self._behind(each, text, (number,))) is not None
+                for number in self._left(each)
+                if self._steps < MOST_STEPS
+                if (longer := self._behind(each, self._texts[number], (number,))) is not None
             ]
             self._try(more)
             if not more:
                 self.end()
+
+    def _left(self, chain: _Chain) -> list[int]:
+        """The passages that a chain lacks, of equal ones the first."""
+        have = set(chain.passages)
+        firsts = (next((number for number in each if number not in have), None) for each in self._alike.values())
+        return sorted(number for number in firsts if number is not None)
 
     def _try(self, chains: list[_Chain]) -> None:
         """Ask the tiers for what memory lacks of `chains`."""
@@ -144,11 +153,12 @@ class OrderSearch:
 
     def _behind(self, chain: _Chain, text: tuple[Tokens, list[int]], name: tuple[int, ...]) -> _Chain | None:
         """A chain with a passage more, as far as it is known; None: it is not stored."""
-        self._steps += 1
         tokens, cuts = text
         raw, end = tokens.tobytes(), chain.end + len(tokens)
         last, used, left = chain.last, chain.used, raw if not chain.parts else b""
+        self._steps += 1 if left else len(cuts)
         while left:
+            self._steps += 1
             if used < len(last):
                 same = shared_tokens(last.tokens[TOKEN_BYTES * used :], left)
                 if not same or same < min(len(last) - used, len(left) // TOKEN_BYTES):

@@ -48,7 +48,7 @@ PINNED = {
     "transfer.staging": 64 * 2**20,
     "transfer.step": 0,
     "fusion.enabled": False,
-    "fusion.selection": "deviation",
+    "fusion.selection": "query",
     "fusion.recompute_ratio": 0.15,
     "fusion.min_tokens": 48,
     "fusion.keep": False,

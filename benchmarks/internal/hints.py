@@ -5,9 +5,10 @@ second request comes: without hints, and, to the same prompt, with the worst hin
     pins      everything pinned for as long as may be, with documents that overlap, for one more owner each time;
               and the last one's pins taken back, a time to live, the highest priority
     junk      everything wrong, and long
+    order     as many and as long passages to be ordered as may be
     fuse      one paragraph repeated, stored after other first tokens: without the hint it is prefilled
 
-The first three ask for a prompt that ragkv has in memory, so that nothing else takes long.
+All but the last ask for a prompt that ragkv has in memory, so that nothing else takes long.
 """
 
 import statistics
@@ -25,6 +26,7 @@ from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.prefix import documents
 from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.server import terminated_kindly
+from ragkv.connectors.vllm.hints import MOST_ORDERED_TOKENS, MOST_PASSAGES
 
 LIMIT = 0.020  # seconds: hints may make others wait so much longer
 SPANS = 4000
@@ -57,7 +59,18 @@ def pins(tokens: int, number: int) -> Hints:
 def junk(tokens: int, number: int) -> Hints:
     """Nothing that can be."""
     long: list[Any] = [{"\x1b" * 100: [[[]]] * 100}] * 10
-    wrong = ("documents", "fuse", "pin", "priority", "recompute_ratio", "selection", "ttl", "turn", "unpin")
+    wrong = (
+        "documents",
+        "fuse",
+        "order",
+        "pin",
+        "priority",
+        "recompute_ratio",
+        "selection",
+        "ttl",
+        "turn",
+        "unpin",
+    )
     return {**dict.fromkeys(wrong, long), **{f"{'x' * 100}{each}": each for each in range(tokens)}}
 
 
@@ -66,7 +79,19 @@ def fuse(tokens: int, number: int) -> Hints:
     return {**spans(tokens, number), "fuse": True, "selection": "deviation", "recompute_ratio": 0.15}
 
 
-KINDS: dict[str, Callable[[int, int], Hints]] = {"spans": spans, "pins": pins, "junk": junk, "fuse": fuse}
+def order(tokens: int, number: int) -> Hints:
+    """As many passages as may be, and as long."""
+    size = MOST_ORDERED_TOKENS // MOST_PASSAGES
+    return {"order": {"before": [], "passages": [[number, each] * (size // 2) for each in range(MOST_PASSAGES)]}}
+
+
+KINDS: dict[str, Callable[[int, int], Hints]] = {
+    "spans": spans,
+    "pins": pins,
+    "junk": junk,
+    "order": order,
+    "fuse": fuse,
+}
 
 
 def measure(engine: Engine, kind: str, prompts: list[list[int]], running: list[int]) -> list[Pair]:

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from ragkv.benchmarks.internal import hints as bench
 from ragkv.benchmarks.internal import stall
 from ragkv.benchmarks.internal.commands import app as internal
-from ragkv.connectors.vllm.hints import HINT_NAMES, read_hints
+from ragkv.connectors.vllm.hints import HINT_NAMES, MOST_ORDERED_TOKENS, MOST_PASSAGES, read_hints
 from stall_tools import LOAD, STEP, Side, StepEngine, Tokenizer
 
-LONGER = {"spans": 0.001, "pins": 0.002, "junk": 0.003, "fuse": 0.25}
+LONGER = {"spans": 0.001, "pins": 0.002, "junk": 0.003, "order": 0.004, "fuse": 0.25}
 ASKED = []  # prompts, each with its hints
 
 
@@ -59,7 +59,9 @@ def test_a_machine_that_does_other_things_is_told():
 
 
 def test_the_worst_hints_are_what_they_should_be():
-    spans, pins, junk, fuse = (read_hints({"ragkv": bench.KINDS[kind](3000, 7)}) for kind in LONGER)
+    spans, pins, junk, order, fuse = (read_hints({"ragkv": bench.KINDS[kind](3000, 7)}) for kind in LONGER)
     assert len(spans.documents) == len(fuse.documents) == 256 and fuse.fuse and len(fuse.problems) == 1
     assert pins.pin.owner == "desk 7" and pins.unpin == "desk 6" and pins.priority == 9 and not pins.problems
+    assert len(order.order.passages) == MOST_PASSAGES and not order.problems
+    assert sum(map(len, order.order.passages)) == MOST_ORDERED_TOKENS
     assert len(junk.problems) == len(HINT_NAMES), "all but `store` are wrong, and some are unknown"

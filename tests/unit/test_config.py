@@ -42,7 +42,7 @@ OTHERS = {
     "transfer.staging": ("1MiB", 2**20),
     "transfer.step": ("7MiB", 7 * 2**20),
     "fusion.enabled": ("true", True),
-    "fusion.selection": ("query", "query"),
+    "fusion.selection": ("deviation", "deviation"),
     "fusion.recompute_ratio": ("0.5", 0.5),
     "fusion.min_tokens": ("100", 100),
     "fusion.keep": ("1", True),

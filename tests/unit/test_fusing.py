@@ -51,7 +51,7 @@ def test_passages_in_a_new_order_are_moved_and_mended(fused):
         "the question has blocks while it is looked at"
     )
     assert fusion.start >= len(SYSTEM + PASSAGES[3]), "the first passage is exact"
-    assert fusion.budget == -(-15 * moved // 100) and fusion.selection == "deviation"
+    assert fusion.budget == -(-15 * moved // 100) and fusion.selection == "query"
     assert fusion.tokens.tolist() == whole[: fusion.end] and fusion.question.tolist() == whole[-QUESTION:]
     assert engine.metrics.get(m.FUSED_TOKENS, "recomputed") == fusion.budget
 

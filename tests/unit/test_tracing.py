@@ -181,7 +181,7 @@ def test_fusion(spans):
         "tokens.moved": moved,
         "tokens.recomputed": fusion.budget,
         "tokens.gap": fusion.end - fusion.start - moved,
-        "selection": "deviation",
+        "selection": "query",
     }.items() <= seen(found[FUSE]).items()
     assert format(found[FUSE].context.trace_id, "032x") == TRACE
 
