@@ -7,6 +7,7 @@ import pytest
 from rig import beside
 from rig.beside import Ask
 from rig.engines import BLOCK, STEP, check_preempted, differences
+from rig.passages import check_stored_order
 
 
 def test_it_is_the_engine_that_it_claims_to_be(rig, combination):
@@ -169,6 +170,10 @@ def test_tenants_share_nothing(rig, plain, fresh):
         plain.check([Ask(prompt)], [answer])
         rig.evict()
     assert cached == [0, 0, 0, 59]
+
+
+def test_passages_in_stored_order(rig, plain, fresh):
+    check_stored_order(rig, plain, fresh)
 
 
 def test_a_hot_prompt_comes_from_the_device_tier(rig, plain, fresh):

@@ -8,6 +8,7 @@ from rig import beside, faults
 from rig.beside import Ask
 from rig.engines import COMBINATIONS, SETTINGS, STEP, check_preempted, plain_engine, rig_engine
 from rig.faults import Fault
+from rig.passages import check_stored_order
 
 BLOCKS = 90  # of 16 tokens, for three groups of layers
 FIELDS = {
@@ -102,6 +103,10 @@ def test_a_prompt_in_several_steps_beside_others(rig, plain, fresh):
         assert [answer.cached for answer in found] == expected
         plain.check(asks, found)
         rig.evict()
+
+
+def test_passages_in_stored_order(rig, plain, fresh):
+    check_stored_order(rig, plain, fresh)
 
 
 def test_after_vllms_own_hit(rig, plain, fresh):
