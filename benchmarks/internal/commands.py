@@ -194,3 +194,42 @@ def order(
     from ragkv.benchmarks.internal.order import Log, run
 
     run(Log(pool, passages, questions, zipf, past, chains, seed), tokens, dtype, filings, json_file)
+
+
+@app.command(epilog="Example: ragkv bench answers --questions 100 --finished answers.jsonl --plot answers.png")
+def answers(
+    model: Annotated[
+        Path | None, typer.Option(help="A model's folder, a GGUF file or a folder with one, instead of SmolLM2.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, max=10_000, help="Each is asked with every setting.")] = 100,
+    selections: Annotated[
+        str,
+        typer.Option(help="Which tokens are computed again.", autocompletion=some_of(SELECTIONS.split(","))),
+    ] = SELECTIONS,
+    ratios: Annotated[str, typer.Option(help="How many of them, as shares.")] = "0.05,0.1,0.15,0.2,0.3",
+    passages: Annotated[int, typer.Option(min=2, max=100, help="Passages of a prompt.")] = 6,
+    passage_tokens: Annotated[int, typer.Option(min=64, max=3500, help="Tokens of each passage.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same questions.")] = 0,
+    dtype: DtypeOption = "auto",
+    filings: FilingsOption = None,
+    finished: Annotated[
+        Path | None, typer.Option(help="Keep finished questions in this file; the same settings go on with it.")
+    ] = None,
+    json_file: OutputOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Exact match, F1 and TTFT of fused passages against full prefill, over questions with known answers."""
+    from ragkv.benchmarks.internal.answers import Options, run
+
+    options = Options(
+        selections=selections,
+        ratios=ratios,
+        questions=questions,
+        passages=passages,
+        passage_tokens=passage_tokens,
+        seed=seed,
+        dtype=dtype,
+        model=model,
+        filings=filings,
+    )
+    run(options, finished, json_file, plot)

@@ -23,7 +23,7 @@ from ragkv.benchmarks.report import FLOOR, PLAIN, median_ratio, new_figure, save
 from ragkv.benchmarks.tenk import Filing
 
 RATIOS = "0.05,0.15,0.3"
-FIXED = {"none": 0.0, "full": 1.0}
+FIXED = {"none": 0.0, "full": 1.0, "ordered": 0.0}  # "ordered" is of `bench answers`
 CHECKED = ("deviation", 1.0)  # recomputing everything must give full prefill
 MODEL_TOKENS = 8192
 STYLES = {  # of the picture: color, marker and line of each selection, which differ without the color too
@@ -33,9 +33,15 @@ STYLES = {  # of the picture: color, marker and line of each selection, which di
     "deviation": ("#009e73", "v", "-."),
     "query": ("#0072b2", "d", "-"),
     "query_deviation": ("#cc79a7", "P", (0, (6, 1, 1, 1, 1, 1))),
+    "ordered": ("#000000", "^", "none"),
     "full": (PLAIN, "*", "none"),
 }
-LABELS = {"none": "none (moved, nothing recomputed)", "full": "full prefill"}
+LABELS = {
+    "none": "none (moved, nothing recomputed)",
+    "ordered": "passages in stored order",
+    "full": "full prefill",
+}
+DIVERGENCE = "KL(full prefill || fused), nats a token"
 MEANS = ("kl", "top1", "delta_nll", "answer_equal", "work", "reused")
 Row = dict[str, Any]
 Setting = tuple[str, float]
@@ -145,23 +151,27 @@ def show(console: Console, results: Sequence[Row], title: str) -> None:
     console.print(table)
 
 
-def draw(results: Sequence[Row], title: str, path: Path) -> None:
-    """The picture: quality against time, a line a selection, a point a ratio."""
+def draw(results: Sequence[Row], title: str, path: Path, *, quality: str = "kl", label: str = DIVERGENCE) -> None:
+    """The picture: quality against time, a line a selection, a point a ratio. `quality`: of the rows, with `label`
+    at the axis; where they have `{quality}_range`, (low, high), bars show it."""
     figure, axes = new_figure(8, 5)
     axes.set_title(title, fontsize=10)
     for name, (color, marker, line) in STYLES.items():
         rows = [row for row in results if row["selection"] == name]
         if not rows:
             continue
-        x, y = [row["ttft_ratio"] for row in rows], [row["kl"] for row in rows]
+        x, y = [row["ttft_ratio"] for row in rows], [row[quality] for row in rows]
         style = {"color": color, "marker": marker, "linestyle": line, "clip_on": False}
         axes.plot(x, y, label=LABELS.get(name, name), **style)
+        for row in rows:
+            low, high = row.get(f"{quality}_range", (row[quality], row[quality]))
+            axes.vlines(row["ttft_ratio"], low, high, color=color, alpha=0.25)
         if name not in FIXED:
             for row in rows:
-                place = (row["ttft_ratio"], row["kl"])
+                place = (row["ttft_ratio"], row[quality])
                 axes.annotate(f"{row['ratio']:.0%}", place, (3, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("time to first token, of full prefill's")
-    axes.set_ylabel("KL(full prefill || fused), nats a token")
+    axes.set_ylabel(label)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, handlelength=5)  # so long that the lines can be told apart
@@ -222,10 +232,15 @@ def _trials(model: Path, filings: Sequence[Filing], shape: Shape, count: int) ->
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     built = [build_trial(tokenizer, filings, number, shape) for number in range(count)]
-    longest = max(len(trial.prompt) for trial in built) + max(shape.continuation, 32)
+    check_length(built, max(shape.continuation, 32))
+    return built
+
+
+def check_length(trials: Sequence[Trial], answer_tokens: int) -> None:
+    """ValueError: prompts and answers exceed the model's length."""
+    longest = max(len(trial.prompt) for trial in trials) + answer_tokens
     if longest > MODEL_TOKENS:
         raise ValueError(f"prompts and answers take {longest} tokens; allowed: at most {MODEL_TOKENS}")
-    return built
 
 
 def _measure(

@@ -63,9 +63,9 @@ def store(engine: Engine, trial: Trial) -> None:
 def prefill(engine: Engine, trial: Trial, continuation: int = 32) -> Full:
     """Full prefill: its time, its greedy answer, and its record over the trial's continuation, or over so many
     tokens of the answer (fewer where that ends)."""
-    timed = _in_full(engine, trial, max(ANSWER_TOKENS, continuation))
+    timed = in_full(engine, trial, max(ANSWER_TOKENS, continuation))
     tokens = tuple(timed.tokens[:continuation] if trial.continuation is None else trial.continuation)
-    _in_full(engine, trial, len(tokens), {"ragkv_force": list(tokens), "ragkv_key": FULL})
+    in_full(engine, trial, len(tokens), {"ragkv_force": list(tokens), "ragkv_key": FULL})
     return Full(timed.ttft_s, timed.tokens[:ANSWER_TOKENS], tokens)
 
 
@@ -90,7 +90,7 @@ def measure(
         "ttft_s": timed.ttft_s,
         "full_ttft_s": full.ttft_s,
         "work": work(trial, selection, ratio, timed, layers),
-        "reused": _reused(trial, timed),
+        "reused": reused(trial, timed),
     }
 
 
@@ -99,7 +99,7 @@ def quality(engine: Engine, trial: Trial, selection: str, ratio: float, full: Fu
     positions = len(full.continuation)
     force = {"ragkv_force": list(full.continuation), "ragkv_key": OTHER}
     if selection == "full":
-        _in_full(engine, trial, positions, force)
+        in_full(engine, trial, positions, force)
     else:
         engine.evict()
         ask(engine, trial.prompt, positions, hints(trial, selection, ratio), force)
@@ -158,20 +158,28 @@ def ask(
     hints: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
     salt: str | None = None,
+    stop: str | None = None,
 ) -> Reply:
-    """One greedy request with ragkv's hints and more `extra_args`."""
+    """One greedy request with ragkv's hints and more `extra_args`. `stop`: a text that ends the answer."""
     arguments = {"kv_transfer_params": {"ragkv": dict(hints)}, **(extra or {})}
-    reply: Reply = engine.call(_ask, list(prompt), max_tokens, arguments, salt)
+    reply: Reply = engine.call(_ask, list(prompt), max_tokens, arguments, salt, stop)
     return reply
 
 
-def _in_full(engine: Engine, trial: Trial, max_tokens: int, extra: Mapping[str, Any] | None = None) -> Reply:
+def in_full(
+    engine: Engine,
+    trial: Trial,
+    max_tokens: int,
+    extra: Mapping[str, Any] | None = None,
+    stop: str | None = None,
+) -> Reply:
+    """Full prefill, in a namespace of its own."""
     engine.evict()
     salt = f"full prefill {next(_salts)}"
-    return ask(engine, trial.prompt, max_tokens, {"documents": trial.documents()}, extra, salt)
+    return ask(engine, trial.prompt, max_tokens, {"documents": trial.documents()}, extra, salt, stop)
 
 
-def _reused(trial: Trial, reply: Reply) -> float:
+def reused(trial: Trial, reply: Reply) -> float:
     """Share of the passages' tokens that came from the cache."""
     passages = sum(map(len, trial.passages))
     return max(0, reply.cached_tokens - len(trial.system)) / passages
@@ -180,11 +188,15 @@ def _reused(trial: Trial, reply: Reply) -> float:
 # --- run beside the engine: function(llm, ...) ---
 
 
-def _ask(llm: Any, prompt: list[int], max_tokens: int, arguments: dict[str, Any], salt: str | None) -> Reply:
+def _ask(
+    llm: Any, prompt: list[int], max_tokens: int, arguments: dict[str, Any], salt: str | None, stop: str | None
+) -> Reply:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos="ragkv_force" in arguments)
+    parameters = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos="ragkv_force" in arguments, stop=stop
+    )
     parameters.extra_args = arguments
     tokens = TokensPrompt(prompt_token_ids=prompt)
     if salt is not None:

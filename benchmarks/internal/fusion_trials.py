@@ -112,12 +112,12 @@ def _questions(
 ) -> _Parts:
     filing = filings[number % len(filings)]
     asked = filing.questions[number % len(filing.questions)]
-    system, end = _chat(tokenizer)
+    system, end = chat(tokenizer)
     others = [filings[(number + n) % len(filings)] for n in range(1, shape.passages)]
     passages = [_passage(tokenizer, other, shape.passage_tokens, chance) for other in others]
     passages.append(_passage(tokenizer, filing, shape.passage_tokens, chance, asked.answer))
     chance.shuffle(passages)
-    return system, passages, _encode(tokenizer, f"Question: {asked.text}{end}"), None
+    return system, passages, encode(tokenizer, f"Question: {asked.text}{end}"), None
 
 
 def _running(
@@ -125,31 +125,32 @@ def _running(
 ) -> _Parts:
     size = shape.passage_tokens
     total = shape.passages * size
-    ids = _window(tokenizer, filings[number % len(filings)], total + MORE + shape.continuation, chance)
+    ids = window(tokenizer, filings[number % len(filings)], total + MORE + shape.continuation, chance)
     passages = [ids[at : at + size] for at in range(0, total, size)]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     more, continuation = ids[total : total + MORE], ids[total + MORE :]
-    return [*start, *_encode(tokenizer, READ)], passages, more, continuation
+    return [*start, *encode(tokenizer, READ)], passages, more, continuation
 
 
-def _chat(tokenizer: Any) -> tuple[list[int], str]:
+def chat(tokenizer: Any) -> tuple[list[int], str]:
     """Tokens up to the passages, and the text behind the question, by the model's chat template if it has one."""
     if not tokenizer.chat_template:
-        return _encode(tokenizer, SYSTEM + BREAK), "\nAnswer:"
+        return encode(tokenizer, SYSTEM + BREAK), "\nAnswer:"
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _SLOT}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, _, after = text.partition(_SLOT)
-    return _encode(tokenizer, before), after
+    return encode(tokenizer, before), after
 
 
 def _passage(tokenizer: Any, filing: Filing, tokens: int, chance: random.Random, holding: str = "") -> list[int]:
     """Some of a filing, closed by a blank line: just `tokens` tokens. `holding`: a text to be found in it."""
-    end = _encode(tokenizer, BREAK)
-    return _window(tokenizer, filing, tokens - len(end), chance, holding) + end
+    end = encode(tokenizer, BREAK)
+    return window(tokenizer, filing, tokens - len(end), chance, holding) + end
 
 
-def _window(tokenizer: Any, filing: Filing, tokens: int, chance: random.Random, holding: str = "") -> list[int]:
-    """Tokens of a filing from the start of a paragraph on, and of the one that holds a text, if it can be."""
+def window(tokenizer: Any, filing: Filing, tokens: int, chance: random.Random, holding: str = "") -> list[int]:
+    """Just `tokens` tokens of a filing from the start of a paragraph on, and of the one that holds a text, if it
+    can be. ValueError: the filing is too short."""
     text, needed = filing.text, tokens * MOST_CHARACTERS
     found = text.find(holding) if holding else -1
     start = chance.randrange(max(1, len(text) - needed)) if found < 0 else max(0, found - 2 * tokens)
@@ -159,14 +160,15 @@ def _window(tokenizer: Any, filing: Filing, tokens: int, chance: random.Random, 
         start = paragraph + len(BREAK)
     elif start:
         start = text.find(" ", start, limit) + 1 or start
-    ids = _encode(tokenizer, text[start : start + needed])[:tokens]
+    ids = encode(tokenizer, text[start : start + needed])[:tokens]
     if len(ids) < tokens:
-        ids = _encode(tokenizer, text[-needed:])[-tokens:]
+        ids = encode(tokenizer, text[-needed:])[-tokens:]
     if len(ids) < tokens:
         raise ValueError(f"{filing.name} has {len(ids)} tokens; a trial needs {tokens} of it")
     return ids
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text by itself, without those that a tokenizer adds."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids

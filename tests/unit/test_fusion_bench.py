@@ -51,7 +51,7 @@ class FakeEngine:
         if function is fusion_measure.compare:
             self.log.append(("compare", args))
             return Divergence([0.25, 0.75], [True, False], [0.5, 0.25])
-        prompt, max_tokens, arguments, salt = args
+        prompt, max_tokens, arguments, salt, _ = args
         self.log.append(("ask", prompt, max_tokens, arguments, salt))
         asked = arguments["kv_transfer_params"]["ragkv"]
         ratio = asked.get("recompute_ratio")
