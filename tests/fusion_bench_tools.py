@@ -15,6 +15,9 @@ class Words:
         assert not add_special_tokens
         return [VOCABULARY.setdefault(word, len(VOCABULARY)) for word in re.findall(r"\n\n| ?\S+|\s", text)]
 
+    def decode(self, tokens, **_):
+        return text_of(tokens)
+
 
 class Talker(Words):
     """One with a chat template."""

@@ -91,7 +91,7 @@ def measure(
             "ratio": ratio,
             "answer": tokenizer.decode(reply.tokens, skip_special_tokens=True).partition(STOP)[0].strip(),
             "ttft_s": reply.ttft_s,
-            "reused": reused(asked.trial, reply),
+            "reused": min(1.0, reused(asked.trial, reply)),
         }
     return {
         "number": asked.number,
@@ -205,7 +205,7 @@ def run(
     """
     settings = options.settings()
     console = Console()
-    console.width = max(console.width, 120)  # of the table
+    console.width = max(console.width, 130)  # of the table
     model = model_folder(options.model, progress=console.print)
     described = options.describe(model)
     journal = Journal(finished, described)

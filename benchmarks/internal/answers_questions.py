@@ -24,6 +24,7 @@ KINDS = ("lookup", "comparison", "sum")
 FILE_KIND = "file"  # of questions.jsonl
 SEEDS = 1000  # of filings for each question
 NEAR = 40  # characters beside an answer
+PRIME = "The answer is:"  # the answer's first words: without them, small models begin with others
 _COMPANY = re.compile(r"^ *(\S+) .*\n *\(Exact name of registrant", re.MULTILINE)
 _SEGMENTS = re.compile(r"NET SALES BY SEGMENT\n.*\n((?:.+\n)+?)Total net sales.*")
 _ROW = re.compile(r"(\S.*?) {2,}\$? *([\d,]+)")
@@ -94,7 +95,7 @@ def _lookup(filings: Sequence[Filing], chance: random.Random) -> _Drafted:
     filing = filings[0]
     asked = chance.choice(filing.questions)
     title = _title(filing)
-    text = f"In the {title}: {asked.text}"
+    text = f"{title}: {asked.text}"
     return text, (asked.answer,), [Source(filing, title, _evidence(filing, asked))]
 
 
@@ -105,8 +106,7 @@ def _comparison(filings: Sequence[Filing], chance: random.Random) -> _Drafted:
     best = max(pair, key=lambda each: sales[each.name])
     sources = [Source(each, _title(each), _evidence(each, each.questions[0])) for each in pair]
     chance.shuffle(pair)
-    names = " or ".join(f"{_company(each)} in fiscal {_year(each)}" for each in pair)
-    text = f"Which company had higher net sales: {names}? Give the company's name."
+    text = f"Which company had higher net sales, {_company(pair[0])} or {_company(pair[1])}?"
     return text, (_company(best),), sources
 
 
@@ -118,7 +118,7 @@ def _sum(filings: Sequence[Filing], chance: random.Random) -> _Drafted:
     (first, one), (second, other) = chance.sample(rows, 2)
     title = _title(filing)
     text = (
-        f"In the {title}: What were the net sales of {first} and of {second} together in fiscal {_year(filing)}, "
+        f"{title}: What were the net sales of {first} and of {second} together in fiscal {_year(filing)}, "
         "in millions of dollars?"
     )
     return text, (f"{one + other:,}",), [Source(filing, title, table[0])]
@@ -133,7 +133,7 @@ def _evidence(filing: Filing, asked: Question) -> str:
 
 
 def _title(filing: Filing) -> str:
-    return f"annual report of {_company(filing)} for fiscal {_year(filing)}"
+    return f"Annual report of {_company(filing)} for fiscal {_year(filing)}"
 
 
 def _company(filing: Filing) -> str:
@@ -168,7 +168,7 @@ def load_drafts(folder: Path, passages: int, seed: int = 0) -> tuple[list[Draft]
     for n, asked, found in kept:
         others = [filings[(n + step) % len(filings)] for step in range(1, passages)]
         sources = [Source(filings[n], filings[n].name, found), *(Source(each, each.name) for each in others)]
-        drafts.append(Draft(FILE_KIND, f"In {filings[n].name}: {asked.text}", (asked.answer,), tuple(sources)))
+        drafts.append(Draft(FILE_KIND, f"{filings[n].name}: {asked.text}", (asked.answer,), tuple(sources)))
     return drafts, len(written) - len(kept)
 
 
@@ -185,7 +185,7 @@ def build(tokenizer: Any, number: int, made: Draft, tokens: int, seed: int = 0) 
     chance.shuffle(passages)
     order = chance.sample(range(len(passages)), len(passages))
     system, end = chat(tokenizer)
-    question = encode(tokenizer, f"Question: {made.text}{end}")
+    question = encode(tokenizer, f"Question: {made.text}{end}{PRIME}")
     trial = Trial(f"question {number}", system, passages, question, [system] * len(passages))
     stored = replace(trial, passages=[passages[n] for n in order])
     return Asked(number, made.kind, made.text, made.answers, trial, stored)
@@ -193,23 +193,23 @@ def build(tokenizer: Any, number: int, made: Draft, tokens: int, seed: int = 0) 
 
 def _passage(tokenizer: Any, source: Source, tokens: int, chance: random.Random) -> list[int]:
     """A line with the title, then some of the filing, closed by a blank line."""
-    begin, end = encode(tokenizer, f"From the {source.title}:\n"), encode(tokenizer, BREAK)
+    begin, end = encode(tokenizer, f"[{source.title}]\n"), encode(tokenizer, BREAK)
     room = tokens - len(begin) - len(end)
     if room <= 0:
         raise ValueError(f"--passage-tokens = {tokens}; allowed: more than {len(begin) + len(end)}, of a title")
-    for take in (window, _from_paragraph):
+    for take in (window, _up_to):
         found = take(tokenizer, source.filing, room, chance, source.holding)
         if source.holding in tokenizer.decode(found, clean_up_tokenization_spaces=False):
             return [*begin, *found, *end]
     raise ValueError(f"--passage-tokens = {tokens}; allowed: so many that a passage can hold {source.holding!r}")
 
 
-def _from_paragraph(tokenizer: Any, filing: Filing, tokens: int, _: random.Random, holding: str) -> list[int]:
-    """As `window`, from the very paragraph on that has to be in the passage, or the filing's end."""
+def _up_to(tokenizer: Any, filing: Filing, tokens: int, _: random.Random, holding: str) -> list[int]:
+    """As `window`, ending with what has to be in the passage; or the filing's first tokens."""
     text, needed = filing.text, tokens * MOST_CHARACTERS
-    start = text.rfind(BREAK, 0, text.find(holding)) + len(BREAK)
-    ids = encode(tokenizer, text[start : start + needed])[:tokens]
-    return ids if len(ids) == tokens else encode(tokenizer, text[-needed:])[-tokens:]
+    end = text.find(holding) + len(holding)
+    ids = encode(tokenizer, text[max(0, end - needed) : end])[-tokens:]
+    return ids if len(ids) == tokens else encode(tokenizer, text[:needed])[:tokens]
 
 
 def _place(words: str, text: str) -> re.Match[str] | None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from engine_tools import BLOCK, ROOT, break_fusion, fused_kv, in_workers, set_turning, watch_fusion
-from ragkv.benchmarks.internal.fusion_measure import ask, prefill, quality, store
+from ragkv.benchmarks.internal.answers import ANSWER_TOKENS, STOP, measure
+from ragkv.benchmarks.internal.answers_questions import build, draft
+from ragkv.benchmarks.internal.fusion_measure import ask, in_full, prefill, quality, store
 from ragkv.benchmarks.internal.fusion_trials import Trial
 from reference import Llama, divergence
 
@@ -279,3 +281,13 @@ def test_keys_that_are_not_turned_are_seen(shared_smollm2, prose, system):
     finally:
         in_workers_of(shared_smollm2, set_turning, True)
     assert raw > 1.2 * turned > 0.01
+
+
+def test_answers_are_measured_against_full_prefill(shared_ragkv, tokenizer):
+    asked = build(tokenizer, 0, draft(0, 3, 250), 250)
+    settings = [("full", 1.0), ("ordered", 0.0), ("none", 0.0), ("deviation", 1.0)]
+    full, ordered, moved_only, mended = measure(shared_ragkv, tokenizer, asked, settings)["rows"]
+    assert full["answer"] and full["answer"] == mended["answer"] != moved_only["answer"]
+    in_order = in_full(shared_ragkv, asked.stored, ANSWER_TOKENS, stop=STOP)
+    assert ordered["answer"] == tokenizer.decode(in_order.tokens, skip_special_tokens=True).strip()
+    assert full["reused"] == 0 and min(ordered["reused"], moved_only["reused"], mended["reused"]) > 0.9
