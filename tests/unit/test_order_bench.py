@@ -30,7 +30,7 @@ class FakeEngine:
     def held(self, prompt):
         return max((size for size in range(len(prompt)) if tuple(prompt[:size]) in self.stored), default=0)
 
-    def call(self, function, prompt, max_tokens, arguments, salt):
+    def call(self, function, prompt, max_tokens, arguments, *_):
         hints = arguments["kv_transfer_params"]["ragkv"]
         if "order" in hints:
             before, passages = hints["order"]["before"], hints["order"]["passages"]
