@@ -222,8 +222,8 @@ def run(
     kinds = Counter(question["kind"] for question in questions)
     prompt = statistics.fmean(question["prompt_tokens"] for question in questions)
     title = (
-        f"{len(questions)} questions ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}), "
-        f"{options.passages} passages of {options.passage_tokens} tokens, prompts of {prompt:.0f}, {model.name}"
+        f"{len(questions)} questions ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}), {model.name}\n"
+        f"{options.passages} passages of {options.passage_tokens} tokens, prompts of {prompt:.0f}"
     )
     report = {
         "results": summarize(questions, options.seed),

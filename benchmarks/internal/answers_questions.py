@@ -24,7 +24,7 @@ KINDS = ("lookup", "comparison", "sum")
 FILE_KIND = "file"  # of questions.jsonl
 SEEDS = 1000  # of filings for each question
 NEAR = 40  # characters beside an answer
-PRIME = "The answer is:"  # the answer's first words: without them, small models begin with others
+PRIME = "Answer:"  # in the prompt: small models answer in fewer words then
 _COMPANY = re.compile(r"^ *(\S+) .*\n *\(Exact name of registrant", re.MULTILINE)
 _SEGMENTS = re.compile(r"NET SALES BY SEGMENT\n.*\n((?:.+\n)+?)Total net sales.*")
 _ROW = re.compile(r"(\S.*?) {2,}\$? *([\d,]+)")
@@ -185,7 +185,7 @@ def build(tokenizer: Any, number: int, made: Draft, tokens: int, seed: int = 0) 
     chance.shuffle(passages)
     order = chance.sample(range(len(passages)), len(passages))
     system, end = chat(tokenizer)
-    question = encode(tokenizer, f"Question: {made.text}{end}{PRIME}")
+    question = encode(tokenizer, f"Question: {made.text}{end.removesuffix(PRIME)}{PRIME}")
     trial = Trial(f"question {number}", system, passages, question, [system] * len(passages))
     stored = replace(trial, passages=[passages[n] for n in order])
     return Asked(number, made.kind, made.text, made.answers, trial, stored)

@@ -105,7 +105,8 @@ def test_orders_change_from_question_to_question():
 def test_questions_stand_where_the_chat_template_has_them():
     asked = asked_of(0, tokenizer=Talker())[1]
     assert text_of(asked.trial.system).endswith("<user>")
-    assert text_of(asked.trial.question).endswith("</><assistant>The answer is:")
+    assert text_of(asked.trial.question).endswith("</><assistant>Answer:")
+    assert text_of(asked_of(0)[1].trial.question).endswith("?\nAnswer:")
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
