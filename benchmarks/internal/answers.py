@@ -221,8 +221,9 @@ def run(
     questions = [journal.finished[each.number] for each in asked]
     kinds = Counter(question["kind"] for question in questions)
     prompt = statistics.fmean(question["prompt_tokens"] for question in questions)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     title = (
-        f"{len(questions)} questions ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}), {model.name}\n"
+        f"{len(questions)} questions ({counts}), {model.name}\n"
         f"{options.passages} passages of {options.passage_tokens} tokens, prompts of {prompt:.0f}"
     )
     report = {
