@@ -7,6 +7,8 @@ import pytest
 from ragkv.benchmarks import model
 from ragkv.benchmarks.model import ModelError, model_folder
 
+COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
 
 @pytest.fixture
 def converted(monkeypatch, tmp_path):
@@ -15,7 +17,7 @@ def converted(monkeypatch, tmp_path):
 
     def convert(gguf, folder, single_digits):
         folder.mkdir()
-        for name in model._FILES:
+        for name in COMPLETE:
             (folder / name).write_text(gguf.name)
         found.append((gguf, single_digits))
 
