@@ -198,7 +198,7 @@ def _make(gguf: Path, folder: Path, *, single_digits: bool = False) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / folder.name
-        _convert(gguf, made, single_digits)
+        convert_gguf(gguf, made, single_digits)
         try:
             made.rename(folder)
         except OSError as error:
@@ -206,7 +206,9 @@ def _make(gguf: Path, folder: Path, *, single_digits: bool = False) -> None:
                 raise ModelError(f"{folder} holds something else than the model: remove it") from error
 
 
-def _convert(gguf: Path, folder: Path, single_digits: bool) -> None:
+def convert_gguf(gguf: Path, folder: Path, single_digits: bool) -> None:
+    """Write a GGUF file's model and tokenizer in Hugging Face's format, in bfloat16. `single_digits`: the tokenizer
+    cuts digits apart before anything else, which a GGUF file does not tell."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -216,7 +218,7 @@ def _convert(gguf: Path, folder: Path, single_digits: bool) -> None:
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # What the conversion leaves out: SmolLM2 cuts digits apart first, and a context has an end.
+    # What the conversion leaves out, besides that a context has an end.
     if single_digits:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]

@@ -22,7 +22,7 @@ def converted(monkeypatch, tmp_path):
         found.append((gguf, single_digits))
 
     monkeypatch.setattr(model, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(model, "_convert", convert)
+    monkeypatch.setattr(model, "convert_gguf", convert)
     return found
 
 
