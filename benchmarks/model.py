@@ -207,8 +207,8 @@ def _make(gguf: Path, folder: Path, *, single_digits: bool = False) -> None:
 
 
 def convert_gguf(gguf: Path, folder: Path, single_digits: bool) -> None:
-    """Write a GGUF file's model and tokenizer in Hugging Face's format, in bfloat16. `single_digits`: the tokenizer
-    cuts digits apart before anything else, which a GGUF file does not tell."""
+    """Write a GGUF file's model and tokenizer in Hugging Face's format, in bfloat16. `single_digits`: the
+    tokenizer cuts digits apart first, as SmolLM2's, which transformers does not read from the file."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
