@@ -20,11 +20,12 @@ from ragkv.kvstore.keys import TOKEN_BYTES, Tokens, chain_keys, window_key
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.planes import reach, window_of
 from ragkv.kvstore.prefix_lookup import Part
-from ragkv.kvstore.prefix_tree import Chunk, longest_shared, shared_tokens
+from ragkv.kvstore.prefix_tree import REACH, Chunk, longest_shared
 from ragkv.kvstore.storage_tier import StorageTier
 
 BEAM = 8  # chains that are followed at once
-MOST_STEPS = 2048  # chunks that are compared in one search: bounds its time
+MOST_STEPS = 2048  # chunks that are looked at in one search: bounds its time
+MOST_TRIED = 16  # chains of a model with windows or states that may not be long enough
 IDLE_SECONDS = 0.005  # that an engine without other work is held up for answers
 ANSWER_SECONDS = 0.002  # that any is
 
@@ -41,16 +42,27 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class _Text:
+    """A passage: its tokens (int32 bytes), their number, and its cuts, where prompts are cut before and behind."""
+
+    raw: bytes
+    size: int
+    cuts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class _Chain:
-    """What is stored behind one another: `passages`, by number, which end at position `end`. In memory it ends in
-    `last`, at its token `used`; behind that come `parts` of lower tiers, the last with the key `key`."""
+    """What is stored behind one another: `passages`, by number, which end at position `end`. In memory it has all
+    up to the end of `last`, and behind that `tail`, with which the chunk `inside` begins; or else there come
+    `parts` of lower tiers, of which the last `fresh` have been added last."""
 
     passages: tuple[int, ...]
     last: Chunk
-    used: int
-    key: bytes
     end: int
+    tail: bytes = b""
+    inside: Chunk | None = None
     parts: tuple[Part, ...] = ()
+    fresh: int = 0
 
 
 class OrderSearch:
@@ -66,54 +78,48 @@ class OrderSearch:
         passages: Sequence[Tokens],
         deadline: float,
     ) -> None:
-        self._memory, self._tiers, self._chunker = memory, tiers, chunker
-        self._texts = [(each, self._cuts(each)) for each in passages]
+        self._memory, self._tiers = memory, tiers
+        self._texts = [_text(chunker, each) for each in passages]
         self._alike: dict[bytes, list[int]] = {}  # passages of equal tokens, which only their numbers tell apart
-        for number, each in enumerate(passages):
-            self._alike.setdefault(each.tobytes(), []).append(number)
+        for number, each in enumerate(self._texts):
+            self._alike.setdefault(each.raw, []).append(number)
         self._planes = list(enumerate(memory.planes, 1))
         self.deadline = deadline
         self.asking = 0  # questions without an answer
         self.result: Ordered | None = None
         self._held: set[bytes] = set()  # of the keys that were asked for, those that a tier has
         self._steps = 0
-        self._coming: list[_Chain] = []
         self._found: list[_Chain] = []
         self._start = len(before)
-        root = memory.tree.root(namespace)
-        start = self._behind(_Chain((), root, 0, namespace, 0), (before, self._cuts(before)), ())
-        self._try([] if start is None else [start])
+        start = self._behind(_Chain((), memory.tree.root(namespace), 0), _text(chunker, before), ())
+        self._coming = [] if start is None else [start]
+        self._try()
 
     def end(self) -> None:
         """Answer with what is known."""
         if self.result is not None:
             return
-        count = len(self._texts)
-        lengths = [(self._reach(each), each) for each in self._found]
-        given = [length for length, each in lengths if each.passages == tuple(range(len(each.passages)))]
-        length, best = max(lengths, key=lambda found: found[0], default=(0, None))
-        chain = () if best is None or not length else best.passages
-        rest = tuple(number for number in range(count) if number not in chain)
-        total = sum(len(tokens) for tokens, _ in self._texts)
-        self.result = Ordered(chain + rest, length, max(given, default=0), total)
+        found = sorted(filter(self._stands, self._found), key=lambda each: -each.end)
+        length, chain = self._longest(found)
+        given, _ = self._longest([each for each in found if _as_given(each)])
+        rest = tuple(number for number in range(len(self._texts)) if number not in chain)
+        self.result = Ordered(chain + rest, length, given, sum(text.size for text in self._texts))
 
     def advance(self) -> None:
         """All questions are answered: go on with the chains that are stored."""
         while self.result is None and not self.asking:
-            alive = [each for each in self._coming if all(part.key in self._held for part in each.parts)]
+            alive = [each for each in self._coming if self._is_held(each) and self._stands(each)]
             self._found += [each for each in alive if each.passages]
-            given = [each for each in alive if each.passages == tuple(range(len(each.passages)))]
             longest = sorted(alive, key=lambda each: -each.end)[:BEAM]  # of equals, the first in the order given
-            chains = longest + [each for each in given if each not in longest]
-            more = [
-                longer
+            chains = longest + [each for each in alive if _as_given(each) and each not in longest]
+            more = (
+                self._behind(each, self._texts[number], (number,))
                 for each in chains
                 for number in self._left(each)
-                if self._steps < MOST_STEPS
-                if (longer := self._behind(each, self._texts[number], (number,))) is not None
-            ]
-            self._try(more)
-            if not more:
+            )
+            self._coming = [each for each in more if each is not None]
+            self._try()
+            if not self._coming:
                 self.end()
 
     def _left(self, chain: _Chain) -> list[int]:
@@ -122,10 +128,17 @@ class OrderSearch:
         firsts = (next((number for number in each if number not in have), None) for each in self._alike.values())
         return sorted(number for number in firsts if number is not None)
 
-    def _try(self, chains: list[_Chain]) -> None:
-        """Ask the tiers for what memory lacks of `chains`."""
-        self._coming = chains
-        keys = dict.fromkeys(key for each in chains for key in self._keys(each))
+    def _stands(self, chain: _Chain) -> bool:
+        """Whether memory still has its part of a chain: it may have been dropped while a tier was asked."""
+        chunks = [each for each in (chain.last, chain.inside) if each is not None and each.parent is not None]
+        return all(chunk in self._memory.tree for chunk in chunks)
+
+    def _is_held(self, chain: _Chain) -> bool:
+        return all(part.key in self._held for part in chain.parts[len(chain.parts) - chain.fresh :])
+
+    def _try(self) -> None:
+        """Ask the tiers for what memory lacks of the chains to come."""
+        keys = dict.fromkeys(key for each in self._coming for key in self._keys(each)) if self._tiers else {}
         for tier in self._tiers if keys else ():
             known = tier.known([key for key in keys if key not in self._held])
             self._held.update(key for key, held in known.items() if held)
@@ -143,59 +156,66 @@ class OrderSearch:
         tier.ask(keys, answered)
 
     def _keys(self, chain: _Chain) -> list[bytes]:
-        """Of a chain's parts; and of the windows that it may take to go on behind them, or behind what memory has
-        of it."""
-        keys = [part.key for part in chain.parts]
+        """Of a chain's new parts; and of the windows that it may take to go on behind them, or behind what memory
+        has of it."""
+        keys = [part.key for part in chain.parts[len(chain.parts) - chain.fresh :]]
         for number, plane in self._planes:
-            spans = [each for each in self._spans(chain) if each.end > plane.earliest(chain.end)]
+            spans = self._spans(chain, plane.earliest(chain.end))
             keys += [window_key(each.key, number) for each in spans if self._start_of(each, number) is None]
         return keys
 
-    def _behind(self, chain: _Chain, text: tuple[Tokens, list[int]], name: tuple[int, ...]) -> _Chain | None:
-        """A chain with a passage more, as far as it is known; None: it is not stored."""
-        tokens, cuts = text
-        raw, end = tokens.tobytes(), chain.end + len(tokens)
-        last, used, left = chain.last, chain.used, raw if not chain.parts else b""
-        self._steps += 1 if left else len(cuts)
-        while left:
-            self._steps += 1
-            if used < len(last):
-                same = shared_tokens(last.tokens[TOKEN_BYTES * used :], left)
-                if not same or same < min(len(last) - used, len(left) // TOKEN_BYTES):
-                    return None
-                used += same
-            else:
-                child, same = longest_shared(last, left)
-                if child is None or same < min(len(child), len(left) // TOKEN_BYTES):
-                    break
-                last, used = child, same
-            left = left[TOKEN_BYTES * same :]
-        passages = chain.passages + name
-        if not left and not chain.parts:
-            return replace(chain, passages=passages, last=last, used=used, key=last.key, end=end)
-        done = 0 if chain.parts else len(tokens) - len(left) // TOKEN_BYTES
-        if used < len(last) or (done and done not in cuts) or not self._tiers:
+    def _behind(self, chain: _Chain, text: _Text, name: tuple[int, ...]) -> _Chain | None:
+        """A chain with a passage more, as far as it is known; None: it is not stored, or was not looked for."""
+        passages, end = chain.passages + name, chain.end + text.size
+        if self._steps >= MOST_STEPS:
             return None
-        key = chain.key if chain.parts else last.key
-        ends = [done, *(cut for cut in cuts if cut > done)]
-        keys = chain_keys(key, raw, ends)
+        if chain.parts:
+            return self._below(replace(chain, passages=passages), text, 0)
+        last, tail, at, size = chain.last, chain.tail, 0, len(chain.tail) + len(text.raw)
+        while at < size:  # always down to the child that shares the most, as of `follow`
+            self._steps += 1
+            start = max(0, at - len(tail))
+            rest = tail[at:] + text.raw[start : start + TOKEN_BYTES * REACH]
+            child, same = longest_shared(last, rest)
+            if child is None or same < min(len(child), len(rest) // TOKEN_BYTES):
+                break
+            if same < len(child) and at + len(rest) == size:
+                return _Chain(passages, last, end, rest, child)
+            if same < len(child):  # a longer chunk than is looked at
+                break
+            last, at = child, at + TOKEN_BYTES * same
+        if at >= size:
+            return _Chain(passages, last, end)
+        done = (at - len(tail)) // TOKEN_BYTES
+        return self._below(_Chain(passages, last, chain.end), text, done) if done >= 0 else None
+
+    def _below(self, chain: _Chain, text: _Text, done: int) -> _Chain | None:
+        """A chain with what lower tiers may have of a passage, of which memory has the first `done` tokens."""
+        self._steps += 1
+        if not self._tiers or (done and done not in text.cuts):
+            return None
+        ends = [done, *(cut for cut in text.cuts if cut > done)]
+        self._steps += len(ends)
+        if self._steps > MOST_STEPS:
+            return None
+        begins = chain.end
+        keys = chain_keys(chain.parts[-1].key if chain.parts else chain.last.key, text.raw, ends)
         parts = tuple(
-            Part(each, raw[TOKEN_BYTES * start : TOKEN_BYTES * stop], chain.end + start, chain.end + stop)
-            for each, (start, stop) in zip(keys, pairwise(ends), strict=True)
+            Part(key, text.raw[TOKEN_BYTES * start : TOKEN_BYTES * stop], begins + start, begins + stop)
+            for key, (start, stop) in zip(keys, pairwise(ends), strict=True)
         )
-        return _Chain(passages, last, used, keys[-1], end, chain.parts + parts)
+        return replace(chain, end=begins + text.size, parts=chain.parts + parts, fresh=len(parts))
 
-    def _cuts(self, tokens: Tokens) -> list[int]:
-        """Where a passage is cut, behind which its prompt is cut too."""
-        return self._chunker.cut(tokens, 0, [len(tokens)]) if len(tokens) else []
-
-    def _spans(self, chain: _Chain) -> list[Chunk | Part]:
-        chunks: list[Chunk | Part] = []
-        chunk: Chunk | None = chain.last
-        while chunk is not None and chunk.parent is not None:
+    def _spans(self, chain: _Chain, behind: int) -> list[Chunk | Part]:
+        """What a chain is made of, as far as it ends behind a position."""
+        found: list[Chunk | Part] = [part for part in chain.parts if part.end > behind]
+        chunks: list[Chunk | Part] = [] if chain.inside is None else [chain.inside]
+        chunk = chain.last
+        while chunk.parent is not None and chunk.end > behind:
             chunks.append(chunk)
             chunk = chunk.parent
-        return [*chunks[::-1], *chain.parts]
+        self._steps += len(found) + len(chunks)
+        return chunks[::-1] + found
 
     def _start_of(self, each: Chunk | Part, number: int) -> int | None:
         """From where on a plane has what belongs to a chunk; None: nothing."""
@@ -206,12 +226,30 @@ class OrderSearch:
             return max(each.position, self._memory.planes[number - 1].kept(each.end))
         return None
 
-    def _reach(self, chain: _Chain) -> int:
-        """Tokens of a chain's passages that a prompt can go on behind."""
-        end = chain.end
-        if self._planes:
-            end = reach(self._spans(chain), self._memory.planes, end, 0, self._start_of)
-        return max(0, min(end, chain.end) - self._start)
+    def _longest(self, chains: Sequence[_Chain]) -> tuple[int, tuple[int, ...]]:
+        """Of chains, the longest first, the one that prompts can go on furthest behind: how many tokens of its
+        passages that are, and these."""
+        best = 0
+        passages: tuple[int, ...] = ()
+        behind = min((plane.earliest(self._start) for _, plane in self._planes), default=0)
+        for tried, chain in enumerate(chains):
+            if chain.end - self._start <= best or tried >= MOST_TRIED:
+                break
+            end = chain.end
+            if self._planes:
+                end = reach(self._spans(chain, behind), self._memory.planes, end, 0, self._start_of)
+            if end - self._start > best:
+                best, passages = end - self._start, chain.passages
+        return best, passages
+
+
+def _text(chunker: Chunker, tokens: Tokens) -> _Text:
+    cuts = chunker.cut(tokens, 0, [len(tokens)]) if len(tokens) else []
+    return _Text(tokens.tobytes(), len(tokens), cuts)
+
+
+def _as_given(chain: _Chain) -> bool:
+    return chain.passages == tuple(range(len(chain.passages)))
 
 
 class Ordering:

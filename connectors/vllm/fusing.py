@@ -127,9 +127,11 @@ class Fusing:
         if not (state.hints.given or self.wanted(state.hints)):
             return None
         hit = sum(state.sources.values()) - state.fusion.mended
-        own = state.exact_upto(state.computed)  # the rest of vLLM's own hit was fused
-        prompt, fused = state.request.num_prompt_tokens, state.fusion.moved + state.computed - own
-        kept = min(own + hit - state.fusion.moved, prompt)
+        prompt, moved = state.request.num_prompt_tokens, state.fusion.moved
+        had = min(state.computed, prompt)
+        own = state.exact_upto(had)  # the rest of vLLM's own hit was fused
+        kept = min(own + hit - moved, prompt)
+        fused = min(moved + had - own, prompt - kept)
         told = {
             "hit_tokens": hit,
             "exact_tokens": kept,

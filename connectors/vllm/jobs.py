@@ -232,7 +232,7 @@ class Jobs:
             self._drop(load)
             if state is not None:
                 state.refused = True
-                state.sources, state.fusion.mended, state.fusion.moved = {}, 0, 0
+                state.unload()
             return
         self._orders.stores += load.after
         fused = load.fusion.end - load.fusion.start if load.fusion is not None else 0  # in memory's; counted apart

@@ -70,6 +70,10 @@ class RequestState:
         if known < self.request.num_tokens:
             chain.extend(as_tokens(self.request.all_token_ids[known:]))
 
+    def unload(self) -> None:
+        """What it loaded last is not its own any more."""
+        self.sources, self.fusion.mended, self.fusion.moved = {}, 0, 0
+
     def taint(self, position: int) -> None:
         """From this position on its KV is not exact."""
         self.approximate = self.exact_upto(position)

@@ -125,7 +125,8 @@ class SchedulerSide(Jobs):
         start = state.computed
         self._metrics.count(m.LOOKUPS, result="hit" if external else "miss")
         self._metrics.count(m.LOOKED_UP_TOKENS, request.num_tokens - start)
-        state.stored = state.fusion.mended = state.fusion.moved = 0
+        state.stored = 0
+        state.unload()
         if external:
             self._begin_load(state, start, start + external, tables)
         if state.prompt.pin is not None:  # vLLM may have had it all itself, or ragkv may only store
@@ -147,7 +148,6 @@ class SchedulerSide(Jobs):
         if wrong:
             raise ValueError(f"tokens were promised from {start} on that are not to be had, or have no blocks")
         pending = PendingLoad(state.request.request_id, blocks[start // self._block_tokens :], set())
-        state.sources = {}
         loads = self._cache.prepare_load(state.prompt, start, end)
         if plan is not None:
             loads.append(self._cache.prepare_moved_load(plan.pieces))
@@ -243,6 +243,8 @@ class SchedulerSide(Jobs):
                 upto += 1  # the step under way computes it, and orders follow that step: its state is that of all
             state.tables = tables
             state.extend()
+            if loading:
+                state.unload()
             told = None if self.fusing is None else self.fusing.tell(state, upto)
             if not loading:
                 self._store(state, upto)

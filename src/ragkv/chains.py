@@ -14,6 +14,7 @@ from ragkv.errors import RagKVError
 
 LONGEST_LINE = 1 << 20  # bytes
 MOST_RETRIEVALS = 1_000_000
+LONGEST = 64  # passages of a chain: as many as are ordered
 FEWEST = 2  # retrievals that begin with a chain
 
 
@@ -22,7 +23,7 @@ def likely_chains(retrievals: Sequence[Sequence[str]], most: int) -> list[tuple[
     frequency = Counter(name for each in retrievals for name in set(each))
     used: Counter[tuple[str, ...]] = Counter()
     for each in retrievals:
-        names = sorted(set(each), key=lambda name: (-frequency[name], name))
+        names = sorted(set(each), key=lambda name: (-frequency[name], name))[:LONGEST]
         used.update(tuple(names[:size]) for size in range(2, len(names) + 1))
     chains: dict[tuple[str, ...], None] = {}
     for chain, times in used.most_common():

@@ -53,7 +53,7 @@ def located(tokenizer: Tokenizer, tokens: list[int], passages: Iterable[Passage]
     """The spans of passages in a prompt, ascending, of those that are found."""
     taken: list[tuple[int, int]] = []
     documents: list[dict[str, Any]] = []
-    for name, text in named(passages):
+    for name, text in _longest_first(named(passages)):
         found = (_free(tokens, run, taken) for run in _runs(tokenizer, text))
         span = next((each for each in found if each), None)
         if span is not None:
@@ -63,14 +63,25 @@ def located(tokenizer: Tokenizer, tokens: list[int], passages: Iterable[Passage]
 
 
 def slots_of(content: Any, texts: Mapping[str, str]) -> list[tuple[int, int, str]]:
-    """Where passages stand in a message's text: start, end and id of each that is found, ascending."""
+    """Where passages stand in a message's text, each in lines of its own: start, end and id of each that is found,
+    ascending."""
     slots: list[tuple[int, int, str]] = []
-    for name, text in texts.items() if isinstance(content, str) else ():
+    for name, text in _longest_first(texts.items()) if isinstance(content, str) else ():
         bare = text.removesuffix(SEPARATOR)
         at = content.find(bare)
-        if at >= 0 and all(at >= end or at + len(bare) <= start for start, end, _ in slots):
-            slots.append((at, at + len(bare), name))
+        while at >= 0:
+            end = at + len(bare)
+            alone = content[at - 1 : at] in ("", "\n") and content[end : end + 1] in ("", "\n", "\r")
+            if alone and all(at >= last or end <= first for first, last, _ in slots):
+                slots.append((at, end, name))
+                break
+            at = content.find(bare, at + 1)
     return sorted(slots)
+
+
+def _longest_first(passages: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One that another contains does not take that one's place."""
+    return sorted(passages, key=lambda passage: -len(passage[1]))
 
 
 def _runs(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:

@@ -173,8 +173,10 @@ def order_chat(
     cache_salt: str | None = None,
 ) -> tuple[list[dict[str, Any]], Ordered]:
     """As `order`, for messages that contain the passages word for word: new messages, in which they have changed
-    places. The passages of one message are ordered: of the last that contains any, as text. Others, and those that
-    are not found, are not in `Ordered.passages`. Arguments and errors: as for `chat`."""
+    places. The passages of one message are ordered: of the last that contains any, each in lines of its own.
+    Others, and those that are not found, are not in `Ordered.passages`. All stay as they are where one of them
+    stands in another message too, or other text stands between some of them. Of lower tiers only what
+    `prompt` has stored is found. Arguments and errors: as for `chat`."""
     if isinstance(messages, str | bytes | Mapping):
         raise ValueError(f"messages = {short(messages)}; allowed: a list of messages, each with role and content")
     new = [dict(message) for message in messages]
@@ -186,15 +188,18 @@ def order_chat(
             break
     else:
         return new, Ordered([], [])
-    held = [of_name[name] for _, _, name in slots]
+    names = [name for _, _, name in slots]
+    held = [of_name[name] for name in names]
     tokens = server.encode_chat(messages, template or {})
     spans = located(server, tokens, held)
-    if [each["id"] for each in spans] != [name for _, _, name in slots]:  # some stand in earlier messages too
+    edges = [each["start"] for each in spans]
+    between = [tokens[each["end"] : start] for each, start in zip(spans, edges[1:], strict=False)]
+    others = [slots_of(each.get("content"), texts) for each in new if each is not message]
+    twice = {name for each in others for _, _, name in each} & set(names)
+    if twice or [each["id"] for each in spans] != names or between != between[:1] * len(between):
         return new, Ordered(held, list(range(len(held))))
-    starts, ends = [each["start"] for each in spans], [each["end"] for each in spans]
-    between = tokens[ends[0] : starts[1]] if len(spans) > 1 else []
-    runs = [tokens[start:end] + between for start, end in zip(starts, ends, strict=True)]
-    found = _ask(server, held, tokens[: starts[0]], runs, cache_salt)
+    runs = [tokens[each["start"] : each["end"]] + (between[0] if between else []) for each in spans]
+    found = _ask(server, held, tokens[: edges[0]], runs, cache_salt)
     content, text = message["content"], ""
     for place, (_, end, _) in enumerate(slots):
         after = slots[place + 1][0] if place + 1 < len(slots) else len(content)
@@ -213,13 +218,14 @@ class Conversation:
 
     def __init__(self, server: Server, system: str = "", *, cache_salt: str | None = None) -> None:
         self._server, self._system, self._salt = server, system, cache_salt
-        self._sent = prompt(server, system, fuse=None)
-        self._asked = self._sent
+        self._sent = self._begun = prompt(server, system, fuse=None)
+        self._texts: dict[str, str] = {}  # of the passages that were sent, by id
+        self._asked: tuple[Prompt, dict[str, str]] | None = None  # with the texts of its passages
 
     @property
     def left_out(self) -> frozenset[str]:
         """Ids of the passages that have been sent, and are left out."""
-        return frozenset(each["id"] for each in self._sent.documents)
+        return frozenset(self._texts)
 
     def ask(
         self,
@@ -233,29 +239,38 @@ class Conversation:
         """The prompt of the next turn: all that was sent, the passages that are new, the question. `ordered`: in
         stored order, in the first turn (behind an answer nothing is stored yet). `relevance`: with
         `Ordered.relevance` before the question, where the order is not the one given. `more`: arguments of
-        `prompt`."""
-        new = [one for name, one in _by_name(passages).items() if name not in self.left_out]
+        `prompt`. ValueError: as for `prompt`, and an id that was sent with another text."""
+        given = _by_name(passages)
+        texts = dict(named(given.values()))
+        for name, text in texts.items():
+            if self._texts.get(name, text) != text:
+                raise ValueError(f"passages: id {short(name)} again; allowed: one text an id")
+        new = [one for name, one in given.items() if name not in self._texts]
         line = ""
-        if ordered and not self._sent.documents and new:
+        if ordered and self._sent is self._begun and new:
             found = order(self._server, self._system, new, cache_salt=self._salt)
             new = found.passages
             line = found.relevance + SEPARATOR if relevance and found.ranks != sorted(found.ranks) else ""
-        begun = self._sent.token_ids
+        before = self._sent.token_ids
         asked = prompt(_Bare(self._server), "", new, line + question, **more)
         documents = [
-            {**each, "start": len(begun) + each["start"], "end": len(begun) + each["end"]}
+            {**each, "start": len(before) + each["start"], "end": len(before) + each["end"]}
             for each in asked.documents
         ]
-        hints = {**asked.hints, "documents": self._sent.documents + documents}
-        self._asked = Prompt(begun + asked.token_ids, hints)
-        return self._asked
+        made = Prompt(before + asked.token_ids, {**asked.hints, "documents": self._sent.documents + documents})
+        self._asked = made, texts
+        return made
 
     def answered(self, answer: str | Sequence[int], closing: str = SEPARATOR) -> None:
         """The last prompt was answered so: by a text, or better by its token ids. `closing`: what stands behind
-        the answer. A prompt that is not answered is forgotten."""
+        the answer. A prompt that is not answered is forgotten. ValueError: nothing was asked."""
+        if self._asked is None:
+            raise ValueError("answered: nothing was asked since the last answer; allowed: one answer a prompt")
+        asked, texts = self._asked
         tokens = self._server.encode(answer) if isinstance(answer, str) else list(answer)
         behind = self._server.encode(closing) if closing else []
-        self._sent = self._asked = Prompt(self._asked.token_ids + tokens + behind, self._asked.hints)
+        self._sent, self._asked = Prompt(asked.token_ids + tokens + behind, asked.hints), None
+        self._texts |= texts
 
 
 class _Bare:
@@ -289,7 +304,9 @@ def _ask(
     report = params.get("ragkv") if isinstance(params, dict) else None
     told = report.get("order") if isinstance(report, dict) else None
     ranks = told.get("passages") if isinstance(told, dict) else None
-    if not isinstance(told, dict) or not isinstance(ranks, list) or sorted(ranks) != as_given.ranks:
+    if not isinstance(told, dict) or not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+        return as_given
+    if sorted(ranks) != as_given.ranks:
         return as_given
     figures = (told.get(name) for name in ("ordered_tokens", "given_tokens"))
     return Ordered(

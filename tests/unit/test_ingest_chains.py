@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fake_vllm import serving
 from ragkv import rag
-from ragkv.chains import likely_chains, read_retrievals
+from ragkv.chains import LONGEST, likely_chains, read_retrievals
 from ragkv.cli import app
 from ragkv.errors import RagKVError
 
@@ -117,6 +117,11 @@ def test_chains_are_the_most_used_beginnings(seed, most):
         sum(each.startswith(pair) for each in ordered) for pair in {each[:2] for each in ordered if each[1:]}
     )
     assert any(sum(each.startswith("".join(chain[:2])) for each in ordered) == first for chain in chains)
+
+
+def test_long_retrievals_are_cut_to_what_can_be_ordered():
+    names = [f"{number:05}" for number in range(5000)]
+    assert likely_chains([names, names], 5) == [tuple(names[:LONGEST])]
 
 
 def test_a_log_of_nothing_gives_no_chains(tmp_path):

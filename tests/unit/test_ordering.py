@@ -1,6 +1,7 @@
 """Passages in stored order: the order that is answered is the one that most of is really found of."""
 
 import itertools
+from collections import Counter
 from random import Random
 
 import pytest
@@ -11,6 +12,7 @@ from ragkv.benchmarks.internal.faulty_stores import Fault
 from ragkv.config.settings import FusionSettings
 from ragkv.connectors.vllm.hints import MOST_ORDERED_TOKENS, MOST_PASSAGES
 from ragkv.kvstore import metrics as m
+from ragkv.kvstore import ordering
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.keys import as_tokens
 from toy_engine import Engine, Request, closing, text
@@ -114,6 +116,33 @@ def test_prompts_without_hints_are_followed_by_their_tokens():
         assert ask(engine)["passages"][:2] == [3, 1] and ask(engine)["ordered_tokens"] == 154
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_that_part_behind_a_passage_within_a_chunk_are_both_found(seed):
+    """The chunks of prompts without hints end elsewhere: two of them may begin with the same passage."""
+    first, second, third = (text(1000 + 10 * seed + number, 30) for number in range(3))
+    with closing(Engine(fusion=FusionSettings())) as engine:
+        for other in (second, third):
+            engine.run([*SYSTEM, *first, *other, *QUESTION])
+        for other in (second, third):
+            told = ask(engine, passages=[other, first])
+            assert told["passages"] == [1, 0] and told["ordered_tokens"] == 60
+
+
+def test_what_memory_drops_while_a_tier_is_asked_is_not_claimed():
+    with closing(Engine(lowers=[Lower(asks=True, through=False)], fusion=FusionSettings())) as engine:
+        run(engine, [3, 1])
+        request = asking()
+        assert engine.side.lookup(request, 0) is None
+        engine.cache.reset()
+        while engine.side.lookup(request, 0) is None:
+            engine.work()
+        assert (
+            engine.side.finished(request, [[]])[1]["ragkv"]["order"]["ordered_tokens"]
+            == 0
+            == found(engine, [3, 1])
+        )
+
+
 def test_it_keeps_nothing_and_others_are_not_changed(engine):
     run(engine, [2, 0])
     before = {chunk.key for chunk in engine.memory.tree}
@@ -181,6 +210,25 @@ def test_the_search_is_bounded():
         told = ask(engine, passages=passages)
         assert sorted(told["passages"]) == list(range(MOST_PASSAGES))
         assert 0 < told["ordered_tokens"] <= told["tokens"] == 20 * MOST_PASSAGES <= MOST_ORDERED_TOKENS
+
+
+@pytest.mark.parametrize("below", [list, lambda: [Lower()], lambda: [redis()]], ids=["memory", "disk", "redis"])
+def test_hostile_orders_cost_no_more_than_others(below, monkeypatch):
+    """Stored short passages, and long ones behind each: once a lookup took two seconds."""
+    calls = Counter()
+
+    def counted(name, cost):
+        real = getattr(ordering, name)
+        monkeypatch.setattr(ordering, name, lambda *args: (calls.update({name: cost(*args)}), real(*args))[1])
+
+    counted("longest_shared", lambda last, rest: 1)
+    counted("chain_keys", lambda parent, raw, cuts: len(cuts))
+    short, long = text(50, 16), text(51, MOST_ORDERED_TOKENS - 20 - 16 * 40)
+    with closing(Engine(pages=4000, blocks=4000, lowers=below(), fusion=FusionSettings())) as engine:
+        prompt, hints = written(range(40), [short] * 40)
+        engine.run(prompt, **hints)
+        told = ask(engine, passages=[short] * 40 + [long])
+        assert told["ordered_tokens"] > 0 and calls.total() <= 2 * ordering.MOST_STEPS
 
 
 @pytest.mark.parametrize("planes", ["window", "chunks", "both", "wide", "states", "states and windows"])

@@ -1,5 +1,7 @@
 """Passages in stored order, as applications ask for them."""
 
+import itertools
+
 import pytest
 
 from fake_vllm import serving
@@ -60,6 +62,11 @@ def test_passages_in_the_order_that_the_engine_has(fake, server):
         {"ragkv": {"order": {"passages": [0, 0, 1]}}},
         {"ragkv": {"order": {"passages": [0, 1]}}},
         {"ragkv": {"order": {"passages": "210"}}},
+        {"ragkv": {"order": {"passages": [0, "1", 2]}}},
+        {"ragkv": {"order": {"passages": [0, None, 2]}}},
+        {"ragkv": {"order": {"passages": [[0], 1, 2]}}},
+        {"ragkv": {"order": {"passages": [2.0, 0.0, 1.0]}}},
+        {"ragkv": {"order": {"passages": [2, 0, True]}}},
     ],
 )
 def test_a_server_that_knows_no_order_leaves_the_one_given(fake, server, told):
@@ -102,11 +109,30 @@ def test_passages_of_earlier_messages_stay(fake, server):
     parts = [{"role": "user", "content": [{"type": "text", "text": "And?"}]}, {"role": "user", "content": "Well?"}]
     same, found = rag.order_chat(server, [*history, *parts], PASSAGES)
     assert same == [*history, *parts] and found.passages == [PASSAGES[1], PASSAGES[0]]
-    again = [*history, messages_of([1, 2])[1]]  # one of them stands in both
-    new, found = rag.order_chat(server, again, PASSAGES)
-    assert new == again and found.ordered_tokens == 0
+    for order in ([1, 2], [1, 0]):  # one of them, or both, stand in the history too
+        again = [*history, messages_of(order)[1]]
+        new, found = rag.order_chat(server, again, PASSAGES)
+        assert new == again and found.ordered_tokens == 0
     new, found = rag.order_chat(server, messages_of([]), PASSAGES)
     assert new == messages_of([]) and found.passages == []
+
+
+def test_passages_that_contain_others_are_not_torn_apart(fake, server):
+    long, short, other = "Rain fell all day in the valley", "Rain fell", "Snow stayed on the hills until June"
+    told = {"ragkv": {"order": {"passages": [2, 0, 1]}}}
+    content = "\n\n".join([f"Read of {short}.", long, other, short, "Why?"])
+    fake.answers["/v1/completions"] = lambda body: (200, {"kv_transfer_params": told})
+    for given in itertools.permutations([long, other, short]):
+        new, _ = rag.order_chat(server, [{"role": "user", "content": content}], given)
+        parts = new[0]["content"].split("\n\n")
+        assert parts[0] == f"Read of {short}." and parts[-1] == "Why?"
+        assert sorted(parts[1:-1]) == sorted([long, other, short])
+
+
+def test_passages_with_other_text_between_some_of_them_stay(fake, server):
+    content = "\n\n".join([PASSAGES[0][1], "And then:", PASSAGES[1][1], PASSAGES[2][1], "Why?"])
+    message = {"role": "user", "content": content}
+    assert rag.order_chat(server, [message], PASSAGES)[0] == [message] and not fake.prompts()
 
 
 def test_a_conversation_goes_on_behind_what_it_sent(fake, server):
@@ -135,3 +161,23 @@ def test_a_turn_that_was_not_answered_is_forgotten(server):
     assert talk.ask(PASSAGES[:1], "Why?") == first and talk.left_out == frozenset()
     talk.answered([5, 6], closing="")
     assert talk.ask([], "And?").token_ids[: len(first.token_ids) + 2] == [*first.token_ids, 5, 6]
+
+
+def test_a_conversation_asks_for_an_order_in_its_first_turn_alone(fake, server):
+    talk = rag.Conversation(server, SYSTEM)
+    talk.ask([], "Hello?")
+    talk.answered(" Hi.")
+    assert [each["id"] for each in talk.ask(PASSAGES, "Why?").documents] == ["wind", "rain", "snow"]
+    assert not asked_order(fake)
+
+
+def test_an_answer_belongs_to_a_prompt_and_an_id_to_a_text(server):
+    talk = rag.Conversation(server, SYSTEM)
+    with pytest.raises(ValueError, match="nothing was asked"):
+        talk.answered("Early.")
+    talk.ask(PASSAGES[:1], "Why?")
+    talk.answered("So.")
+    with pytest.raises(ValueError, match="nothing was asked"):
+        talk.answered("Again.")
+    with pytest.raises(ValueError, match="id 'wind' again; allowed: one text an id"):
+        talk.ask([("wind", "Another text.")], "And?")
