@@ -49,17 +49,7 @@ def ingest(
         None if whole else passage_tokens,
         (lambda key: False) if again else notes.__contains__,
     )
-    errors = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with _bar() as bar:
         task = bar.add_task("prefilling passages", total=None)
         reports = run(
             work,
@@ -75,6 +65,20 @@ def ingest(
     write_json(json_file, head | {"files": [asdict(report) for report in reports]})
     if any(report.error for report in reports):
         raise typer.Exit(1)
+
+
+def _bar() -> Progress:
+    """On a terminal alone."""
+    errors = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
 
 
 def default_journal() -> Path:
