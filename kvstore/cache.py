@@ -28,7 +28,7 @@ from ragkv.kvstore.content_lookup import ContentLookup, cuts
 from ragkv.kvstore.device_tier import DeviceTier
 from ragkv.kvstore.fusion.matching import Piece, find_moved
 from ragkv.kvstore.gate import Gate
-from ragkv.kvstore.io_pool import Completions
+from ragkv.kvstore.io_pool import ANSWER_SECONDS, IDLE_SECONDS, Completions
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.metrics import Metrics
 from ragkv.kvstore.ordering import Ordering
@@ -45,8 +45,6 @@ from ragkv.kvstore.windows import Windows, positions_of
 from ragkv.policies import EvictionPolicy
 from ragkv.policies.admission import AdmissionPolicy
 
-ANSWER_SECONDS = 0.002  # that a lookup blocks for a tier's answer: less than a step lost
-IDLE_SECONDS = 0.005  # that a lookup of an idle engine blocks, and leaves its time to the reads
 WAITING_SHARE = 0.5  # of memory, at most, is kept for requests that wait for lower tiers
 PINNED_ALL = "ragkv.pin: a tenant's owners, or all, have pinned all that they may of the memory tier"
 

@@ -16,6 +16,8 @@ from ragkv.errors import PayloadError, StoreError
 from ragkv.kvstore.stores.contract import Buffer, Entry, Room, Store
 
 EXPIRED = "expired"  # a payload that was good
+ANSWER_SECONDS = 0.002  # that a lookup blocks for a tier's answer: less than a step lost
+IDLE_SECONDS = 0.005  # that a lookup of an idle engine blocks, and leaves its time to the reads
 ROOM = 8  # values for which room is made at once, so that not each is sent twice
 Done = Callable[["Outcome"], None]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ragkv.kvstore.chunking import Chunker
-from ragkv.kvstore.io_pool import Completions
+from ragkv.kvstore.io_pool import ANSWER_SECONDS, IDLE_SECONDS, Completions
 from ragkv.kvstore.keys import TOKEN_BYTES, Tokens, chain_keys, window_key
 from ragkv.kvstore.memory_tier import MemoryTier
 from ragkv.kvstore.planes import reach, window_of
@@ -26,8 +26,6 @@ from ragkv.kvstore.storage_tier import StorageTier
 BEAM = 8  # chains that are followed at once
 MOST_STEPS = 2048  # chunks that are looked at in one search: bounds its time
 MOST_TRIED = 16  # chains of a model with windows or states that may not be long enough
-IDLE_SECONDS = 0.005  # that an engine without other work is held up for answers
-ANSWER_SECONDS = 0.002  # that any is
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,11 @@ class _Chain:
     inside: Chunk | None = None
     parts: tuple[Part, ...] = ()
     fresh: int = 0
+
+    @property
+    def added(self) -> tuple[Part, ...]:
+        """The parts that have been added last."""
+        return self.parts[len(self.parts) - self.fresh :]
 
 
 class OrderSearch:
@@ -134,7 +137,7 @@ class OrderSearch:
         return all(chunk in self._memory.tree for chunk in chunks)
 
     def _is_held(self, chain: _Chain) -> bool:
-        return all(part.key in self._held for part in chain.parts[len(chain.parts) - chain.fresh :])
+        return all(part.key in self._held for part in chain.added)
 
     def _try(self) -> None:
         """Ask the tiers for what memory lacks of the chains to come."""
@@ -158,7 +161,7 @@ class OrderSearch:
     def _keys(self, chain: _Chain) -> list[bytes]:
         """Of a chain's new parts; and of the windows that it may take to go on behind them, or behind what memory
         has of it."""
-        keys = [part.key for part in chain.parts[len(chain.parts) - chain.fresh :]]
+        keys = [part.key for part in chain.added]
         for number, plane in self._planes:
             spans = self._spans(chain, plane.earliest(chain.end))
             keys += [window_key(each.key, number) for each in spans if self._start_of(each, number) is None]
@@ -198,13 +201,12 @@ class OrderSearch:
         self._steps += len(ends)
         if self._steps > MOST_STEPS:
             return None
-        begins = chain.end
         keys = chain_keys(chain.parts[-1].key if chain.parts else chain.last.key, text.raw, ends)
         parts = tuple(
-            Part(key, text.raw[TOKEN_BYTES * start : TOKEN_BYTES * stop], begins + start, begins + stop)
+            Part(key, text.raw[TOKEN_BYTES * start : TOKEN_BYTES * stop], chain.end + start, chain.end + stop)
             for key, (start, stop) in zip(keys, pairwise(ends), strict=True)
         )
-        return replace(chain, end=begins + text.size, parts=chain.parts + parts, fresh=len(parts))
+        return replace(chain, end=chain.end + text.size, parts=chain.parts + parts, fresh=len(parts))
 
     def _spans(self, chain: _Chain, behind: int) -> list[Chunk | Part]:
         """What a chain is made of, as far as it ends behind a position."""

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from hand_lanes import HandClock, HandCompletions, Recorded, assert_at_rest
+from hand_lanes import HandClock, HandCompletions, Lower, Recorded, assert_at_rest, redis
 from ragkv.config import Settings
 from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.error_boundary import Faults
@@ -31,7 +31,16 @@ from toy_blocks import Blocks
 from toy_vllm import BLOCK, BREAK, MAX, MIN, Request, Scheduler, mix, text
 from toy_worker import LAYERS, PAGE, Equipment, MemoryRows
 
-__all__ = ["BLOCK", "BREAK", "MAX", "MIN", "PAGE", "Engine", "Request", "closing", "mix", "text"]
+__all__ = ["BELOW", "BLOCK", "BREAK", "MAX", "MIN", "PAGE", "Engine", "Request", "closing", "mix", "text"]
+
+# Kinds of tiers below memory.
+BELOW = {
+    "disk through": lambda: [Lower()],
+    "disk back": lambda: [Lower(through=False)],
+    "shared disk": lambda: [Lower(asks=True)],
+    "redis": lambda: [redis()],
+    "disk back, redis through": lambda: [Lower(through=False), redis()],
+}
 
 
 class Engine(Scheduler):

@@ -79,7 +79,7 @@ def measure(
     start = time.monotonic()
     store(engine, asked.trial)
     chain = asked.stored
-    salt = f"stored order of {chain.name}"  # fusion must not find these passages, which stand behind others
+    salt = f"stored order of {chain.name}"  # fusion must not find these copies of the passages
     engine.evict()
     before_question = chain.prompt[: -len(chain.question)]
     ask(engine, before_question, 1, {"documents": chain.documents()}, salt=salt)

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """`finished`: by number, what the file had and what was added. Without a path nothing is kept."""
+    """`finished`: by number, what the file had and what was added. Without a path, nothing is written."""
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         """Read or begin the file. ValueError: it is of other settings, or no such file; it is left as it is."""

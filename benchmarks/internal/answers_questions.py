@@ -218,7 +218,7 @@ def _place(words: str, text: str) -> re.Match[str] | None:
 
 
 def _around(words: str, text: str) -> str:
-    """The words with what stands beside them in their line, so that no other place is alike; "" if nowhere."""
+    """The words with the text around them in their line, to tell the place from others; "" if not found."""
     found = _place(words, text)
     if found is None:
         return ""

@@ -26,6 +26,7 @@ from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.prefix import documents
 from ragkv.benchmarks.report import write_json
 from ragkv.benchmarks.server import terminated_kindly
+from ragkv.config.settings import HINT_NAMES
 from ragkv.connectors.vllm.hints import MOST_ORDERED_TOKENS, MOST_PASSAGES
 
 LIMIT = 0.020  # seconds: hints may make others wait so much longer
@@ -59,18 +60,7 @@ def pins(tokens: int, number: int) -> Hints:
 def junk(tokens: int, number: int) -> Hints:
     """Nothing that can be."""
     long: list[Any] = [{"\x1b" * 100: [[[]]] * 100}] * 10
-    wrong = (
-        "documents",
-        "fuse",
-        "order",
-        "pin",
-        "priority",
-        "recompute_ratio",
-        "selection",
-        "ttl",
-        "turn",
-        "unpin",
-    )
+    wrong = (name for name in HINT_NAMES if name != "store")
     return {**dict.fromkeys(wrong, long), **{f"{'x' * 100}{each}": each for each in range(tokens)}}
 
 

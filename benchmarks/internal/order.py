@@ -1,7 +1,7 @@
 """How much of retrieved passages is exact in the order given, and in stored order (`internal order`).
 
 A log of retrievals: each asks for some of a pool of passages, which are drawn by a Zipf law of their popularity,
-and given in an order of relevance of its own. Passages are stored behind the system prompt first, and likely
+and given in an order of relevance of its own. Passages are first stored after the system prompt, with likely
 chains of an earlier part of the log, as `ragkv ingest --retrievals` does. Then the same questions are asked in the
 order given, and once more, from the same start, in the order that the engine answers; the request for it counts.
 """
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ragkv.benchmarks.engine import Engine
 from ragkv.benchmarks.internal.fusion_measure import ask, options
-from ragkv.benchmarks.internal.fusion_trials import Shape, build_trial, choose_filings
+from ragkv.benchmarks.internal.fusion_trials import Shape, Trial, build_trial, choose_filings
 from ragkv.benchmarks.model import ensure_model
 from ragkv.benchmarks.report import median_ratio, write_json
 from ragkv.chains import likely_chains
@@ -84,12 +84,8 @@ class Texts:
 
     def prompt(self, order: Sequence[int], question: Sequence[int] = ()) -> tuple[list[int], dict[str, Any]]:
         """A prompt of passages in that order, and its hints."""
-        tokens, documents = list(self.system), []
-        for number in order:
-            start = len(tokens)
-            tokens += self.pool[number]
-            documents.append({"id": f"passage {number}", "start": start, "end": len(tokens)})
-        return [*tokens, *question], {"documents": documents, "fuse": False}
+        trial = Trial("order", self.system, [self.pool[number] for number in order], question, ())
+        return trial.prompt, {"documents": trial.documents(), "fuse": False}
 
 
 def make_texts(model: Path, log: Log, tokens: int, filings: Path | None) -> Texts:
@@ -118,7 +114,8 @@ def play(
     engine.evict(ragkv_too=True)
     for chain in log.stored():
         engine.evict()
-        ask(engine, *_asked(texts.prompt(chain)))
+        prompt, hints = texts.prompt(chain)
+        ask(engine, prompt, 1, hints)
         progress()
     rows = []
     for given, question in zip(log.draw()[1], texts.questions, strict=True):
@@ -137,11 +134,6 @@ def play(
         )
         progress()
     return rows
-
-
-def _asked(made: tuple[list[int], dict[str, Any]]) -> tuple[list[int], int, dict[str, Any]]:
-    prompt, hints = made
-    return prompt, 1, hints
 
 
 def summarize(given: Sequence[Row], ordered: Sequence[Row], limit: float) -> Row:
@@ -166,13 +158,14 @@ def summarize(given: Sequence[Row], ordered: Sequence[Row], limit: float) -> Row
 def run(
     log: Log, tokens: int = 500, dtype: str = "auto", filings: Path | None = None, json_file: Path | None = None
 ) -> Row:
-    """Measure, print a table, write the report. ValueError: sizes that cannot be."""
+    """Measure, print a table, write the report. ValueError: invalid sizes."""
     console = Console()
     model = ensure_model(progress=console.print)
     texts = make_texts(model, log, tokens, filings)
     console.print("starting an engine, vLLM with ragkv")
     with Engine(options(model, dtype=dtype, max_model_len=MODEL_TOKENS, ragkv=MEMORY)) as engine:
-        ask(engine, *_asked(texts.prompt(range(log.passages), texts.questions[0])))
+        prompt, hints = texts.prompt(range(log.passages), texts.questions[0])
+        ask(engine, prompt, 1, hints)  # the first is slower
         with Progress(console=console) as bar:
             task = bar.add_task("asking", total=2 * (len(log.stored()) + log.questions))
             given, ordered = (

@@ -136,7 +136,7 @@ class Fusing:
             "hit_tokens": hit,
             "exact_tokens": kept,
             "fused_tokens": fused,
-            "computed_tokens": max(0, prompt - kept - fused),
+            "computed_tokens": prompt - kept - fused,
             "stored_tokens": self._cache.stored_tokens(state.prompt, min(prompt, computed)),
             "documents": [each.as_dict() for each in made],
         }

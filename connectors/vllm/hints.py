@@ -15,8 +15,8 @@ nothing of the request in any tier, neither prompt nor answer; what is kept alre
 boolean counts as false: the prompt may hold a secret.) `fuse`: reuse documents that return at another position, or
 not; `recompute_ratio`, `selection`: of them, how much is computed again, and which tokens; where absent, as
 `fusion.*` says. `turn`: of its conversation, for the metrics, which else infer it; 0: it is no part of one.
-`order`: token ids of passages, and of what stands before them in a prompt to come: the response says in which
-order most of them need not be computed (`ragkv.kvstore.ordering`). The request's own prompt may be one token.
+`order`: token ids of passages, and of the text before them in a later prompt: the response says in which order
+most of them need not be computed (`ragkv.kvstore.ordering`). The request's own prompt may be one token.
 
 A hint can cost others nothing: everything here is bounded, and so is what follows from it.
 """
@@ -57,7 +57,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Passages whose order is asked for, behind the tokens `before`; int32 [n] each."""
+    """Passages to be ordered, after the tokens `before`; int32 [n] each."""
 
     before: Tokens
     passages: tuple[Tokens, ...]

@@ -20,12 +20,6 @@ PARAGRAPH = "A sentence of seven words stands here. "
 
 
 @pytest.fixture
-def fake():
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
 def journal(tmp_path):
     return tmp_path / "kept" / "journal.jsonl"
 

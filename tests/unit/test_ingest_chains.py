@@ -7,7 +7,6 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
-from fake_vllm import serving
 from ragkv import rag
 from ragkv.chains import LONGEST, likely_chains, read_retrievals
 from ragkv.cli import app
@@ -18,12 +17,6 @@ TEXTS = {
     f"{name}.txt": f"Passage {name} says {name} {number} times, and then says once more what it has said before."
     for number, name in enumerate("abcd")
 }
-
-
-@pytest.fixture
-def fake():
-    with serving() as found:
-        yield found
 
 
 @pytest.fixture

@@ -15,21 +15,14 @@ from ragkv.kvstore import metrics as m
 from ragkv.kvstore import ordering
 from ragkv.kvstore.chunking import Chunker, TokenChain
 from ragkv.kvstore.keys import as_tokens
-from toy_engine import Engine, Request, closing, text
+from toy_engine import BELOW, Engine, Request, closing, text
 
 SYSTEM, QUESTION = text(1, 20), text(2, 9)
 PASSAGES = [text(seed, size) for seed, size in enumerate((40, 64, 33, 90, 25), 10)]
-BELOW = {
-    "memory alone": list,
-    "disk": lambda: [Lower()],
-    "disk back": lambda: [Lower(through=False)],
-    "shared disk": lambda: [Lower(asks=True)],
-    "redis": lambda: [redis()],
-    "disk back, redis through": lambda: [Lower(through=False), redis()],
-}
+TIERS = {"memory alone": list, **BELOW}
 
 
-@pytest.fixture(params=BELOW.values(), ids=BELOW)
+@pytest.fixture(params=TIERS.values(), ids=TIERS)
 def engine(request):
     with closing(Engine(lowers=request.param(), fusion=FusionSettings())) as made:
         yield made

@@ -11,32 +11,12 @@ import pytest
 from hypothesis import given, settings
 
 from fake_vllm import BOS, ToyTokenizer, serving
+from rag_tools import PASSAGES, SYSTEM, runs
 from ragkv import rag
 from ragkv.connectors.vllm.hints import read_hints
 from ragkv.errors import RagKVError
 
-SYSTEM = "Answer from the passages."
-PASSAGES = [
-    ("wind", "The wind was strong.\n\nIt came from the west."),
-    ("rain", "Rain fell all day"),
-    ("snow", "Snow stayed on the hills (above 900 m) until June!"),
-]
 texts = st.text("ab .\n\n\t1é(", max_size=60).filter(str.strip)
-
-
-@pytest.fixture
-def fake():
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def server(fake):
-    return rag.Server(fake.url)
-
-
-def runs(prompt):
-    return {each["id"]: prompt.token_ids[each["start"] : each["end"]] for each in prompt.documents}
 
 
 def test_a_passage_has_the_same_tokens_wherever_it_stands():

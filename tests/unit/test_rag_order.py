@@ -4,32 +4,10 @@ import itertools
 
 import pytest
 
-from fake_vllm import serving
+from rag_tools import PASSAGES, SYSTEM, runs
 from ragkv import rag
 from ragkv.connectors.vllm.hints import read_hints
 from ragkv.errors import RagKVError
-
-SYSTEM = "Answer from the passages."
-PASSAGES = [
-    ("wind", "The wind was strong.\n\nIt came from the west."),
-    ("rain", "Rain fell all day"),
-    ("snow", "Snow stayed on the hills (above 900 m) until June!"),
-]
-
-
-@pytest.fixture
-def fake():
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def server(fake):
-    return rag.Server(fake.url)
-
-
-def runs(prompt):
-    return {each["id"]: prompt.token_ids[each["start"] : each["end"]] for each in prompt.documents}
 
 
 def asked_order(fake):

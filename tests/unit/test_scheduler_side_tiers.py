@@ -2,21 +2,14 @@
 
 import pytest
 
-from hand_lanes import Lower, redis
+from hand_lanes import Lower
 from ragkv.errors import StoreError
 from ragkv.kvstore import metrics as m
 from ragkv.kvstore.chunking import TokenChain
 from ragkv.kvstore.keys import as_tokens
-from toy_engine import Engine, Request, closing, text
+from toy_engine import BELOW, Engine, Request, closing, text
 
 PROMPT = text(1, 100)
-BELOW = {
-    "disk through": lambda: [Lower()],
-    "disk back": lambda: [Lower(through=False)],
-    "shared disk": lambda: [Lower(asks=True)],
-    "redis": lambda: [redis()],
-    "disk back, redis through": lambda: [Lower(through=False), redis()],
-}
 
 
 @pytest.fixture(params=BELOW.values(), ids=BELOW)

@@ -32,6 +32,16 @@ def go_on(engine, times=6, **more):
         engine.work()
 
 
+def preempted(engine):
+    """A prompt, and its request, which was preempted after it had loaded what was stored."""
+    tokens, hints = prompt([0, 1])
+    engine.run(tokens, **hints)
+    request = engine.request(tokens, **hints)
+    go_on(engine, 3)
+    engine.preempt(request)
+    return tokens, request
+
+
 @pytest.fixture
 def engine():
     with closing(Engine(fusion=FusionSettings(min_tokens=16))) as made:
@@ -47,22 +57,14 @@ def test_cold_and_warm(engine):
 
 
 def test_of_a_request_that_was_preempted_the_last_time_counts(engine):
-    tokens, hints = prompt([0, 1])
-    engine.run(tokens, **hints)
-    request = engine.request(tokens, **hints)
-    go_on(engine, 3)
-    engine.preempt(request)
+    tokens, request = preempted(engine)
     engine.cache.reset()
     go_on(engine)
     assert told(engine, request) == (0, 0, len(tokens), 0), "memory had lost it, and all was computed"
 
 
 def test_what_vllm_has_itself_after_a_preemption_is_its_own(engine):
-    tokens, hints = prompt([0, 1])
-    engine.run(tokens, **hints)
-    request = engine.request(tokens, **hints)
-    go_on(engine, 3)
-    engine.preempt(request)
+    tokens, request = preempted(engine)
     go_on(engine, local={request.request_id: len(tokens) // BLOCK * BLOCK})
     exact, fused, computed, hit = told(engine, request)
     assert fused == 0 and exact >= len(tokens) // BLOCK * BLOCK > hit and computed <= BLOCK
